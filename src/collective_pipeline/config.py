@@ -1,0 +1,321 @@
+"""Every knob of the project: typed, frozen, unknown names refused at every depth.
+
+The defaults are phase 1 as the seed documents describe it. `conf/base/parameters.yml` repeats them where people
+look for them, `conf/debug/parameters.yml` holds what the quick test changes; a test keeps the three the same.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+BaselineName = Literal["shallow", "balanced", "deep", "very_deep", "deep_resnet", "very_deep_resnet"]
+ModelType = Literal["collective", "shallow", "balanced", "deep", "very_deep", "deep_resnet", "very_deep_resnet"]
+DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100"]
+Strategy = Literal["end_to_end", "pretrain_freeze_finetune", "layerwise_autoencoding"]
+
+BASELINES: tuple[BaselineName, ...] = get_args(BaselineName)
+MODEL_TYPES: tuple[ModelType, ...] = get_args(ModelType)
+DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Widths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2)]
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used; the message is one sentence: what, where, what to do."""
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, unknown names refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Config):
+    """How the training part of a data set is divided."""
+
+    val_fraction: float = Field(0.1, gt=0, lt=1, description="of the training images, stratified by class")
+    split_seed: int = Field(42, ge=0, description="the same split for every arm and every training seed")
+
+
+class DiversityConfig(Config):
+    """A loss that keeps members from agreeing, D = mean over pairs of |mean over batch of cosine| / temperature."""
+
+    weight: float = Field(0.0, ge=0, description="0 switches the term off")
+    temperature: Positive = 1.0
+
+
+class ModelDropoutConfig(Config):
+    """Dropping whole members while training."""
+
+    expert_rate: Fraction = 0.0
+    analyst_rate: Fraction = 0.0
+    form: Literal["per_image", "original"] = Field(
+        "per_image",
+        description="per_image draws a mask for every image and keeps the expected sum; original draws one mask for "
+        "the whole batch, does not rescale, and lets the zeros into the diversity terms",
+    )
+
+
+class CollectiveConfig(Config):
+    """The collective: experts, encoder, analysts that also see the input, head. All widths are features."""
+
+    kind: Literal["collective"] = "collective"
+    n_total: int = Field(8, ge=2, description="experts + analysts")
+    expert_ratio: float = Field(0.2, ge=0, le=1, description="experts / n_total, when n_experts is not given")
+    n_experts: int | None = Field(None, ge=1)
+    expert_hidden: Widths = (512, 256)
+    expert_output: int = Field(128, ge=1)
+    analyst_hidden: Widths = (256, 128)
+    analyst_output: int = Field(64, ge=1)
+    c_expert: Positive = Field(0.25, description="width of the encoded experts / width of all experts' outputs")
+    analyst_encoder: bool = Field(False, description="an encoder between the analysts and the head")
+    c_collective: Positive = Field(
+        1.0, description="width factor of the analyst encoder, where there is one, and of the encoder_head"
+    )
+    adaptive_collective_min_dim: int = Field(64, ge=1)
+    adaptive_collective_max_dim: int = Field(2048, ge=1)
+    head: Literal["simple_mlp", "encoder_head"] = "simple_mlp"
+    collective_hidden_scale: Positive = Field(1.0, description="hidden width of the head / its input width")
+    vary_expert_architectures: bool = False
+    vary_analyst_architectures: bool = False
+    member_dropout: Fraction = 0.2
+    encoder_dropout: Fraction = 0.1
+    head_dropout: Fraction = 0.2
+    model_dropout: ModelDropoutConfig = ModelDropoutConfig()
+    expert_diversity: DiversityConfig = DiversityConfig()
+    analyst_diversity: DiversityConfig = DiversityConfig()
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        if self.n_experts is not None and self.n_experts >= self.n_total:
+            raise ValueError(
+                f"n_experts={self.n_experts} leaves no analyst among n_total={self.n_total} members: "
+                f"choose n_experts from 1 to {self.n_total - 1}, or a larger n_total"
+            )
+        if self.adaptive_collective_min_dim > self.adaptive_collective_max_dim:
+            raise ValueError("adaptive_collective_min_dim is larger than adaptive_collective_max_dim: swap them")
+        for name, dim in (("c_expert", self.encoded_dim), ("c_collective", self.head_input_dim)):
+            if dim < 1:
+                raise ValueError(f"{name}={getattr(self, name):g} leaves no feature to pass on: choose a larger one")
+        return self
+
+    @property
+    def num_experts(self) -> int:
+        """`n_experts`, or `n_total * expert_ratio` rounded, at least 2 where there is room (diversity needs a pair)."""
+        if self.n_experts is not None:
+            return self.n_experts
+        return min(max(2, round(self.n_total * self.expert_ratio)), self.n_total - 1)
+
+    @property
+    def num_analysts(self) -> int:
+        return self.n_total - self.num_experts
+
+    @property
+    def encoded_dim(self) -> int:
+        """Width of the encoded experts; this and the other widths are truncated as the original does."""
+        return int(self.num_experts * self.expert_output * self.c_expert)
+
+    @property
+    def head_input_dim(self) -> int:
+        """Width of what the head reads: all analysts side by side, or what their encoder makes of them.
+
+        The encoder's output is clamped before `c_collective` scales it, as in the original.
+        """
+        if not self.analyst_encoder:
+            return self.num_analysts * self.analyst_output
+        adaptive = int(self.analyst_output * (1 + math.log2(self.num_analysts)))
+        clamped = min(self.adaptive_collective_max_dim, max(self.adaptive_collective_min_dim, adaptive))
+        return int(clamped * self.c_collective)
+
+
+class BaselineConfig(Config):
+    """What the six single networks share; their shapes are found by matching the parameter budget."""
+
+    target_params: int | None = Field(None, gt=0, description="null: as many as the collective has")
+    tolerance: float = Field(0.001, gt=0, lt=1, description="largest relative error of the match")
+    dropout: Fraction = 0.1
+
+
+class MlpArchitecture(Config):
+    """One single network, found by matching: hidden widths and whether every layer is skipped."""
+
+    kind: Literal["mlp"] = "mlp"
+    hidden_dims: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    residual: bool = False
+    dropout: Fraction = 0.1
+
+
+class Arm(Config):
+    """One model of a comparison, complete: enough to build it again without anything else."""
+
+    model_type: ModelType
+    in_dim: int = Field(gt=0, description="features of one flattened image")
+    num_classes: int = Field(ge=2)
+    params: int = Field(gt=0, description="trainable parameters of one seed")
+    target_params: int = Field(gt=0)
+    architecture: Annotated[CollectiveConfig | MlpArchitecture, Field(discriminator="kind")]
+
+    @property
+    def param_error_pct(self) -> float:
+        return 100 * (self.params - self.target_params) / self.target_params
+
+
+class TrainingConfig(Config):
+    """What every arm shares: how long, how hard, and with which images."""
+
+    epochs: int = Field(200, ge=1)
+    batch_size: int = Field(256, ge=2, description="images a step; the last, smaller batch of an epoch is left out")
+    accumulation_steps: int = Field(1, ge=1, description="batches whose mean gradient makes one update")
+    eval_batch_size: int = Field(1024, ge=1)
+    strategy: Strategy = "end_to_end"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: Positive = Field(1e-3, description="its highest value, where a schedule moves it")
+    weight_decay: float = Field(1e-4, ge=0, description="of weight matrices; biases and norms are not decayed")
+    momentum: Fraction = Field(0.9, description="sgd only")
+    schedule: Literal["constant", "cosine", "one_cycle", "multi_step"] = "constant"
+    warmup_epochs: float = Field(0, ge=0, description="linear, from 0; one_cycle has its own")
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.5, 0.75), description="multi_step: parts of the training after which the rate falls"
+    )
+    decay_factor: float = Field(0.1, gt=0, lt=1, description="multi_step: what the rate is multiplied by")
+    clip_norm: Positive | None = Field(None, description="largest norm of a seed's gradient")
+    label_smoothing: Fraction = 0.0
+    augmentation_strength: float = Field(
+        1.0, ge=0, le=3, description="1: the seed documents' rotation, shift, scale, flip, crop; 0: off"
+    )
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="averaged weights are validated and kept, if given")
+    early_stopping_patience: int | None = Field(None, ge=1, description="epochs without a better validation accuracy")
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
+        "auto", description="auto: tf32 on CUDA, fp32 elsewhere"
+    )
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs={self.warmup_epochs:g} fills all {self.epochs} epochs: choose a smaller warm-up"
+            )
+        return self
+
+
+class ComparisonConfig(Config):
+    """How the arms are compared."""
+
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    resamples: int = Field(10_000, ge=100, description="of the bootstrap")
+
+
+class Parameters(Config):
+    """All parameters of a run, as `conf/` and `--params` give them."""
+
+    model_type: ModelType = "collective"
+    dataset: DatasetName = "mnist"
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(tuple(range(42, 52)), min_length=1)
+    data: DataConfig = DataConfig()
+    collective: CollectiveConfig = CollectiveConfig()
+    baselines: BaselineConfig = BaselineConfig()
+    training: TrainingConfig = TrainingConfig()
+    comparison: ComparisonConfig = ComparisonConfig()
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _one_or_several(cls, seeds: Any) -> Any:
+        """`--params seeds=7` and `--params seeds="7 8 9"` as well: the command line has no lists."""
+        if isinstance(seeds, str):
+            return seeds.split()
+        return [seeds] if isinstance(seeds, int) else seeds
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        repeated = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+        if repeated:
+            raise ValueError(f"{', '.join(map(str, repeated))} repeated: name every seed once")
+        return seeds
+
+
+PHASE1 = Parameters()
+DEBUG = Parameters(
+    seeds=(42, 43, 44),
+    collective=CollectiveConfig(
+        expert_hidden=(128, 64), expert_output=32, analyst_hidden=(64, 32), analyst_output=16
+    ),
+    training=TrainingConfig(
+        epochs=5, batch_size=128, eval_batch_size=512, weight_decay=0.0, augmentation_strength=0.0
+    ),
+)
+
+
+def check_parameters(raw: Mapping[str, Any]) -> Parameters:
+    """The parameters in `raw`, typed.
+
+    Raises:
+        UserError: Naming every value that cannot be used, where it stands, and the nearest name for an unknown one.
+    """
+    try:
+        return Parameters.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("; ".join(_sentence(problem) for problem in error.errors())) from None
+
+
+def _sentence(problem: Any) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown parameter '{path}'{_nearest(path)}"
+        case "literal_error":
+            return f"{path}={problem['input']!r} is unknown{_suggest(str(problem['input']), _choices(problem))}"
+        case "value_error":
+            return f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
+        case _:
+            return f"{path}={problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+
+
+def _choices(problem: Any) -> list[str]:
+    return [choice.strip("' ") for choice in problem["ctx"]["expected"].replace(" or ", ", ").split(",")]
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    guess = f": did you mean '{nearest[0]}'?" if nearest else ""
+    return f"{guess or ':'} choose from {', '.join(known)}"
+
+
+def _nearest(path: str) -> str:
+    known = parameter_names(Parameters)
+    # The last name alone as well: people write `epochs=3` for `training.epochs=3`.
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
+    nearest = same_leaf or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    if not nearest:
+        leaves = {name.rsplit(".", 1)[-1]: name for name in known}
+        nearest = [leaves[leaf] for leaf in difflib.get_close_matches(path.rsplit(".", 1)[-1], leaves, n=1)]
+    hint = f": did you mean '{nearest[0]}'?" if nearest else ""
+    return hint + (" " if hint else ": ") + "all names stand in conf/base/parameters.yml"
+
+
+def parameter_names(model: type[Config], prefix: str = "") -> list[str]:
+    """The dotted names of all fields of `model`, its nested ones included."""
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            names += parameter_names(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every value of `config` by its dotted name."""
+    values: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, Config):
+            values |= {f"{name}.{inner}": leaf for inner, leaf in flatten(value).items()}
+        else:
+            values[name] = list(value) if isinstance(value, tuple) else value
+    return values

@@ -1,0 +1,120 @@
+"""Images with labels, and how the training part of a data set is divided. Images stay uint8 throughout."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from collective_pipeline.config import DatasetName, UserError
+
+
+@dataclass(frozen=True)
+class Images:
+    """`images`, uint8 `(n, C, H, W)`, and `labels`, int64 `(n,)`."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Tensor) -> Self:
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
+
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class RawImages:
+    """A data set as it is published: a training and a test part."""
+
+    name: DatasetName
+    train: Images
+    test: Images
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What every arm is given. `mean` and `std`, per channel on [0, 1], are those of the training part alone."""
+
+    name: DatasetName
+    train: Images
+    val: Images
+    test: Images
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def in_dim(self) -> int:
+        return math.prod(self.image_shape)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
+
+
+def make_splits(raw: RawImages, *, val_fraction: float, split_seed: int) -> Splits:
+    """Move `val_fraction` of every class of the training images to a validation part, chosen by `split_seed` alone.
+
+    Raises:
+        UserError: If a class would be left without a training or a validation image, or if a channel is blank.
+    """
+    labels = raw.train.labels
+    counts = torch.bincount(labels, minlength=len(raw.class_names)).tolist()
+    val_counts = _apportion(counts, val_fraction)
+    for name, count, val_count in zip(raw.class_names, counts, val_counts, strict=True):
+        if not 0 < val_count < count:
+            raise UserError(
+                f"class '{name}' of {raw.name} has {count} training images, and val_fraction={val_fraction:g} leaves "
+                f"{val_count} for validation and {count - val_count} for training: "
+                "choose another val_fraction, or a data set with more images of that class"
+            )
+
+    generator = torch.Generator().manual_seed(split_seed)
+    is_val = torch.zeros(len(labels), dtype=torch.bool)
+    for label, val_count in enumerate(val_counts):
+        rows = (labels == label).nonzero().squeeze(1)
+        is_val[rows[torch.randperm(len(rows), generator=generator)[:val_count]]] = True
+
+    train = raw.train[~is_val]
+    mean, std = _moments(train.images)
+    if 0 in std:
+        raise UserError(
+            f"all training pixels of channel {std.index(0)} of {raw.name} are alike: replace its files with fresh ones"
+        )
+    return Splits(raw.name, train, raw.train[is_val], raw.test, raw.class_names, mean, std)
+
+
+def _apportion(counts: list[int], fraction: float) -> list[int]:
+    """`fraction` of every count, rounded by largest remainders: the sum is the rounded fraction of all."""
+    quotas = [count * fraction for count in counts]
+    shares = [math.floor(quota) for quota in quotas]
+    by_remainder = sorted(range(len(counts)), key=lambda i: shares[i] - quotas[i])
+    for i in by_remainder[: round(sum(counts) * fraction) - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel: exact from 256 counts, where a float copy would be 8 times the set."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in images.unbind(1):
+        weights = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = weights @ levels
+        means.append(mean.item())
+        stds.append((weights @ (levels - mean).square()).sqrt().item())
+    return tuple(means), tuple(stds)

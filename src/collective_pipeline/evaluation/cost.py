@@ -1,0 +1,38 @@
+"""What one image costs: multiply-accumulates counted by torch, latency measured."""
+
+import statistics
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from collective_pipeline.config import Arm
+from collective_pipeline.models.build import build_arm
+
+WARM_UP = 10
+REPEATS = 100
+
+
+def count_macs(arm: Arm) -> int:
+    """Multiply-accumulates of one image, forward; torch counts two operations for each."""
+    with torch.device("meta"):
+        model = build_arm(arm).eval()
+        images = torch.empty(1, 1, arm.in_dim)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    return int(counter.get_total_flops()) // 2
+
+
+def measure_latency(arm: Arm, device: torch.device) -> float:
+    """Median milliseconds from one image on the device to its logits there, over 100 times."""
+    model = build_arm(arm).to(device).eval()
+    image = torch.zeros(1, 1, arm.in_dim, device=device)
+    milliseconds = []
+    with torch.inference_mode():
+        for _ in range(WARM_UP + REPEATS):
+            started = time.perf_counter()
+            model(image)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            milliseconds.append(1000 * (time.perf_counter() - started))
+    return statistics.median(milliseconds[WARM_UP:])

@@ -1,0 +1,232 @@
+"""The figures of a comparison, one colour per arm in all of them.
+
+Values are handed to Plotly as plain lists: the older plotly.js of Kedro-Viz draws nothing else.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
+from plotly.subplots import make_subplots  # type: ignore[import-untyped,unused-ignore]
+
+from collective_pipeline.config import MODEL_TYPES
+
+Columns = tuple[str, str, str]
+"""A quantity, its lower and its upper bound."""
+
+ACCURACY: Columns = ("test_accuracy_mean", "test_accuracy_ci_low", "test_accuracy_ci_high")
+DIFFERENCE: Columns = ("difference_to_reference", "difference_ci_low", "difference_ci_high")
+
+# Okabe and Ito's colours, which stay apart for the colour-blind, without the two that vanish on white or on black.
+COLORS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C8C", "#A6761D")
+FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
+GRID = "#E3E3E3"
+
+
+def plot_accuracy(comparison: pd.DataFrame, *, reference: str = "collective") -> go.Figure:
+    """Mean test accuracy of every arm with its interval, the best on top."""
+    arms = comparison.sort_values("test_accuracy_mean", kind="stable")
+    figure = _dot_plot(arms, ACCURACY, reference)
+    return _finish(
+        figure, f"Test accuracy, {_mean_of_seeds(comparison)}", "Test accuracy (%)", None, height=_height(arms)
+    )
+
+
+def plot_differences(comparison: pd.DataFrame, *, reference: str = "collective") -> go.Figure:
+    """Every other arm's paired difference to the reference with its interval, around a line of no difference."""
+    arms = comparison[(comparison["model_type"] != reference) & comparison["difference_to_reference"].notna()]
+    arms = arms.sort_values("difference_to_reference", kind="stable")
+    figure = _dot_plot(arms, DIFFERENCE, reference)
+    figure.add_vline(x=0, line={"color": COLORS[0], "width": 2, "dash": "dot"})
+    return _finish(
+        figure,
+        f"Difference in test accuracy to the {reference}, {_mean_of_seeds(comparison)}",
+        f"Percentage points<br>← {reference} better · arm better →",
+        None,
+        height=_height(arms) + 24,
+    )
+
+
+def plot_accuracy_against_params(
+    results: pd.DataFrame, comparison: pd.DataFrame, *, reference: str = "collective"
+) -> go.Figure:
+    """Test accuracy against parameters: every seed as a faint point, every arm's mean with its interval."""
+    figure = go.Figure()
+    colors = _colors(comparison["model_type"])
+    for name in comparison["model_type"]:
+        arm = comparison[comparison["model_type"] == name]
+        runs = results[results["model_type"] == name]
+        figure.add_scatter(
+            x=runs["params"].tolist(),
+            y=runs["test_accuracy"].tolist(),
+            customdata=runs["seed"].tolist(),
+            mode="markers",
+            marker={"color": colors[name], "size": 7, "opacity": 0.35},
+            legendgroup=name,
+            showlegend=False,
+            hovertemplate=f"{name}, seed %{{customdata}}<br>%{{y:.2f}} %<extra></extra>",
+        )
+        figure.add_scatter(
+            x=arm["params"].tolist(),
+            y=arm["test_accuracy_mean"].tolist(),
+            error_y=_error_bars(arm, ACCURACY, colors[name]),
+            mode="markers",
+            marker=_marker(name, colors[name], reference),
+            name=name,
+            legendgroup=name,
+            hovertemplate=f"{name}, mean<br>%{{x:,}} parameters<br>%{{y:.2f}} %<extra></extra>",
+        )
+    fewest, most = int(comparison["params"].min()), int(comparison["params"].max())
+    # Arms of one size would otherwise get an axis of half parameters.
+    pad = max(0.06 * (most - fewest), 0.0005 * most)
+    figure.update_xaxes(range=[fewest - pad, most + pad], tickformat=",d", nticks=6)
+    return _finish(figure, "Test accuracy against size", "Trainable parameters", "Test accuracy (%)", height=480)
+
+
+def plot_training_curves(history: pd.DataFrame) -> go.Figure:
+    """Validation accuracy and both losses against the epoch: mean over seeds, and the band from lowest to highest."""
+    panels = {"val_accuracy": "Validation accuracy", "val_loss": "Validation loss", "train_loss": "Training loss"}
+    figure = make_subplots(
+        rows=len(panels),
+        shared_xaxes=True,
+        vertical_spacing=0.08,
+        row_heights=[0.44, 0.28, 0.28],
+        subplot_titles=list(panels.values()),
+    )
+    colors = _colors(history["model_type"].unique())
+    num_epochs = int(history["epoch"].max())
+    mode = "lines" if num_epochs > 1 else "markers"
+    for name in history["model_type"].unique():
+        epochs = history[history["model_type"] == name].groupby("epoch")
+        for row, column in enumerate(panels, start=1):
+            curve = epochs[column].agg(["mean", "min", "max"])
+            x = curve.index.tolist()
+            figure.add_scatter(
+                x=x + x[::-1],
+                y=curve["max"].tolist() + curve["min"].tolist()[::-1],
+                fill="toself",
+                fillcolor=_fade(colors[name], 0.15),
+                line={"color": _fade(colors[name], 0.2), "width": 1},
+                mode="lines",
+                hoverinfo="skip",
+                legendgroup=name,
+                showlegend=False,
+                row=row,
+                col=1,
+            )
+            figure.add_scatter(
+                x=x,
+                y=curve["mean"].tolist(),
+                mode=mode,
+                line={"color": colors[name], "width": 2},
+                marker={"color": colors[name], "size": 9},
+                name=name,
+                legendgroup=name,
+                showlegend=row == 1,
+                hovertemplate=f"{name}: %{{y:.4~g}}<extra></extra>",
+                row=row,
+                col=1,
+            )
+    figure.update_annotations(x=0, xanchor="left", font_size=15)
+    # Ticks at 1, 2 and 5 of every decade, written in full.
+    figure.update_yaxes(title_text="Loss (log scale)", type="log", dtick="D2", tickformat="~g")
+    figure.update_yaxes(
+        title_text="Accuracy (%)",
+        type="linear",
+        dtick=None,
+        tickformat=None,
+        range=_settled_range(history),
+        row=1,
+        col=1,
+    )
+    figure.update_xaxes(dtick=1 if num_epochs <= 10 else None)
+    figure.update_xaxes(title_text="Epoch", row=len(panels), col=1)
+    return _finish(figure, "Training curves", None, None, height=900)
+
+
+def _dot_plot(arms: pd.DataFrame, columns: Columns, reference: str) -> go.Figure:
+    """One row per arm, the first at the bottom."""
+    figure = go.Figure()
+    colors = _colors(arms["model_type"])
+    for name in arms["model_type"]:
+        arm = arms[arms["model_type"] == name]
+        figure.add_scatter(
+            x=arm[columns[0]].tolist(),
+            y=[f"<b>{name}</b>" if name == reference else name],
+            error_x=_error_bars(arm, columns, colors[name]),
+            mode="markers",
+            marker=_marker(name, colors[name], reference),
+            showlegend=False,
+            hovertemplate="%{y}: %{x:.2f}<extra></extra>",
+        )
+    return figure
+
+
+def _height(arms: pd.DataFrame) -> int:
+    return 140 + 44 * len(arms)
+
+
+def _error_bars(arm: pd.DataFrame, columns: Columns, color: str) -> dict[str, object]:
+    """From the bounds to Plotly's lengths, 0 where there is no interval."""
+    mean, low, high = (arm[column] for column in columns)
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": (high - mean).fillna(0).tolist(),
+        "arrayminus": (mean - low).fillna(0).tolist(),
+        "color": color,
+        "thickness": 2,
+        "width": 5,
+    }
+
+
+def _marker(name: str, color: str, reference: str) -> dict[str, object]:
+    is_reference = name == reference
+    return {"color": color, "size": 15 if is_reference else 11, "symbol": "diamond" if is_reference else "circle"}
+
+
+def _colors(arms: Iterable[str]) -> dict[str, str]:
+    """The arms' colours; arms that the configuration names have theirs whichever others are shown."""
+    names = dict.fromkeys([*MODEL_TYPES, *arms])
+    return {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+
+
+def _fade(color: str, opacity: float) -> str:
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"
+
+
+def _settled_range(history: pd.DataFrame) -> Sequence[float] | None:
+    """From where the curves are after a fifth of the epochs: the first leaps would flatten all that follows."""
+    settled = history.loc[history["epoch"] > 0.2 * history["epoch"].max(), "val_accuracy"]
+    low, high = float(settled.min()), float(settled.max())
+    pad = 0.05 * (high - low)
+    return [low - pad, high + pad] if pad > 0 else None
+
+
+def _mean_of_seeds(comparison: pd.DataFrame) -> str:
+    num_seeds = int(comparison["num_seeds"].min())
+    return "one seed" if num_seeds == 1 else f"mean and interval over {num_seeds} seeds"
+
+
+def _finish(figure: go.Figure, title: str, x_title: str | None, y_title: str | None, *, height: int) -> go.Figure:
+    has_legend = any(trace.showlegend is not False for trace in figure.data)
+    figure.update_layout(
+        template="none",
+        title={"text": title, "x": 0.02, "xanchor": "left", "font": {"size": 20}},
+        font={"family": FONT, "size": 14, "color": "#222222"},
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        height=height,
+        margin={"l": 60, "r": 24, "t": 130 if has_legend else 64, "b": 56},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8C8C8C", "activecolor": "#222222"},
+        # Above the panels it may wrap on a narrow screen without running into an axis.
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.04, "yanchor": "bottom"},
+    )
+    figure.update_xaxes(automargin=True, gridcolor=GRID, zeroline=False, title_font_size=14)
+    figure.update_yaxes(automargin=True, gridcolor=GRID, zeroline=False, title_font_size=14)
+    if x_title:
+        figure.update_xaxes(title_text=x_title)
+    if y_title:
+        figure.update_yaxes(title_text=y_title)
+    return figure

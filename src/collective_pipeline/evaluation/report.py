@@ -1,0 +1,219 @@
+"""The report: one page that says the answer first, then shows what it rests on, and opens without a network."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs  # type: ignore[import-untyped,unused-ignore]
+
+from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS
+from collective_pipeline.evaluation.figures import (
+    plot_accuracy,
+    plot_accuracy_against_params,
+    plot_differences,
+    plot_training_curves,
+)
+
+Columns = Mapping[str, Callable[[Any], str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the page shows of a table: readable headers, one of them per cell, and the file behind it."""
+
+    caption: str
+    headers: list[str]
+    rows: list[list[str]]
+    file_name: str
+    csv: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure whose title and description the page sets as text, so that they wrap and are read aloud."""
+
+    title: str
+    description: str
+    json: Markup
+
+
+def write_report(
+    *,
+    title: str,
+    answer: str,
+    results: pd.DataFrame,
+    comparison: pd.DataFrame,
+    history: pd.DataFrame,
+    facts: Mapping[str, Mapping[str, str]],
+    reference: str = "collective",
+) -> str:
+    """The page as HTML: answer, key figures, tables, figures, every run, and how it was run.
+
+    Args:
+        title: What was run.
+        answer: One sentence.
+        results: A row per arm and seed.
+        comparison: A row per arm, as `compare_arms` returns it.
+        history: A row per arm, seed and epoch.
+        facts: Section, name and value of everything needed to run it again.
+        reference: The arm that the others are compared to.
+    """
+    compared = bool(comparison["p_value_holm"].notna().any())
+    environment = Environment(
+        loader=PackageLoader(__package__, ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(
+        title=title,
+        answer=answer,
+        key_figures=_key_figures(comparison, reference) if compared else _key_figures_of_best(comparison),
+        compared=compared,
+        tables=_comparison_tables(comparison, reference, compared),
+        runs=_table("Every run", RUNS, results, RUN_COLUMNS, "runs.csv"),
+        figures=list(_figures(results, comparison, history, reference, compared)),
+        facts=facts,
+        reference=reference,
+        plotly_js=Markup(get_plotlyjs()),
+    )
+
+
+def _number(spec: str, value: float) -> str:
+    return "" if pd.isna(value) else format(value, spec)
+
+
+def _range(spec: str, low: float, high: float) -> str:
+    return "" if pd.isna(low) else f"{low:{spec}} to {high:{spec}}"
+
+
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else _number(".3f", value)
+
+
+ACCURACY: Columns = {
+    "Arm": lambda arm: arm.model_type,
+    "Seeds": lambda arm: str(arm.num_seeds),
+    "Parameters": lambda arm: f"{arm.params:,}",
+    "Test accuracy (%)": lambda arm: _number(".2f", arm.test_accuracy_mean),
+    "Interval (%)": lambda arm: _range(".2f", arm.test_accuracy_ci_low, arm.test_accuracy_ci_high),
+}
+DIFFERENCE: Columns = {
+    "Paired difference (points)": lambda arm: _number("+z.2f", arm.difference_to_reference),
+    "Interval (points)": lambda arm: _range("+z.2f", arm.difference_ci_low, arm.difference_ci_high),
+    "p, corrected": lambda arm: _p_value(arm.p_value_holm),
+}
+COST: Columns = {
+    "Arm": lambda arm: arm.model_type,
+    "Parameters off target (%)": lambda arm: _number("+z.3f", arm.param_error_pct),
+    "Accuracy per 100,000 parameters": lambda arm: _number(".2f", arm.param_efficiency),
+    "Accuracy per million parameters": lambda arm: _number(".1f", arm.accuracy_per_million_params),
+    "Accuracy per log10 of parameters": lambda arm: _number(".3f", arm.accuracy_per_log10_params),
+    "Multiply-adds per image": lambda arm: f"{arm.macs:,.0f}",
+    "Latency (ms)": lambda arm: _number(".3g", arm.latency_ms),
+    "Training time per seed (s)": lambda arm: _number(",.1f", arm.train_seconds),
+}
+RUNS: Columns = {
+    "Arm": lambda run: run.model_type,
+    "Seed": lambda run: str(run.seed),
+    "Parameters": lambda run: f"{run.params:,}",
+    "Epochs": lambda run: str(run.epochs),
+    "Best epoch": lambda run: str(run.best_epoch),
+    "Validation accuracy (%)": lambda run: _number(".2f", run.val_accuracy),
+    "Test accuracy (%)": lambda run: _number(".2f", run.test_accuracy),
+    "Test loss": lambda run: _number(".4f", run.test_loss),
+    "Training time (s)": lambda run: _number(",.1f", run.train_seconds),
+    "Images per second": lambda run: _number(",.0f", run.samples_per_second),
+}
+
+
+def _table(caption: str, columns: Columns, data: pd.DataFrame, csv_columns: Iterable[str], file_name: str) -> Table:
+    return Table(
+        caption=caption,
+        headers=list(columns),
+        rows=[[render(row) for render in columns.values()] for row in data.itertuples()],
+        file_name=file_name,
+        csv=data[list(csv_columns)].to_csv(index=False),
+    )
+
+
+def _comparison_tables(comparison: pd.DataFrame, reference: str, compared: bool) -> list[Table]:
+    columns = {**ACCURACY, **DIFFERENCE} if compared else ACCURACY
+    caption = f"Accuracy, and difference to the {reference}" if compared else "Accuracy"
+    return [
+        _table(caption, columns, comparison, COMPARISON_COLUMNS, "comparison.csv"),
+        _table("Parameter efficiency and cost", COST, comparison, COMPARISON_COLUMNS, "comparison.csv"),
+    ]
+
+
+def _key_figures(comparison: pd.DataFrame, reference: str) -> dict[str, tuple[str, str]]:
+    """Name to value and note: the reference beside the best of the others."""
+    arms = comparison.sort_values("test_accuracy_mean", ascending=False, kind="stable")
+    own = next(arms[arms["model_type"] == reference].itertuples())
+    best: Any = next(arms[arms["model_type"] != reference].itertuples())
+    lead = _range("+z.2f", -best.difference_ci_high, -best.difference_ci_low)
+    return {
+        f"Test accuracy, {reference}": _accuracy(own),
+        f"Best of the others, {best.model_type}": _accuracy(best),
+        "Difference between the two": (
+            f"{-best.difference_to_reference:+z.2f} points",
+            f"interval {lead}" if lead else "one seed, no interval",
+        ),
+        f"Parameters, {reference}": _size(own),
+    }
+
+
+def _key_figures_of_best(comparison: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    best: Any = next(comparison.sort_values("test_accuracy_mean", ascending=False, kind="stable").itertuples())
+    return {
+        f"Test accuracy, {best.model_type}": _accuracy(best),
+        "Parameters": _size(best),
+        "Accuracy per 100,000 parameters": (f"{best.param_efficiency:.2f}", "percent / parameters x 100,000"),
+        "Training time per seed": (f"{best.train_seconds:,.1f} s", f"{best.macs:,.0f} multiply-adds per image"),
+    }
+
+
+def _accuracy(arm: Any) -> tuple[str, str]:
+    interval = _range(".2f", arm.test_accuracy_ci_low, arm.test_accuracy_ci_high)
+    return f"{arm.test_accuracy_mean:.2f} %", f"interval {interval}" if interval else "one seed, no interval"
+
+
+def _size(arm: Any) -> tuple[str, str]:
+    return f"{arm.params:,}", f"{arm.param_error_pct:+z.3f} % off the target"
+
+
+def _figures(
+    results: pd.DataFrame, comparison: pd.DataFrame, history: pd.DataFrame, reference: str, compared: bool
+) -> Iterable[Figure]:
+    yield _figure(
+        plot_accuracy(comparison, reference=reference),
+        "Points are means over seeds, bars their intervals. The numbers stand in the table of accuracies.",
+    )
+    if compared:
+        yield _figure(
+            plot_differences(comparison, reference=reference),
+            f"Arm minus {reference}, seed by seed. The dotted line is no difference; the intervals are not corrected "
+            "for comparing several arms, the p values in the table are.",
+        )
+    yield _figure(
+        plot_accuracy_against_params(results, comparison, reference=reference),
+        "Faint points are single seeds, full ones means with their intervals. The horizontal axis shows a narrow "
+        "range where the arms were matched in size.",
+    )
+    yield _figure(
+        plot_training_curves(history),
+        "Lines are means over seeds, bands reach from the lowest to the highest seed. The axis of accuracy leaves out "
+        "the first leaps of the training.",
+    )
+
+
+def _figure(figure: go.Figure, description: str) -> Figure:
+    title = figure.layout.title.text
+    figure.update_layout(title=None, margin_t=16)
+    # Inside <script> only "<" can end the element, and JSON may write it as an escape.
+    return Figure(title, description, Markup(figure.to_json().replace("<", "\\u003c")))

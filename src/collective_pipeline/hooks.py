@@ -1,0 +1,237 @@
+"""What happens around a run: checks before it, one MLflow run for each arm, the answer after it, plain errors."""
+
+import errno
+import logging
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import mlflow
+import pandas as pd
+from kedro.framework.context import KedroContext
+from kedro.framework.hooks import hook_impl
+from kedro.io import DataCatalog
+from kedro.pipeline import Pipeline
+from kedro.pipeline.node import Node
+
+from collective_pipeline.config import Arm, Parameters, UserError, check_parameters, flatten
+from collective_pipeline.models.matching import count_collective
+
+# MLflow tells about every monitor that it starts and stops; its warnings stay.
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+
+SYSTEM_METRICS_SECONDS = 2
+SPARE_BYTES = 64 * 2**20
+
+
+class CheckBeforeRun:
+    """Refuse what cannot work before any work is done."""
+
+    @hook_impl(tryfirst=True)
+    def after_context_created(self, context: KedroContext) -> None:
+        """Every parameter is known, of its type and in its range, `--params` included."""
+        try:
+            self.settings = check_parameters(context.params)
+        except UserError as error:
+            raise _for_person(error) from error
+
+    @hook_impl
+    def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """All folders that the run writes to can be written to and have room."""
+        needed = SPARE_BYTES + self._weight_bytes(pipeline)
+        folders = {
+            Path(path).parent
+            for name in pipeline.all_outputs()
+            if (path := getattr(catalog.get(name), "_filepath", None)) is not None
+        }
+        try:
+            for folder in sorted(folders):
+                check_writable(folder, needed)
+        except UserError as error:
+            raise _for_person(error) from error
+
+    def _weight_bytes(self, pipeline: Pipeline) -> int:
+        """A rough size of all checkpoints: 4 bytes a parameter, for every seed and arm."""
+        target = self.settings.baselines.target_params or count_collective(
+            self.settings.collective, in_dim=784, num_classes=10
+        )
+        num_arms = sum("train" in node.tags for node in pipeline.nodes)
+        return 4 * target * len(self.settings.seeds) * num_arms
+
+
+def check_writable(folder: Path, num_bytes: int) -> None:
+    """Raise a `UserError` if `folder`, or where it would be made, cannot take `num_bytes`."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(bytes(4096))
+            file.flush()
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written to ({error.strerror}): make it writable, or choose another folder in "
+            "conf/base/catalog.yml"
+        ) from error
+    if free < num_bytes:
+        raise UserError(
+            f"{folder} has {free / 2**20:.0f} MB of room and this run may write {num_bytes / 2**20:.0f} MB: free "
+            "some, or choose another folder in conf/base/catalog.yml"
+        )
+
+
+class TrackArms:
+    """One nested MLflow run for each arm: its parameters, live curves, system metrics and final figures.
+
+    kedro-mlflow owns the run of the whole `kedro run`; without it nothing is tracked.
+    """
+
+    def __init__(self) -> None:
+        self.runs: dict[str, str] = {}
+
+    @hook_impl
+    def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
+        """Name the code that runs."""
+        self.runs = {}
+        if mlflow.active_run() is None:
+            return
+        mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_SECONDS)
+        mlflow.set_system_metrics_samples_before_logging(1)
+        commit = _git("rev-parse", "HEAD")
+        if commit:
+            mlflow.set_tags({"mlflow.source.git.commit": commit, "git_dirty": bool(_git("status", "--porcelain"))})
+
+    @hook_impl
+    def before_node_run(self, node: Node, inputs: dict[str, Any]) -> None:
+        """The arm's run is active while its nodes train and evaluate."""
+        if mlflow.active_run() is None or not node.tags & {"train", "evaluate"}:
+            return
+        arm = str(node.namespace)
+        if arm in self.runs:
+            mlflow.start_run(run_id=self.runs[arm], nested=True)
+            return
+        settings: Parameters = inputs["settings"]
+        architecture = Arm.model_validate(inputs[f"{arm}.architecture"])
+        run = mlflow.start_run(
+            run_name=architecture.model_type,
+            nested=True,
+            log_system_metrics=True,
+            tags={"model_type": architecture.model_type, "dataset": settings.dataset},
+        )
+        self.runs[arm] = run.info.run_id
+        chosen = {"model_type": architecture.model_type, "params": architecture.params}
+        mlflow.log_params(
+            flatten(settings) | {f"arm.{name}": value for name, value in flatten(architecture).items()} | chosen
+        )
+
+    @hook_impl
+    def after_node_run(self, node: Node, outputs: dict[str, Any]) -> None:
+        """Log an evaluated arm's final figures; close the arm's run."""
+        if mlflow.active_run() is None or not node.tags & {"train", "evaluate"}:
+            return
+        if "evaluate" in node.tags:
+            mlflow.log_metrics(final_metrics(outputs[f"{node.namespace}.results"]))
+        mlflow.end_run()
+
+    @hook_impl
+    def on_node_error(self, node: Node) -> None:
+        """An arm that failed is marked so."""
+        if mlflow.active_run() is not None and node.tags & {"train", "evaluate"}:
+            mlflow.end_run("FAILED")
+
+
+def final_metrics(results: pd.DataFrame) -> dict[str, float]:
+    """An arm's means over seeds, under the names that people's notebooks read."""
+    accuracy, params = float(results["test_accuracy"].mean()), int(results["params"].iloc[0])
+    return {
+        "final/test_accuracy": accuracy,
+        "final/test_top5_accuracy": float(results["test_top5_accuracy"].mean()),
+        "final/test_loss": float(results["test_loss"].mean()),
+        "final/val_accuracy": float(results["val_accuracy"].mean()),
+        "final/model_params": params,
+        "final/param_efficiency": accuracy / params * 1e5,
+        "final/accuracy_per_million_params": accuracy / params * 1e6,
+        "final/macs": float(results["macs"].iloc[0]),
+        "final/latency_ms": float(results["latency_ms"].iloc[0]),
+        "final/train_seconds": float(results["train_seconds"].mean()),
+    }
+
+
+class TellAnswer:
+    """Ends a run by saying what it found and where the report lies."""
+
+    # Before kedro-mlflow ends the run that the report is logged to.
+    @hook_impl(tryfirst=True)
+    def after_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Log the reporting files to MLflow; print the answer, a table and the report's path."""
+        reports = [name for name in pipeline.all_outputs() if name.endswith(".report")]
+        for name in reports:
+            box = name.removesuffix(".report")
+            report = Path(catalog.get(name)._filepath)
+            if mlflow.active_run() is not None:
+                mlflow.log_artifacts(str(report.parent), "reporting")
+            click.echo(f"\n{catalog.load(f'{box}.summary')['answer']}\n")
+            click.echo(format_comparison(catalog.load(f"{box}.comparison")))
+            click.echo(f"\nReport: {_relative(report)}\n")
+
+
+def format_comparison(comparison: pd.DataFrame) -> str:
+    """The comparison as a table for a terminal."""
+    interval = "{:.2f} to {:.2f}".format
+    arms = comparison.itertuples(index=False)
+    table = pd.DataFrame(
+        {
+            "arm": arm.model_type,
+            "parameters": f"{arm.params:,}",
+            "test accuracy %": f"{arm.test_accuracy_mean:.2f}",
+            "interval": interval(arm.test_accuracy_ci_low, arm.test_accuracy_ci_high),
+            "minus collective": f"{arm.difference_to_reference:+.2f}",
+            "its interval": interval(arm.difference_ci_low, arm.difference_ci_high),
+            "p (Holm)": f"{arm.p_value_holm:.3f}",
+            "s/seed": f"{arm.train_seconds:.1f}",
+        }
+        for arm in arms
+    )
+    return table.replace({"nan": "-", "+nan": "-", "nan to nan": "-"}).to_string(index=False)
+
+
+class PlainErrors:
+    """Whoever types a command gets one sentence for what they can mend; a script gets the exception itself."""
+
+    # After kedro-mlflow has marked its run as failed.
+    @hook_impl(trylast=True)
+    def on_pipeline_error(self, error: Exception) -> None:
+        """Say it plainly if the user can do something about it."""
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise _for_person(cause) from error
+            if isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT}:
+                where = f" ({cause.filename})" if cause.filename else ""
+                raise _for_person(
+                    UserError(f"a result could not be written: {cause.strerror}{where}; mend that and run again")
+                ) from error
+            cause = cause.__cause__ or cause.__context__
+
+
+def _for_person(error: UserError) -> Exception:
+    if click.get_current_context(silent=True) is None:
+        return error
+    return click.ClickException(str(error))
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the project's folder, or nothing where there is no git."""
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    answer = subprocess.run(
+        [git, *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip()

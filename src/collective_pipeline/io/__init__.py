@@ -1,0 +1,1 @@
+"""Kedro datasets of this project: where its files meet the catalog."""

@@ -1,0 +1,72 @@
+"""Trained weights on disk, with all that is needed to build their network again: tensors and text, never code."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from collective_pipeline.config import Arm, UserError
+from collective_pipeline.models.build import build_arm
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An arm's chosen weights; every tensor has the seeds as its first dimension."""
+
+    arm: Arm
+    dataset: str
+    seeds: tuple[int, ...]
+    best_epochs: tuple[int, ...]
+    weights: dict[str, Tensor]
+
+    def build(self) -> nn.Module:
+        """The network with these weights, in evaluation mode: `(S, B, in_dim)` to `(S, B, K)` and parts."""
+        model = build_arm(self.arm, num_seeds=len(self.seeds))
+        model.load_state_dict(self.weights)
+        return model.eval()
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write to a temporary file, sync, rename: the file is whole or not there."""
+    about = {
+        "arm": checkpoint.arm.model_dump_json(),
+        "dataset": checkpoint.dataset,
+        "seeds": json.dumps(checkpoint.seeds),
+        "best_epochs": json.dumps(checkpoint.best_epochs),
+    }
+    weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("wb") as file:
+            file.write(save(weights, about))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`.
+
+    Raises:
+        UserError: If the file is missing, damaged or not one of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata()
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            return Checkpoint(
+                arm=Arm.model_validate_json(about["arm"]),
+                dataset=about["dataset"],
+                seeds=tuple(json.loads(about["seeds"])),
+                best_epochs=tuple(json.loads(about["best_epochs"])),
+                weights=weights,
+            )
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a checkpoint of this project that can be read: {error}") from error

@@ -1,0 +1,139 @@
+"""Layers that carry a stack of independent networks: weights `(S, N, in, out)`, features `(S, N, B, in)`.
+
+S seeds, N members, B batch, D features. One network alone is the case S = N = 1, so there is one implementation.
+Nothing in this file mixes two entries of S or of N.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+
+class Stack(NamedTuple):
+    """How many networks of one shape a layer holds."""
+
+    num_seeds: int
+    num_members: int = 1
+
+
+class Linear(nn.Module):
+    """y = x W + b, for every seed and member; an input with S = 1 is shared by all seeds."""
+
+    def __init__(self, stack: Stack, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(*stack, in_dim, out_dim))
+        self.bias = nn.Parameter(torch.zeros(*stack, 1, out_dim))
+
+    def initialise(self, generators: Sequence[Generator]) -> None:
+        """He-normal weights by fan-in, zero biases; seed s draws from `generators[s]` alone."""
+        std = math.sqrt(2 / self.weight.shape[2])
+        with torch.no_grad():
+            self.bias.zero_()
+            for weight_NIO, generator in zip(self.weight, generators, strict=True):
+                weight_NIO.copy_(torch.randn(weight_NIO.shape, generator=generator) * std)
+
+    def forward(self, x_SNBI: Tensor) -> Tensor:
+        """`(S, N, B, in)` to `(S, N, B, out)`."""
+        stack = self.weight.shape[:2]
+        x_TBI = x_SNBI.expand(stack[0], -1, -1, -1).flatten(0, 1)
+        return torch.baddbmm(self.bias.flatten(0, 1), x_TBI, self.weight.flatten(0, 1)).unflatten(0, stack)
+
+
+class FanOut(nn.Module):
+    """y_n = x W_n + b_n for members that read the same x.
+
+    Their matrices stand side by side in one Linear: one large product instead of N, and neither the input nor its
+    gradient is ever copied N times (6 analysts, 3 seeds on a CPU: 3 ms a step instead of 27).
+    """
+
+    def __init__(self, stack: Stack, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.num_members = stack.num_members
+        self.linear = Linear(Stack(stack.num_seeds), in_dim, stack.num_members * out_dim)
+
+    def forward(self, x_S1BI: Tensor) -> Tensor:
+        """`(S, 1, B, in)` to `(S, N, B, out)`."""
+        y_SBNO = self.linear(x_S1BI).squeeze(1).unflatten(-1, (self.num_members, -1))
+        return y_SBNO.transpose(1, 2)
+
+
+class BatchNorm(nn.Module):
+    """Normalise every feature over the batch alone, then scale and shift (Ioffe & Szegedy 2015)."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, stack: Stack, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(*stack, dim))
+        self.bias = nn.Parameter(torch.zeros(*stack, dim))
+        self.register_buffer("running_mean", torch.zeros(*stack, dim))
+        self.register_buffer("running_var", torch.ones(*stack, dim))
+
+    def forward(self, x_SNBD: Tensor) -> Tensor:
+        """Same shape as the input."""
+        num_seeds, num_members, batch, dim = x_SNBD.shape
+        # One fused kernel over S*N*D channels: 3 to 4 times faster on a CPU than mean, variance and scale by hand.
+        y_BC = F.batch_norm(
+            x_SNBD.permute(2, 0, 1, 3).reshape(batch, -1),
+            self.running_mean.view(-1),
+            self.running_var.view(-1),
+            self.weight.view(-1),
+            self.bias.view(-1),
+            training=self.training,
+        )
+        return y_BC.view(batch, num_seeds, num_members, dim).permute(1, 2, 0, 3)
+
+
+class RandomBits(nn.Module):
+    """16 random bits for each of `dim` features of every image and member, as signed integers.
+
+    The training loop fills `bits` before each step from every seed's own generator (`training.randomness`), so that
+    a seed's draws cannot depend on its neighbours. Left alone, it draws from torch's global generator.
+    """
+
+    def __init__(self, stack: Stack, dim: int) -> None:
+        super().__init__()
+        self.num_members = stack.num_members
+        self.dim = dim
+        self.bits: Tensor | None = None
+
+    def forward(self, x_SNBD: Tensor) -> Tensor:
+        """Bits `(S, N, B, dim)` for the features of `x`."""
+        if self.bits is not None:
+            return self.bits
+        shape = (*x_SNBD.shape[:3], self.dim)
+        return torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, device=x_SNBD.device)
+
+
+class Dropout(nn.Module):
+    """Zero features with probability `rate` while training and scale the others by 1 / (1 - rate)."""
+
+    def __init__(self, stack: Stack, dim: int, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.draw = RandomBits(stack, dim) if rate else None
+
+    def forward(self, x_SNBD: Tensor) -> Tensor:
+        """Same shape as the input."""
+        if not self.training or self.draw is None:
+            return x_SNBD
+        keep_SNBD = self.draw(x_SNBD) >= bits_below(self.rate)
+        return x_SNBD * keep_SNBD.to(x_SNBD.dtype).mul_(1 / (1 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+def bits_below(probability: float) -> int:
+    """The 16-bit signed number that a uniform one is below with this `probability`."""
+    return round(probability * 2**16) - 2**15
+
+
+def concat_members(x_SNBD: Tensor) -> Tensor:
+    """All members' features side by side, `(S, 1, B, N*D)`."""
+    return x_SNBD.transpose(1, 2).flatten(2).unsqueeze(1)

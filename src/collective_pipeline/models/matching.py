@@ -1,0 +1,216 @@
+"""Single networks as large as a parameter budget: widths in closed form, numbers of layers searched.
+
+Nothing is built here: a network is its list of hidden widths, and its parameters are a sum over neighbouring widths.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from collective_pipeline.config import (
+    BASELINES,
+    Arm,
+    BaselineConfig,
+    BaselineName,
+    CollectiveConfig,
+    MlpArchitecture,
+    ModelType,
+    UserError,
+)
+from collective_pipeline.models.build import build_model
+
+# Matrix kernels are fast for widths in multiples of 8; one layer leaves the grid to meet the budget. Budgets too
+# small for that grid are met on the grid of whole numbers.
+GRIDS = (8, 1)
+# A layer whose width is off its regular place by less than this part counts as regular, so that the number of
+# layers does not jump from one budget to the next for the sake of a few features.
+IRREGULARITY = 0.1
+# Beyond this the layer would be a bottleneck of its own, and the network no longer of its type.
+LARGEST_IRREGULARITY = 0.5
+
+
+class Family(NamedTuple):
+    """What makes a network shallow, deep, ...: how many layers, how wide each is, and whether they are skipped."""
+
+    num_layers: range
+    halving: bool = False
+    residual: bool = False
+
+    def regular_dims(self, width: float, num_layers: int) -> list[float]:
+        """Hidden widths: all `width`, or each half of the one before."""
+        return [width / 2**layer if self.halving else width for layer in range(num_layers)]
+
+
+FAMILIES: dict[BaselineName, Family] = {
+    "shallow": Family(range(2, 4)),
+    "balanced": Family(range(4, 6), halving=True),
+    "deep": Family(range(8, 11)),
+    "very_deep": Family(range(12, 16)),
+    "deep_resnet": Family(range(8, 11), residual=True),
+    "very_deep_resnet": Family(range(12, 16), residual=True),
+}
+
+
+class _Candidate(NamedTuple):
+    hidden_dims: tuple[int, ...]
+    params: int
+    irregularity: float
+
+
+def count_params(hidden_dims: Sequence[float], *, in_dim: int, num_classes: int, residual: bool = False) -> float:
+    """Trainable parameters of a single network with these hidden widths.
+
+    A layer from i to o features has a Linear (i o + o) and a BatchNorm (2 o); a residual one also a skip Linear
+    (i o + o) where i and o differ; the last Linear has (i K + K).
+    """
+    total = (hidden_dims[-1] + 1) * num_classes
+    for i, o in pairwise((in_dim, *hidden_dims)):
+        linear = i * o + o
+        total += linear + 2 * o + (linear if residual and i != o else 0)
+    return total
+
+
+def match_baseline(
+    model_type: BaselineName, target_params: int, config: BaselineConfig, *, in_dim: int, num_classes: int
+) -> Arm:
+    """The network of this type whose parameters come closest to what a regular shape allows.
+
+    Preferred are widths in multiples of 8, one layer apart from them taking up the remainder; then the fewest
+    layers of the type's range for which that layer is about where it would regularly be.
+
+    Raises:
+        UserError: If no network of this type is within `config.tolerance`; it names the nearest.
+    """
+    family = FAMILIES[model_type]
+
+    def count(dims: Sequence[float]) -> float:
+        return count_params(dims, in_dim=in_dim, num_classes=num_classes, residual=family.residual)
+
+    def error(candidate: _Candidate) -> float:
+        return abs(candidate.params - target_params) / target_params
+
+    candidates: list[_Candidate] = []
+    fitting: list[_Candidate] = []
+    for grid in GRIDS:
+        if not fitting:
+            candidates += [
+                _Candidate(dims, int(count(dims)), irregularity)
+                for num_layers in family.num_layers
+                for dims, irregularity in _shapes(family, num_layers, grid, target_params, count)
+            ]
+            fitting = [candidate for candidate in candidates if error(candidate) <= config.tolerance]
+    if not fitting:
+        nearest = min(candidates, key=error)
+        raise UserError(
+            f"no {model_type} network has {target_params:,} parameters within {100 * config.tolerance:g} %: the "
+            f"nearest has {nearest.params:,} (hidden widths {', '.join(map(str, nearest.hidden_dims))}); change "
+            "baselines.target_params or baselines.tolerance"
+        )
+
+    def preference(candidate: _Candidate) -> tuple[float, int, float]:
+        return (
+            max(candidate.irregularity, IRREGULARITY),
+            len(candidate.hidden_dims),
+            error(candidate),
+        )
+
+    best = min(fitting, key=preference)
+    return Arm(
+        model_type=model_type,
+        in_dim=in_dim,
+        num_classes=num_classes,
+        params=best.params,
+        target_params=target_params,
+        architecture=MlpArchitecture(
+            hidden_dims=best.hidden_dims, residual=family.residual, dropout=config.dropout
+        ),
+    )
+
+
+def match_arm(
+    model_type: ModelType, collective: CollectiveConfig, baselines: BaselineConfig, *, in_dim: int, num_classes: int
+) -> Arm:
+    """The arm of this type: the collective as configured, or a single network of its size (or `target_params`)."""
+    own_params = count_collective(collective, in_dim=in_dim, num_classes=num_classes)
+    if model_type == "collective":
+        return Arm(
+            model_type=model_type,
+            in_dim=in_dim,
+            num_classes=num_classes,
+            params=own_params,
+            target_params=own_params,
+            architecture=collective,
+        )
+    target_params = baselines.target_params or own_params
+    return match_baseline(model_type, target_params, baselines, in_dim=in_dim, num_classes=num_classes)
+
+
+def match_baselines(
+    collective: CollectiveConfig, baselines: BaselineConfig | None = None, *, in_dim: int = 784, num_classes: int = 10
+) -> dict[BaselineName, Arm]:
+    """All six single networks of the collective's size (or of `baselines.target_params`)."""
+    config = baselines or BaselineConfig()
+    target_params = config.target_params or count_collective(collective, in_dim=in_dim, num_classes=num_classes)
+    return {
+        name: match_baseline(name, target_params, config, in_dim=in_dim, num_classes=num_classes) for name in BASELINES
+    }
+
+
+def count_collective(collective: CollectiveConfig, *, in_dim: int, num_classes: int) -> int:
+    """Trainable parameters of the collective."""
+    # On the meta device a network is shapes only: nothing is allocated or drawn.
+    with torch.device("meta"):
+        model = build_model(collective, in_dim=in_dim, num_classes=num_classes)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _shapes(
+    family: Family, num_layers: int, grid: int, target: int, count: Callable[[Sequence[float]], float]
+) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Hidden widths near the budget, each with how far its irregular layer is from its regular width."""
+    width = _solve_width(family, num_layers, target, count)
+    for step in _near(width / grid, steps=3):
+        on_grid = [max(1, round(dim / grid)) * grid for dim in family.regular_dims(step * grid, num_layers)]
+        yield tuple(on_grid), 0.0
+        # A residual network pays for a skip on both sides of an irregular layer, so only its last one may be.
+        for layer in range(num_layers - 1 if family.residual else 0, num_layers):
+            for free in _solve_layer(on_grid, layer, target, count):
+                irregularity = abs(free / on_grid[layer] - 1)
+                if 0 < irregularity <= LARGEST_IRREGULARITY:
+                    yield (*on_grid[:layer], free, *on_grid[layer + 1 :]), irregularity
+
+
+def _solve_width(
+    family: Family, num_layers: int, target: int, count: Callable[[Sequence[float]], float]
+) -> float:
+    """The real width at which a regular network has `target` parameters (the count is quadratic in it)."""
+
+    def regular(width: float) -> float:
+        return count(family.regular_dims(width, num_layers))
+
+    # Three values of a quadratic give its coefficients; non-integers keep clear of widths that meet the input's.
+    constant, one, two = regular(0.0), regular(0.5), regular(1.5)
+    square = (two - 3 * one + 2 * constant) / 1.5
+    linear = (one - constant - 0.25 * square) / 0.5
+    root = linear**2 + 4 * square * max(target - constant, 0)
+    return (math.sqrt(root) - linear) / (2 * square)
+
+
+def _solve_layer(
+    dims: Sequence[int], layer: int, target: int, count: Callable[[Sequence[float]], float]
+) -> Iterable[int]:
+    """The whole widths of one layer next to where the budget is met, all others fixed (the count is linear in it)."""
+
+    def with_width(width: float) -> float:
+        return count([*dims[:layer], width, *dims[layer + 1 :]])
+
+    low, high = with_width(0.25), with_width(1.25)
+    return _near(0.25 + (target - low) / (high - low), steps=1)
+
+
+def _near(value: float, *, steps: int) -> range:
+    """The whole numbers, at least 1, from `steps` below `value` to `steps` above it."""
+    return range(max(1, math.ceil(value) - steps), max(1, math.floor(value) + steps) + 1)

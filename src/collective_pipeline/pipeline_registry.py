@@ -1,0 +1,26 @@
+"""The pipelines that `kedro run --pipeline` knows."""
+
+from collections.abc import Mapping
+
+from kedro.pipeline import Pipeline
+
+from collective_pipeline.config import MODEL_TYPES, ModelType
+from collective_pipeline.pipelines import arm, comparison, data
+
+
+def make_experiment(name: str, arms: Mapping[str, ModelType | None]) -> Pipeline:
+    """Shared data, one namespaced copy of the arm's pipeline for each of `arms`, and their comparison."""
+    return sum(
+        (
+            arm.create_pipeline(namespace, model_type=model_type, num_arms=len(arms))
+            for namespace, model_type in arms.items()
+        ),
+        start=data.create_pipeline() + comparison.create_pipeline(name, arms=list(arms)),
+    )
+
+
+def register_pipelines() -> dict[str, Pipeline]:
+    """`single` runs the arm that the parameter `model_type` names; `phase1` all seven."""
+    single = make_experiment("single", {"single": None})
+    phase1 = make_experiment("phase1", {model_type: model_type for model_type in MODEL_TYPES})
+    return {"__default__": single, "single": single, "phase1": phase1}

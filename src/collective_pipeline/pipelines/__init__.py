@@ -1,0 +1,1 @@
+"""Pipelines: thin nodes over the core, and how they are joined."""

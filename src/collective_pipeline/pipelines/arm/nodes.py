@@ -1,0 +1,82 @@
+"""The life of one arm."""
+
+from typing import Any
+
+import pandas as pd
+import torch
+
+from collective_pipeline.config import Arm, ModelType, Parameters
+from collective_pipeline.data.splits import Splits
+from collective_pipeline.evaluation.cost import count_macs, measure_latency
+from collective_pipeline.models.checkpoint import Checkpoint
+from collective_pipeline.models.matching import match_arm
+from collective_pipeline.training.progress import Progress
+from collective_pipeline.training.tracking import log_epoch
+from collective_pipeline.training.train import score_arm, train_arm
+
+
+def match_size(settings: Parameters, splits: Splits, model_type: ModelType | None = None) -> dict[str, Any]:
+    """The architecture of this arm at the comparison's parameter budget; by default of `settings.model_type`."""
+    arm = match_arm(
+        model_type or settings.model_type,
+        settings.collective,
+        settings.baselines,
+        in_dim=splits.in_dim,
+        num_classes=splits.num_classes,
+    )
+    return arm.model_dump(mode="json")
+
+
+def train(
+    architecture: dict[str, Any], splits: Splits, settings: Parameters, device: torch.device, num_arms: int = 1
+) -> tuple[Checkpoint, pd.DataFrame]:
+    """Train the arm with every seed; return the weights that validation chose, and the history."""
+    arm = Arm.model_validate(architecture)
+    progress = Progress(arm.model_type, num_arms=num_arms, device_type=device.type)
+    result = train_arm(
+        arm,
+        splits,
+        settings.training,
+        seeds=settings.seeds,
+        device=device,
+        callbacks=[progress, log_epoch],
+        watch=progress.watch,
+    )
+    checkpoint = Checkpoint(arm, splits.name, settings.seeds, tuple(result.best_epochs), result.weights)
+    history = pd.DataFrame(result.history)
+    history.insert(0, "model_type", arm.model_type)
+    return checkpoint, history
+
+
+def evaluate(
+    checkpoint: Checkpoint, history: pd.DataFrame, splits: Splits, settings: Parameters, device: torch.device
+) -> pd.DataFrame:
+    """Read the test set, once, with the chosen weights; one row for each seed."""
+    arm, seeds = checkpoint.arm, checkpoint.seeds
+    test = score_arm(arm, checkpoint.weights, splits.test, splits, settings.training, device=device)
+    num_epochs = history.groupby("seed")["epoch"].max()
+    chosen = history.set_index(["seed", "epoch"])["val_accuracy"]
+    seconds = float(history["seconds"].max())
+    steps = len(splits.train) // settings.training.batch_size
+    images = steps * settings.training.batch_size * int(num_epochs.max()) * len(seeds)
+    return pd.DataFrame(
+        {
+            "model_type": arm.model_type,
+            "seed": seeds,
+            "params": arm.params,
+            "target_params": arm.target_params,
+            "param_error_pct": arm.param_error_pct,
+            "macs": count_macs(arm),
+            "epochs": [int(num_epochs[seed]) for seed in seeds],
+            "best_epoch": checkpoint.best_epochs,
+            "val_accuracy": [
+                float(chosen[seed, epoch]) for seed, epoch in zip(seeds, checkpoint.best_epochs, strict=True)
+            ],
+            "test_accuracy": test["accuracy"],
+            "test_loss": test["loss"],
+            "train_seconds": seconds / len(seeds),
+            "samples_per_second": images / seconds,
+            "latency_ms": measure_latency(arm, device),
+            "test_top5_accuracy": test["top5_accuracy"],
+        }
+    )

@@ -1,0 +1,78 @@
+"""The arms side by side."""
+
+import platform
+import sys
+from typing import Any
+
+import pandas as pd
+import torch
+from plotly.graph_objects import Figure
+
+from collective_pipeline import __version__
+from collective_pipeline.config import Parameters, flatten
+from collective_pipeline.data.splits import Splits
+from collective_pipeline.evaluation.comparison import RUN_COLUMNS, answer, compare_arms
+from collective_pipeline.evaluation.figures import plot_training_curves
+from collective_pipeline.evaluation.report import write_report
+from collective_pipeline.training.runtime import describe_device
+
+
+def compare(settings: Parameters, *results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
+    """All runs, one row for each arm, and the answer with the figures that it rests on."""
+    runs = pd.concat(results, ignore_index=True)
+    comparison = compare_arms(runs, settings.comparison)
+    summary = {
+        "answer": answer(comparison, settings.comparison),
+        "test_accuracy": {
+            row.model_type: round(float(row.test_accuracy_mean), 3) for row in comparison.itertuples(index=False)
+        },
+    }
+    return runs[list(RUN_COLUMNS)], comparison, summary
+
+
+def plot_curves(*histories: pd.DataFrame) -> Figure:
+    """Training curves of all arms."""
+    return plot_training_curves(pd.concat(histories, ignore_index=True))
+
+
+def report(
+    settings: Parameters,
+    splits: Splits,
+    device: torch.device,
+    runs: pd.DataFrame,
+    comparison: pd.DataFrame,
+    summary: dict[str, Any],
+    *histories: pd.DataFrame,
+) -> str:
+    """The page that answers the question, and says how the answer came about."""
+    return write_report(
+        title=f"{settings.dataset}: {', '.join(comparison['model_type'])}"
+        if len(comparison) == 1
+        else f"Does a collective use its parameters better? {settings.dataset}",
+        answer=summary["answer"],
+        results=runs,
+        comparison=comparison,
+        history=pd.concat(histories, ignore_index=True),
+        facts=_facts(settings, splits, device),
+    )
+
+
+def _facts(settings: Parameters, splits: Splits, device: torch.device) -> dict[str, dict[str, str]]:
+    return {
+        "Run": {
+            "command": " ".join(["kedro", *sys.argv[1:]]),
+            "device": describe_device(device),
+            "torch": torch.__version__,
+            "Python": platform.python_version(),
+            "collective-pipeline": __version__,
+        },
+        "Data": {
+            "data set": splits.name,
+            "training images": f"{len(splits.train):,}",
+            "validation images": f"{len(splits.val):,} (stratified, never augmented)",
+            "test images": f"{len(splits.test):,} (read once, at the end)",
+            "channel means": ", ".join(f"{mean:.4f}" for mean in splits.mean),
+            "channel deviations": ", ".join(f"{std:.4f}" for std in splits.std),
+        },
+        "Parameters": {name: str(value) for name, value in flatten(settings).items()},
+    }

@@ -1,0 +1,31 @@
+"""Compare, plot, report."""
+
+from collections.abc import Sequence
+
+from kedro.pipeline import Node, Pipeline
+
+from collective_pipeline.evaluation.figures import plot_accuracy, plot_accuracy_against_params, plot_differences
+from collective_pipeline.pipelines.comparison.nodes import compare, plot_curves, report
+
+
+def create_pipeline(namespace: str, *, arms: Sequence[str]) -> Pipeline:
+    """The comparison of these arms, each named by the namespace of its own pipeline."""
+    results, histories = [f"{arm}.results" for arm in arms], [f"{arm}.history" for arm in arms]
+    tables = ["runs", "comparison"]
+    nodes = [
+        Node(compare, inputs=["settings", *results], outputs=[*tables, "summary"], name="compare"),
+        Node(plot_accuracy, inputs="comparison", outputs="accuracy_figure", name="plot_accuracy"),
+        Node(plot_accuracy_against_params, inputs=tables, outputs="params_figure", name="plot_params"),
+        Node(plot_curves, inputs=histories, outputs="curves_figure", name="plot_curves"),
+        Node(
+            report,
+            inputs=["settings", "splits", "device", *tables, "summary", *histories],
+            outputs="report",
+            name="report",
+        ),
+    ]
+    if len(arms) > 1:
+        nodes.append(
+            Node(plot_differences, inputs="comparison", outputs="differences_figure", name="plot_differences")
+        )
+    return Pipeline(nodes, namespace=namespace, inputs={"settings", "splits", "device", *results, *histories})

@@ -1,0 +1,23 @@
+"""What every arm shares: the settings, the device and the split images."""
+
+from typing import Any
+
+import torch
+
+from collective_pipeline.config import Parameters, check_parameters
+from collective_pipeline.data.small_images import RawImages
+from collective_pipeline.data.splits import Splits, make_splits
+from collective_pipeline.training.runtime import choose_device
+
+
+def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
+    """All parameters, typed, and the device that they name."""
+    settings = check_parameters(parameters)
+    return settings, choose_device(settings.device)
+
+
+def split_images(raw_images: RawImages, settings: Parameters) -> Splits:
+    """Training, validation and test images: the same for every arm and every seed."""
+    return make_splits(
+        raw_images, val_fraction=settings.data.val_fraction, split_seed=settings.data.split_seed
+    )

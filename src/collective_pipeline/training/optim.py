@@ -1,0 +1,142 @@
+"""Optimisers, learning-rate schedules, averaging, and what is done to gradients: all of it seed by seed."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from collective_pipeline.config import TrainingConfig
+
+
+def make_optimizer(
+    parameters: Sequence[tuple[str, nn.Parameter]], config: TrainingConfig, *, rate_factor: float = 1.0
+) -> Optimizer:
+    """The configured optimiser, element by element and so for every seed alone; only matrices are decayed."""
+    rate = config.learning_rate * rate_factor
+    matrices = [parameter for name, parameter in parameters if _is_matrix(name, parameter)]
+    vectors = [parameter for name, parameter in parameters if not _is_matrix(name, parameter)]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    # The fused kernels take a third of the time of the default ones, on a CPU too.
+    match config.optimizer:
+        case "adam":
+            return Adam(groups, lr=rate, fused=True)
+        case "adamw":
+            return AdamW(groups, lr=rate, fused=True)
+        case "sgd":
+            return SGD(groups, lr=rate, momentum=config.momentum, fused=True)
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    # Weights of a Linear are (S, N, in, out); its bias is (S, N, 1, out).
+    return parameter.ndim == 4 and not name.endswith("bias")
+
+
+def make_schedule(optimizer: Optimizer, config: TrainingConfig, *, num_updates: int, warmup_updates: int) -> LambdaLR:
+    """The configured schedule over `num_updates`; step it once an update."""
+    shape = SHAPES[config.schedule]
+
+    def factor(update: int) -> float:
+        if update < warmup_updates:
+            return (update + 1) / (warmup_updates + 1)
+        return shape((update - warmup_updates) / max(1, num_updates - warmup_updates), config)
+
+    return LambdaLR(optimizer, factor)
+
+
+def cosine(progress: float, config: TrainingConfig) -> float:
+    """From 1 to 0 along half a cosine (Loshchilov & Hutter 2017)."""
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def one_cycle(progress: float, config: TrainingConfig) -> float:
+    """Up from 1/25 to 1 over the first 30 %, then down to 1/250,000, both along a cosine (Smith & Topin 2019)."""
+    start, peak, floor = 1 / 25, 0.3, 1 / 250_000
+    if progress < peak:
+        return 1 - (1 - start) * cosine(progress / peak, config)
+    return floor + (1 - floor) * cosine((progress - peak) / (1 - peak), config)
+
+
+def multi_step(progress: float, config: TrainingConfig) -> float:
+    """Multiplied by `decay_factor` at every milestone."""
+    return config.decay_factor ** sum(progress >= milestone for milestone in config.milestones)
+
+
+SHAPES: dict[str, Callable[[float, TrainingConfig], float]] = {
+    "constant": lambda progress, config: 1.0,
+    "cosine": cosine,
+    "one_cycle": one_cycle,
+    "multi_step": multi_step,
+}
+
+
+def clip_by_seed(gradients: Sequence[Tensor], max_norm: float) -> None:
+    """Scale each seed's gradients, the first dimension, so that their common norm is at most `max_norm`."""
+    squares = [gradient.flatten(1).square().sum(dim=1) for gradient in gradients]
+    norm_S = torch.stack(squares).sum(dim=0).sqrt()
+    multiply_by_seed(gradients, (max_norm / (norm_S + 1e-6)).clamp(max=1.0))
+
+
+def multiply_by_seed(gradients: Sequence[Tensor], factor_S: Tensor) -> None:
+    """Multiply each seed's gradients by its factor, in place."""
+    for gradient in gradients:
+        gradient.mul_(factor_S.view(-1, *[1] * (gradient.ndim - 1)))
+
+
+class LossScaler:
+    """A loss scale for each seed, as fp16 needs it (Micikevicius et al. 2018); without fp16 it does nothing.
+
+    torch's GradScaler has one scale for all parameters, which would let one seed's overflow skip the step of its
+    neighbours. Here the seed that overflowed takes that step with a zero gradient, at half the scale from then on.
+    """
+
+    GROWTH_INTERVAL = 2000
+
+    def __init__(self, num_seeds: int, device: torch.device, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self.scale_S = torch.full((num_seeds,), 2.0**16 if enabled else 1.0, device=device)
+        self.clean_steps_S = torch.zeros(num_seeds, dtype=torch.int64, device=device)
+
+    def scale(self, loss_S: Tensor) -> Tensor:
+        return loss_S * self.scale_S if self.enabled else loss_S
+
+    @torch.no_grad()
+    def unscale_(self, gradients: Sequence[Tensor]) -> None:
+        if not self.enabled:
+            return
+        finite_S = torch.stack([gradient.flatten(1).isfinite().all(dim=1) for gradient in gradients]).all(dim=0)
+        multiply_by_seed(gradients, torch.where(finite_S, 1 / self.scale_S, 0.0))
+        for gradient in gradients:
+            gradient.nan_to_num_(0.0, 0.0, 0.0)
+        self.clean_steps_S = torch.where(finite_S, self.clean_steps_S + 1, 0)
+        grown_S = torch.where(self.clean_steps_S % self.GROWTH_INTERVAL == 0, 2.0, 1.0)
+        self.scale_S = self.scale_S * torch.where(finite_S, grown_S, 0.5)
+
+
+class AveragedWeights:
+    """Exponential moving average of a network's weights and buffers that forgets its start.
+
+    decay_t = min(decay, (1 + t) / (10 + t)). torch's AveragedModel reads a counter from the device at every update,
+    which makes the host wait for it; here the counter is the host's.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = copy.deepcopy(network)
+        self.decay = decay
+        self.num_updates = 0
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(_float_state(self.network), _float_state(network), 1 - decay)
+        self.num_updates += 1
+
+
+def _float_state(network: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]

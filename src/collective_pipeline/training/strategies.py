@@ -1,0 +1,190 @@
+"""Training strategies: lists of phases that share one budget of epochs.
+
+`end_to_end` trains everything at once. `pretrain_freeze_finetune` lets every expert learn to classify alone, then
+trains the rest on the frozen experts, then everything at a tenth of the rate. `layerwise_autoencoding` lets each
+layer in turn, on top of the frozen ones before it, rebuild its own input, then trains everything.
+
+Only a collective has members to pretrain; a single network is trained end to end for the same number of updates.
+Suffixes as in `models.collective`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from collective_pipeline.config import Arm, CollectiveConfig, TrainingConfig, UserError
+from collective_pipeline.models.collective import Collective, Members
+from collective_pipeline.models.layers import Linear, Stack, concat_members
+from collective_pipeline.models.mlp import Mlp
+from collective_pipeline.training.losses import (
+    Objective,
+    diversity,
+    make_objective,
+    member_cross_entropy,
+    reconstruction,
+    weighted_sum,
+)
+
+FINETUNE_FACTOR = 0.1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with its own network, objective and trained modules.
+
+    Attributes:
+        network: What maps images `(S, B, I)` to `(logits, parts)` in this phase.
+        trained: The modules of `network` that learn; all others are frozen, norms and dropout included.
+        new: The module that this phase brings along and whose weights are to be drawn; not part of the arm.
+        rate_factor: Of the configured learning rate.
+        classifies: Whether the logits mean anything, so that accuracy can be measured.
+        selects: Whether the network is the arm itself, so that validation may choose one of the phase's epochs.
+    """
+
+    name: str
+    epochs: int
+    network: nn.Module
+    objective: Objective
+    trained: Sequence[nn.Module]
+    new: nn.Module | None = None
+    rate_factor: float = 1.0
+    classifies: bool = True
+    selects: bool = True
+
+
+class ExpertClassifiers(nn.Module):
+    """Every expert with a Linear of its own for a head; the logits are the experts' mean."""
+
+    def __init__(self, model: Collective, probe: Linear) -> None:
+        super().__init__()
+        self.experts = model.experts
+        self.probe = probe
+
+    def forward(self, x_SBI: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return logits `(S, B, K)` and the parts `experts` and `expert_logits`."""
+        e_SNBE = self.experts(x_SBI.unsqueeze(1))
+        logits_SNBK = self.probe(e_SNBE)
+        return logits_SNBK.mean(dim=1), {"experts": e_SNBE, "expert_logits": logits_SNBK}
+
+
+class Autoencoder(nn.Module):
+    """One layer of the collective, and a decoder that rebuilds what the layer read."""
+
+    def __init__(
+        self, model: Collective, read: Callable[[Collective, Tensor], Tensor], layer: nn.Module, decoder: nn.Module
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.read = read
+        self.layer = layer
+        self.decoder = decoder
+
+    def forward(self, x_SBI: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return no logits, `(S, B, 0)`, and the parts `original` and `reconstruction`."""
+        original = self.read(self.model, x_SBI.unsqueeze(1))
+        rebuilt = self.decoder(self.layer(original))
+        logits_SB0 = rebuilt.new_empty(len(rebuilt), x_SBI.shape[1], 0)
+        return logits_SB0, {"original": original, "reconstruction": rebuilt}
+
+
+def plan_phases(arm: Arm, model: nn.Module, config: TrainingConfig, *, num_seeds: int) -> list[Phase]:
+    """The phases of the configured strategy for this arm, their epochs adding up to `config.epochs`.
+
+    Raises:
+        UserError: If there are fewer epochs than phases.
+    """
+    objective = make_objective(arm.architecture, config.label_smoothing)
+    if not isinstance(model, Collective) or not isinstance(arm.architecture, CollectiveConfig):
+        return [Phase("train", config.epochs, model, objective, [model])]
+    match config.strategy:
+        case "end_to_end":
+            return [Phase("train", config.epochs, model, objective, [model])]
+        case "pretrain_freeze_finetune":
+            pretrain, train, finetune = _share(config, [0.3, 0.4, 0.3])
+            probe = Linear(Stack(num_seeds, len(model.experts.dims)), model.experts.dims[0][-1], arm.num_classes)
+            rest = [child for child in model.children() if child is not model.experts]
+            diverse = arm.architecture.expert_diversity
+            alone = weighted_sum(
+                {
+                    "cross_entropy": (1.0, member_cross_entropy("expert_logits", config.label_smoothing)),
+                    "experts_diversity": (diverse.weight, diversity("experts", diverse.temperature)),
+                }
+            )
+            experts = ExpertClassifiers(model, probe)
+            return [
+                Phase("pretrain_experts", pretrain, experts, alone, [experts], new=probe, selects=False),
+                Phase("train_rest", train, model, objective, rest),
+                Phase("finetune", finetune, model, objective, [model], rate_factor=FINETUNE_FACTOR),
+            ]
+        case "layerwise_autoencoding":
+            layers = _autoencoders(model, num_seeds)
+            *pretrain_epochs, finetune = _share(config, [*[0.4 / len(layers)] * len(layers), 0.6])
+            rebuild = weighted_sum({"reconstruction": (1.0, reconstruction)})
+            return [
+                *(
+                    Phase(
+                        f"autoencode_{name}",
+                        epochs,
+                        network,
+                        rebuild,
+                        [network.layer, network.decoder],
+                        new=network.decoder,
+                        classifies=False,
+                        selects=False,
+                    )
+                    for (name, network), epochs in zip(layers.items(), pretrain_epochs, strict=True)
+                ),
+                Phase("finetune", finetune, model, objective, [model]),
+            ]
+
+
+def _share(config: TrainingConfig, parts: Sequence[float]) -> list[int]:
+    """Whole epochs in these proportions, at least one each."""
+    if config.epochs < len(parts):
+        raise UserError(
+            f"training.epochs={config.epochs} is too few for the {len(parts)} phases of "
+            f"training.strategy={config.strategy}: give at least {len(parts)}"
+        )
+    spare = config.epochs - len(parts)
+    ends = [round(spare * sum(parts[: i + 1])) for i in range(len(parts))]
+    return [1 + end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _autoencoders(model: Collective, num_seeds: int) -> dict[str, Autoencoder]:
+    """Every layer of the collective below the head with a mirrored decoder, in the order they are trained."""
+
+    def mirrored(layer: nn.Module) -> nn.Module:
+        if isinstance(layer, Members):
+            return Members(num_seeds, [dims[::-1] for dims in layer.dims], dropout=0.0)
+        assert isinstance(layer, Mlp)
+        return Mlp(Stack(num_seeds), layer.dims[::-1], dropout=[0.0] * (len(layer.dims) - 2))
+
+    steps: dict[str, tuple[Callable[[Collective, Tensor], Tensor], nn.Module]] = {
+        "experts": (_image, model.experts),
+        "expert_encoder": (_expert_features, model.expert_encoder),
+        "analysts": (_image_and_experts, model.analysts),
+        "analyst_encoder": (_analyst_features, model.analyst_encoder),
+    }
+    return {
+        name: Autoencoder(model, read, layer, mirrored(layer))
+        for name, (read, layer) in steps.items()
+        if not isinstance(layer, nn.Identity)
+    }
+
+
+def _image(model: Collective, x_S1BI: Tensor) -> Tensor:
+    return x_S1BI
+
+
+def _expert_features(model: Collective, x_S1BI: Tensor) -> Tensor:
+    return concat_members(model.experts(x_S1BI))
+
+
+def _image_and_experts(model: Collective, x_S1BI: Tensor) -> Tensor:
+    return torch.cat([x_S1BI, model.expert_encoder(_expert_features(model, x_S1BI))], dim=-1)
+
+
+def _analyst_features(model: Collective, x_S1BI: Tensor) -> Tensor:
+    return concat_members(model.analysts(_image_and_experts(model, x_S1BI)))

@@ -1,0 +1,16 @@
+"""Live curves in MLflow: the one module of the core that speaks to it, and only if a run is active."""
+
+import math
+from statistics import fmean
+
+import mlflow
+
+from collective_pipeline.training.loop import Epoch
+
+
+def log_epoch(epoch: Epoch) -> None:
+    """Log the means over seeds of an epoch as `train/loss`, `val/accuracy`, ... to the active run, if there is one."""
+    if mlflow.active_run() is None:
+        return
+    means = {name.replace("_", "/", 1): fmean(values) for name, values in epoch.metrics.items()}
+    mlflow.log_metrics({name: mean for name, mean in means.items() if math.isfinite(mean)}, step=epoch.number)

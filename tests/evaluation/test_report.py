@@ -1,0 +1,134 @@
+"""What the report promises: the answer first, one file, nothing fetched, nothing unescaped."""
+
+import io
+import itertools
+from html.parser import HTMLParser
+from urllib.parse import unquote
+
+import numpy as np
+import pandas as pd
+import pytest
+from plotly.offline import get_plotlyjs
+
+from collective_pipeline.config import MODEL_TYPES, ComparisonConfig
+from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS, compare_arms
+from collective_pipeline.evaluation.report import write_report
+
+FACTS = {"Command": {"command": "kedro run --pipeline phase1"}, "Machine": {"device": "cpu"}}
+
+
+def make_report(arms=MODEL_TYPES, num_seeds=3, **changes) -> str:
+    rng = np.random.default_rng(0)
+    seeds = range(42, 42 + num_seeds)
+    results = pd.DataFrame(
+        [
+            {
+                **dict.fromkeys(RUN_COLUMNS, 1.0),
+                "model_type": arm,
+                "seed": seed,
+                "params": 560_000,
+                "test_accuracy": 97 + rng.random(),
+                "latency_ms": 0.5,
+            }
+            for arm, seed in itertools.product(arms, seeds)
+        ]
+    )
+    history = results[["model_type", "seed"]].assign(epoch=1, val_accuracy=97.0, val_loss=0.1, train_loss=0.1)
+    report = {
+        "title": "Phase 1 on MNIST",
+        "answer": "It depends.",
+        "results": results,
+        "comparison": compare_arms(results, ComparisonConfig(resamples=200)),
+        "history": history,
+        "facts": FACTS,
+    }
+    return write_report(**report | changes)
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of scripts and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.cdata_elem is None and data.strip():
+            self.texts.append(data.strip())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return make_report()
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def test_nothing_is_fetched(html, page):
+    own = html.replace(get_plotlyjs(), "")
+    assert len(own) == len(html) - len(get_plotlyjs()), "plotly.js exactly once"
+    for word in ("http://", "https://", "@import", "@font-face", "url("):
+        assert word not in own
+    addresses = [attributes.get(name) for _, attributes in page.tags for name in ("src", "href") if name in attributes]
+    assert addresses
+    assert all(address.startswith("data:") for address in addresses)
+    assert "default-src 'none'" in page.all("meta")[2]["content"]
+
+
+def test_the_answer_comes_first(page):
+    after_title = page.texts[page.texts.index("Phase 1 on MNIST", 1) :]
+    assert after_title[1] == "It depends."
+
+
+def test_the_page_can_be_read_aloud(page):
+    assert page.all("html") == [{"lang": "en"}]
+    assert len(page.all("h1")) == 1
+    assert len(page.all("caption")) == len(page.all("table")) == 3
+    plots = [attributes for attributes in page.all("div") if attributes.get("class") == "plot"]
+    assert len(plots) == 4
+    assert all(plot["role"] == "img" and plot["aria-label"] for plot in plots)
+
+
+def test_tables_download_as_the_promised_files(page):
+    files = {
+        link["download"]: pd.read_csv(io.StringIO(unquote(link["href"].split(",", 1)[1])))
+        for link in page.all("a")
+        if "download" in link
+    }
+    assert tuple(files["comparison.csv"]) == COMPARISON_COLUMNS
+    assert tuple(files["runs.csv"]) == RUN_COLUMNS
+    assert len(files["runs.csv"]) == 3 * len(MODEL_TYPES)
+
+
+def test_every_arm_and_every_fact_is_on_the_page(page):
+    for expected in (*MODEL_TYPES, "Machine", "device", "cpu"):
+        assert expected in page.texts
+
+
+def test_everything_is_escaped():
+    evil = "<script>alert(1)</script>"
+    html = make_report(
+        arms=("collective", evil), title=evil, answer=evil, facts={evil: {evil: evil}}, reference="collective"
+    )
+    assert evil not in html
+    assert evil in Page(html).texts
+
+
+def test_a_single_arm_has_no_comparison():
+    html = make_report(arms=("very_deep_resnet",), num_seeds=1)
+    page = Page(html)
+    assert "Result" in page.texts
+    assert not any("Difference" in text or "Paired" in text for text in page.texts)
+    assert sum(attributes.get("class") == "plot" for attributes in page.all("div")) == 3
+    assert not any(text == "nan" for text in page.texts)
