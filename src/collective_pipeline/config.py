@@ -243,12 +243,8 @@ class Parameters(Config):
 PHASE1 = Parameters()
 DEBUG = Parameters(
     seeds=(42, 43, 44),
-    collective=CollectiveConfig(
-        expert_hidden=(128, 64), expert_output=32, analyst_hidden=(64, 32), analyst_output=16
-    ),
-    training=TrainingConfig(
-        epochs=5, batch_size=128, eval_batch_size=512, weight_decay=0.0, augmentation_strength=0.0
-    ),
+    collective=CollectiveConfig(expert_hidden=(128, 64), expert_output=32, analyst_hidden=(64, 32), analyst_output=16),
+    training=TrainingConfig(epochs=5, batch_size=128, eval_batch_size=512, weight_decay=0.0, augmentation_strength=0.0),
 )
 
 

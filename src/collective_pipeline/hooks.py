@@ -42,11 +42,8 @@ class CheckBeforeRun:
     def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
         """All folders that the run writes to can be written to and have room."""
         needed = SPARE_BYTES + self._weight_bytes(pipeline)
-        folders = {
-            Path(path).parent
-            for name in pipeline.all_outputs()
-            if (path := getattr(catalog.get(name), "_filepath", None)) is not None
-        }
+        paths = (_filepath(catalog, name) for name in pipeline.all_outputs())
+        folders = {Path(path).parent for path in paths if path is not None}
         try:
             for folder in sorted(folders):
                 check_writable(folder, needed)
@@ -169,7 +166,7 @@ class TellAnswer:
         reports = [name for name in pipeline.all_outputs() if name.endswith(".report")]
         for name in reports:
             box = name.removesuffix(".report")
-            report = Path(catalog.get(name)._filepath)
+            report = Path(_filepath(catalog, name) or "")
             if mlflow.active_run() is not None:
                 mlflow.log_artifacts(str(report.parent), "reporting")
             click.echo(f"\n{catalog.load(f'{box}.summary')['answer']}\n")
@@ -226,12 +223,16 @@ def _relative(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def _filepath(catalog: DataCatalog, name: str) -> str | None:
+    """Where a dataset is kept, or None if it is only in memory."""
+    path = getattr(catalog.get(name), "_filepath", None)
+    return None if path is None else str(path)
+
+
 def _git(*arguments: str) -> str:
     """What git says of the project's folder, or nothing where there is no git."""
     git = shutil.which("git")
     if git is None:
         return ""
-    answer = subprocess.run(
-        [git, *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    answer = subprocess.run([git, *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return answer.stdout.strip()

@@ -1,14 +1,10 @@
 """What Kedro starts with."""
 
-import warnings
 from pathlib import Path
 
 from kedro.config import OmegaConfigLoader
 
 from collective_pipeline.hooks import CheckBeforeRun, PlainErrors, TellAnswer, TrackArms
-
-# Kedro 1.7 calls omegaconf 2.4 by a name that it deprecates; nobody who runs a pipeline can mend that.
-warnings.filterwarnings("ignore", message=r"\s*register_new_resolver\(\) is deprecated")
 
 # pluggy calls the last one first.
 HOOKS = (TellAnswer(), TrackArms(), CheckBeforeRun(), PlainErrors())
@@ -20,5 +16,5 @@ CONFIG_LOADER_ARGS = {
     # Without it, an environment or `--params training.epochs=3` would wipe the rest of `training`.
     "merge_strategy": {"parameters": "soft", "globals": "soft"},
     # MLflow's database stands beside the project, from whatever folder Kedro is called.
-    "custom_resolvers": {"project_root": lambda: Path(__file__).parents[2].as_posix()},
+    "custom_resolvers": {"project_root": Path(__file__).parents[2].as_posix},
 }

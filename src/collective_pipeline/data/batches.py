@@ -38,9 +38,7 @@ class Batches:
         UserError: If there are fewer training images than one batch needs.
     """
 
-    def __init__(
-        self, splits: Splits, seeds: Sequence[int], *, batch_size: int, augmentation_strength: float
-    ) -> None:
+    def __init__(self, splits: Splits, seeds: Sequence[int], *, batch_size: int, augmentation_strength: float) -> None:
         if len(splits.train) < batch_size:
             raise UserError(
                 f"training.batch_size={batch_size} is more than the {len(splits.train)} training images: "

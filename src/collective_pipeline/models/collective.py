@@ -119,7 +119,7 @@ class MemberDropout(nn.Module):
         """Same shape as the input."""
         if not self.training or self.draw is None:
             return x_SNBE
-        bits_SNB1 = self.draw(x_SNBE)
+        bits_SNB1: Tensor = self.draw(x_SNBE)
         if self.form == "original":
             bits_SNB1 = bits_SNB1[:, :, :1]
         # The largest draw survives in any case: given that all are dropped, every member is equally likely to be it.

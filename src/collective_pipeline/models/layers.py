@@ -40,7 +40,8 @@ class Linear(nn.Module):
         """`(S, N, B, in)` to `(S, N, B, out)`."""
         stack = self.weight.shape[:2]
         x_TBI = x_SNBI.expand(stack[0], -1, -1, -1).flatten(0, 1)
-        return torch.baddbmm(self.bias.flatten(0, 1), x_TBI, self.weight.flatten(0, 1)).unflatten(0, stack)
+        y_TBO = torch.baddbmm(self.bias.flatten(0, 1), x_TBI, self.weight.flatten(0, 1))
+        return y_TBO.view(*stack, *y_TBO.shape[1:])
 
 
 class FanOut(nn.Module):
@@ -57,8 +58,8 @@ class FanOut(nn.Module):
 
     def forward(self, x_S1BI: Tensor) -> Tensor:
         """`(S, 1, B, in)` to `(S, N, B, out)`."""
-        y_SBNO = self.linear(x_S1BI).squeeze(1).unflatten(-1, (self.num_members, -1))
-        return y_SBNO.transpose(1, 2)
+        y_S1BM: Tensor = self.linear(x_S1BI)
+        return y_S1BM.view(len(y_S1BM), y_S1BM.shape[2], self.num_members, -1).transpose(1, 2)
 
 
 class BatchNorm(nn.Module):
@@ -122,8 +123,9 @@ class Dropout(nn.Module):
         """Same shape as the input."""
         if not self.training or self.draw is None:
             return x_SNBD
-        keep_SNBD = self.draw(x_SNBD) >= bits_below(self.rate)
-        return x_SNBD * keep_SNBD.to(x_SNBD.dtype).mul_(1 / (1 - self.rate))
+        keep_SNBD: Tensor = self.draw(x_SNBD) >= bits_below(self.rate)
+        kept_SNBD: Tensor = x_SNBD * keep_SNBD.to(x_SNBD.dtype).mul_(1 / (1 - self.rate))
+        return kept_SNBD
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
@@ -131,7 +133,7 @@ class Dropout(nn.Module):
 
 def bits_below(probability: float) -> int:
     """The 16-bit signed number that a uniform one is below with this `probability`."""
-    return round(probability * 2**16) - 2**15
+    return min(round(probability * 2**16), 2**16 - 1) - 2**15
 
 
 def concat_members(x_SNBD: Tensor) -> Tensor:

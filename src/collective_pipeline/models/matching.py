@@ -124,9 +124,7 @@ def match_baseline(
         num_classes=num_classes,
         params=best.params,
         target_params=target_params,
-        architecture=MlpArchitecture(
-            hidden_dims=best.hidden_dims, residual=family.residual, dropout=config.dropout
-        ),
+        architecture=MlpArchitecture(hidden_dims=best.hidden_dims, residual=family.residual, dropout=config.dropout),
     )
 
 
@@ -183,9 +181,7 @@ def _shapes(
                     yield (*on_grid[:layer], free, *on_grid[layer + 1 :]), irregularity
 
 
-def _solve_width(
-    family: Family, num_layers: int, target: int, count: Callable[[Sequence[float]], float]
-) -> float:
+def _solve_width(family: Family, num_layers: int, target: int, count: Callable[[Sequence[float]], float]) -> float:
     """The real width at which a regular network has `target` parameters (the count is quadratic in it)."""
 
     def regular(width: float) -> float:

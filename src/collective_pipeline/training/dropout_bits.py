@@ -30,9 +30,7 @@ class DropoutBits:
         self.release()
         self.sites = [site for site in model.modules() if isinstance(site, RandomBits) and site.training]
         sizes = [site.num_members * batch_size * site.dim for site in self.sites]
-        self.words_SW = torch.empty(
-            len(self.generators), -(-sum(sizes) // 4), dtype=torch.int64, device=self.device
-        )
+        self.words_SW = torch.empty(len(self.generators), -(-sum(sizes) // 4), dtype=torch.int64, device=self.device)
         pieces: Tensor = self.words_SW.view(torch.int16)[:, : sum(sizes)]
         for site, bits in zip(self.sites, pieces.split(sizes, dim=1), strict=True):
             site.bits = bits.unflatten(1, (site.num_members, batch_size, site.dim))

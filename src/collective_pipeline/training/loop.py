@@ -3,9 +3,10 @@
 All seeds of an arm train side by side: `S` is the first dimension of weights, batches and losses.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +32,13 @@ Metrics = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a callback sees after each epoch: numbers on the host, one for each seed.
+    """What a callback sees after each epoch: numbers on the host.
 
     Attributes:
         number: Counted from 1 over all phases.
         num_epochs: Of the whole training.
-        metrics: `train_loss`, `val_accuracy`, ...: one number for each seed, NaN where it is not defined.
+        metrics: `train_loss`, `val_accuracy`, ...: one number for each seed.
+        learning_rate: At the start of the epoch.
         seconds: Since training began.
     """
 
@@ -44,21 +46,70 @@ class Epoch:
     num_epochs: int
     phase: str
     metrics: dict[str, list[float]]
+    learning_rate: float
     seconds: float
 
 
 Callback = Callable[[Epoch], None]
 
 
-@dataclass
 class Fit:
-    """What training leaves: the weights that validation chose for each seed, and what happened on the way."""
+    """What training leaves of each seed: the weights that validation chose, and what happened on the way.
 
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    history: list[dict[str, float | int | str]] = field(default_factory=list)
-    best_epochs: list[int] = field(default_factory=list)
-    num_epochs: list[int] = field(default_factory=list)
-    seconds: float = 0.0
+    Attributes:
+        weights: State of the network with the seeds as first dimension, each seed's as after its best epoch.
+        history: One row for each seed and epoch.
+        best_epochs: The epoch that validation chose.
+        num_epochs: How many epochs the seed was trained.
+        diverged: Whether its loss was no longer finite.
+        seconds: All epochs of all seeds together.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.seeds = seeds
+        self.weights: dict[str, Tensor] = {}
+        self.history: list[dict[str, float | int | str]] = []
+        self.best_epochs = [0] * len(seeds)
+        self.num_epochs = [0] * len(seeds)
+        self.diverged = [False] * len(seeds)
+        self.seconds = 0.0
+        self.running = [True] * len(seeds)
+        self.best_accuracies = [-1.0] * len(seeds)
+
+    def record(self, epoch: Epoch) -> None:
+        """Add the epoch's row for every seed that still runs."""
+        self.seconds = epoch.seconds
+        for s, seed in enumerate(self.seeds):
+            if self.running[s]:
+                self.num_epochs[s] = epoch.number
+                row: dict[str, float | int | str] = {"seed": seed, "epoch": epoch.number, "phase": epoch.phase}
+                row |= {name: values[s] for name, values in epoch.metrics.items()}
+                self.history.append(row | {"learning_rate": epoch.learning_rate, "seconds": epoch.seconds})
+
+    def select(self, epoch: Epoch, network: nn.Module) -> None:
+        """Keep the weights of the seeds whose validation accuracy is their best so far."""
+        accuracies = epoch.metrics["val_accuracy"]
+        better = [
+            running and accuracy > best
+            for running, accuracy, best in zip(self.running, accuracies, self.best_accuracies, strict=True)
+        ]
+        state = network.state_dict()
+        if not self.weights:
+            self.weights = {name: tensor.clone() for name, tensor in state.items()}
+        elif any(better):
+            chosen = torch.tensor(better)
+            for name, tensor in state.items():
+                self.weights[name][chosen] = tensor[chosen]
+        for s, is_better in enumerate(better):
+            if is_better:
+                self.best_accuracies[s], self.best_epochs[s] = accuracies[s], epoch.number
+
+    def stop(self, epoch: Epoch, *, patience: int | None, since: int) -> None:
+        """Stop the seeds that diverged, or have been no better for `patience` epochs after epoch `since`."""
+        for s, loss in enumerate(epoch.metrics["train_loss"]):
+            self.diverged[s] |= self.running[s] and not math.isfinite(loss)
+            waited = epoch.number - max(self.best_epochs[s], since)
+            self.running[s] &= not self.diverged[s] and (patience is None or waited < patience)
 
 
 def fit(
@@ -73,69 +124,44 @@ def fit(
 ) -> Fit:
     """Train through the phases, validate after every epoch, and keep each seed's best weights.
 
-    A seed whose validation accuracy has not risen for `early_stopping_patience` epochs, or whose loss is no longer
-    finite, is stopped: its row of the stack computes on until the others are done, but nothing of it is kept.
+    A seed that has stopped early or diverged stays in the stack until the others are done, but nothing of it is kept.
 
     Args:
         phases: What to train, from `plan_phases`; the last one selects.
-        batches: The training images of all `seeds`; its device is where the networks are.
+        batches: The training images of all `seeds`; their device is where the networks are.
         validation: Images on the same device.
         config: What all arms share.
         seeds: Named in the history.
         callbacks: Called with an `Epoch` after each one.
         watch: A wrapper around the batches of an epoch, for progress within it.
     """
-    result = Fit(best_epochs=[0] * len(seeds), num_epochs=[0] * len(seeds))
-    best_accuracy = [-1.0] * len(seeds)
-    running = [True] * len(seeds)
+    result = Fit(seeds)
     bits = DropoutBits(seeds, validation.images.device)
     started = time.perf_counter()
     number = 0
     for phase in phases:
-        epochs = _PhaseTraining(phase, batches, config, bits)
+        training = _PhaseTraining(phase, batches, config, bits)
+        first = number
         for _ in range(phase.epochs):
+            if not any(result.running):
+                break
             number += 1
-            rate = epochs.learning_rate
-            metrics = {f"train_{name}": values for name, values in epochs.train(watch(batches)).items()}
+            rate = training.learning_rate
+            metrics = {f"train_{name}": values for name, values in training.train(watch(batches)).items()}
             if phase.classifies:
-                scores = evaluate(epochs.validated, validation, batches.normalise, config)
+                scores = evaluate(training.validated, validation, batches.normalise, config)
                 metrics |= {f"val_{name}": values for name, values in scores.items()}
             # The one moment of an epoch at which the host waits for the device.
-            rows = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-            seconds = time.perf_counter() - started
+            numbers = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
-            for s, seed in enumerate(seeds):
-                if not running[s]:
-                    continue
-                row = {name: values[s] for name, values in rows.items()}
-                result.num_epochs[s] = number
-                result.history.append(
-                    {"seed": seed, "epoch": number, "phase": phase.name}
-                    | row
-                    | {"learning_rate": rate, "seconds": seconds}
-                )
+            epoch = Epoch(number, config.epochs, phase.name, numbers, rate, time.perf_counter() - started)
+            result.record(epoch)
             if phase.selects:
-                improved = [
-                    running[s] and accuracy > best_accuracy[s] for s, accuracy in enumerate(rows["val_accuracy"])
-                ]
-                result.weights = _keep(epochs.validated, improved, result.weights)
-                for s, is_better in enumerate(improved):
-                    if is_better:
-                        best_accuracy[s], result.best_epochs[s] = rows["val_accuracy"][s], number
+                result.select(epoch, training.validated)
+            result.stop(epoch, patience=config.early_stopping_patience if phase is phases[-1] else None, since=first)
             for callback in callbacks:
-                callback(Epoch(number, config.epochs, phase.name, rows, seconds))
-
-            for s, loss in enumerate(rows["train_loss"]):
-                running[s] = running[s] and loss - loss == 0
-                if config.early_stopping_patience and phase is phases[-1]:
-                    best_or_start = max(result.best_epochs[s], config.epochs - phase.epochs)
-                    running[s] = running[s] and number - best_or_start < config.early_stopping_patience
-            if not any(running):
-                break
+                callback(epoch)
         bits.release()
-        if not any(running):
-            break
-    result.seconds = time.perf_counter() - started
     return result
 
 
@@ -221,9 +247,7 @@ def evaluate(network: nn.Module, images: Images, normalise: Normalise, config: T
     network.eval()
     totals: Metrics = {}
     device = images.images.device
-    chunks = zip(
-        images.images.split(config.eval_batch_size), images.labels.split(config.eval_batch_size), strict=True
-    )
+    chunks = zip(images.images.split(config.eval_batch_size), images.labels.split(config.eval_batch_size), strict=True)
     with torch.inference_mode(), autocast(config, device):
         for pixels, labels in chunks:
             logits = network(normalise(pixels).unsqueeze(0))[0].float()
@@ -242,15 +266,3 @@ def accuracies(logits: Tensor, labels: Tensor) -> Metrics:
         "accuracy": 100 * ranked[..., 0].float().mean(dim=1),
         "top5_accuracy": 100 * ranked.any(dim=-1).float().mean(dim=1),
     }
-
-
-def _keep(network: nn.Module, improved: Sequence[bool], best: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The seeds of `network` that improved, the others as they were in `best`."""
-    state = network.state_dict()
-    if not best:
-        return {name: tensor.clone() for name, tensor in state.items()}
-    chosen = torch.tensor(improved)
-    if chosen.any():
-        for name, tensor in state.items():
-            best[name][chosen] = tensor[chosen]
-    return best

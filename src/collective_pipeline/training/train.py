@@ -1,18 +1,53 @@
 """From an arm and its data to trained weights: what a pipeline's node and a script both call."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from collective_pipeline.config import Arm, TrainingConfig
+from collective_pipeline.config import Arm, ModelType, Parameters, TrainingConfig
 from collective_pipeline.data.batches import Batches, Normalise
-from collective_pipeline.data.splits import Images, Splits
+from collective_pipeline.data.small_images import load_images
+from collective_pipeline.data.splits import Images, Splits, make_splits
 from collective_pipeline.models.build import build_arm, initialise
+from collective_pipeline.models.checkpoint import Checkpoint
+from collective_pipeline.models.matching import match_arm
 from collective_pipeline.randomness import make_generator
 from collective_pipeline.training.loop import Callback, Fit, evaluate, fit
-from collective_pipeline.training.runtime import set_matmul_precision
+from collective_pipeline.training.runtime import choose_device, set_matmul_precision
 from collective_pipeline.training.strategies import plan_phases
+
+logger = logging.getLogger(__name__)
+
+
+def train_model(
+    settings: Parameters,
+    folder: Path | str,
+    *,
+    model_type: ModelType | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> tuple[Checkpoint, Fit]:
+    """Everything from the raw files in `folder` to a trained model, without Kedro or MLflow.
+
+    Args:
+        settings: For example `config.DEBUG`, or what `config.check_parameters` makes of a dictionary.
+        folder: Where the files of `settings.dataset` are; absent ones are downloaded into it.
+        model_type: Overrides that of `settings`.
+        callbacks: Called with a `training.loop.Epoch` after each epoch.
+    """
+    raw = load_images(settings.dataset, Path(folder))
+    splits = make_splits(raw, val_fraction=settings.data.val_fraction, split_seed=settings.data.split_seed)
+    arm = match_arm(
+        model_type or settings.model_type,
+        settings.collective,
+        settings.baselines,
+        in_dim=splits.in_dim,
+        num_classes=splits.num_classes,
+    )
+    device = choose_device(settings.device)
+    return train_arm(arm, splits, settings.training, seeds=settings.seeds, device=device, callbacks=callbacks)
 
 
 def train_arm(
@@ -24,10 +59,10 @@ def train_arm(
     device: torch.device,
     callbacks: Iterable[Callback] = (),
     watch: Callable[[Batches], Iterable[tuple[Tensor, Tensor]]] = iter,
-) -> Fit:
+) -> tuple[Checkpoint, Fit]:
     """Build the arm once for all `seeds`, draw each seed's weights, train, and return what validation chose.
 
-    The weights come back on the CPU, every tensor with the seeds as its first dimension.
+    The checkpoint's weights are on the CPU, every tensor with the seeds as its first dimension.
     """
     set_matmul_precision(config, device)
     splits = splits.to(device)
@@ -38,28 +73,25 @@ def train_arm(
         if phase.new is not None:
             initialise(phase.new, [make_generator(seed, f"weights/{phase.name}") for seed in seeds])
         phase.network.to(device)
-    batches = Batches(
-        splits, seeds, batch_size=config.batch_size, augmentation_strength=config.augmentation_strength
-    )
+    batches = Batches(splits, seeds, batch_size=config.batch_size, augmentation_strength=config.augmentation_strength)
     result = fit(phases, batches, splits.val, config, seeds=seeds, callbacks=callbacks, watch=watch)
-    result.weights = {name: tensor.cpu() for name, tensor in result.weights.items()}
-    return result
+    for seed, diverged, epochs in zip(seeds, result.diverged, result.num_epochs, strict=True):
+        if diverged:
+            logger.warning(
+                "%s, seed %d: the loss was no longer finite in epoch %d; its best weights until then are kept. "
+                "A smaller training.learning_rate or a training.clip_norm may help.",
+                arm.model_type,
+                seed,
+                epochs,
+            )
+    weights = {name: tensor.cpu() for name, tensor in result.weights.items()}
+    return Checkpoint(arm, splits.name, tuple(seeds), tuple(result.best_epochs), weights), result
 
 
-def score_arm(
-    arm: Arm,
-    weights: dict[str, Tensor],
-    images: Images,
-    splits: Splits,
-    config: TrainingConfig,
-    *,
-    device: torch.device,
+def score(
+    checkpoint: Checkpoint, images: Images, splits: Splits, config: TrainingConfig, *, device: torch.device
 ) -> dict[str, list[float]]:
-    """Loss and accuracies in percent of an arm's trained weights on images, one for each seed."""
+    """Loss and accuracies in percent of trained weights on `images`, one number for each seed."""
     set_matmul_precision(config, device)
-    num_seeds = len(next(iter(weights.values())))
-    model = build_arm(arm, num_seeds=num_seeds)
-    model.load_state_dict(weights)
-    model.to(device)
-    scores = evaluate(model, images.to(device), Normalise(splits.to(device)), config)
+    scores = evaluate(checkpoint.build().to(device), images.to(device), Normalise(splits.to(device)), config)
     return {name: values.tolist() for name, values in scores.items()}

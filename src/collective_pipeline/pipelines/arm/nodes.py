@@ -12,7 +12,7 @@ from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.matching import match_arm
 from collective_pipeline.training.progress import Progress
 from collective_pipeline.training.tracking import log_epoch
-from collective_pipeline.training.train import score_arm, train_arm
+from collective_pipeline.training.train import score, train_arm
 
 
 def match_size(settings: Parameters, splits: Splits, model_type: ModelType | None = None) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def train(
     """Train the arm with every seed; return the weights that validation chose, and the history."""
     arm = Arm.model_validate(architecture)
     progress = Progress(arm.model_type, num_arms=num_arms, device_type=device.type)
-    result = train_arm(
+    checkpoint, result = train_arm(
         arm,
         splits,
         settings.training,
@@ -42,7 +42,6 @@ def train(
         callbacks=[progress, log_epoch],
         watch=progress.watch,
     )
-    checkpoint = Checkpoint(arm, splits.name, settings.seeds, tuple(result.best_epochs), result.weights)
     history = pd.DataFrame(result.history)
     history.insert(0, "model_type", arm.model_type)
     return checkpoint, history
@@ -53,7 +52,7 @@ def evaluate(
 ) -> pd.DataFrame:
     """Read the test set, once, with the chosen weights; one row for each seed."""
     arm, seeds = checkpoint.arm, checkpoint.seeds
-    test = score_arm(arm, checkpoint.weights, splits.test, splits, settings.training, device=device)
+    test = score(checkpoint, splits.test, splits, settings.training, device=device)
     num_epochs = history.groupby("seed")["epoch"].max()
     chosen = history.set_index(["seed", "epoch"])["val_accuracy"]
     seconds = float(history["seconds"].max())

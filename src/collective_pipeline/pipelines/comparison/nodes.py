@@ -24,7 +24,7 @@ def compare(settings: Parameters, *results: pd.DataFrame) -> tuple[pd.DataFrame,
     summary = {
         "answer": answer(comparison, settings.comparison),
         "test_accuracy": {
-            row.model_type: round(float(row.test_accuracy_mean), 3) for row in comparison.itertuples(index=False)
+            str(name): round(mean, 3) for name, mean in comparison.set_index("model_type")["test_accuracy_mean"].items()
         },
     }
     return runs[list(RUN_COLUMNS)], comparison, summary

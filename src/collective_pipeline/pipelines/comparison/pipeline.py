@@ -10,13 +10,16 @@ from collective_pipeline.pipelines.comparison.nodes import compare, plot_curves,
 
 def create_pipeline(namespace: str, *, arms: Sequence[str]) -> Pipeline:
     """The comparison of these arms, each named by the namespace of its own pipeline."""
-    results, histories = [f"{arm}.results" for arm in arms], [f"{arm}.history" for arm in arms]
+    # Names without dots inside the pipeline; each is mapped to the arm's own dataset.
+    results = {f"{arm}_results": f"{arm}.results" for arm in arms}
+    histories = {f"{arm}_history": f"{arm}.history" for arm in arms}
+    shared = {"settings": "settings", "splits": "splits", "device": "device"}
     tables = ["runs", "comparison"]
     nodes = [
         Node(compare, inputs=["settings", *results], outputs=[*tables, "summary"], name="compare"),
         Node(plot_accuracy, inputs="comparison", outputs="accuracy_figure", name="plot_accuracy"),
         Node(plot_accuracy_against_params, inputs=tables, outputs="params_figure", name="plot_params"),
-        Node(plot_curves, inputs=histories, outputs="curves_figure", name="plot_curves"),
+        Node(plot_curves, inputs=[*histories], outputs="curves_figure", name="plot_curves"),
         Node(
             report,
             inputs=["settings", "splits", "device", *tables, "summary", *histories],
@@ -25,7 +28,5 @@ def create_pipeline(namespace: str, *, arms: Sequence[str]) -> Pipeline:
         ),
     ]
     if len(arms) > 1:
-        nodes.append(
-            Node(plot_differences, inputs="comparison", outputs="differences_figure", name="plot_differences")
-        )
-    return Pipeline(nodes, namespace=namespace, inputs={"settings", "splits", "device", *results, *histories})
+        nodes.append(Node(plot_differences, inputs="comparison", outputs="differences_figure", name="plot_differences"))
+    return Pipeline(nodes, namespace=namespace, inputs=shared | results | histories)

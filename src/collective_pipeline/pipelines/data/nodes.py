@@ -5,8 +5,7 @@ from typing import Any
 import torch
 
 from collective_pipeline.config import Parameters, check_parameters
-from collective_pipeline.data.small_images import RawImages
-from collective_pipeline.data.splits import Splits, make_splits
+from collective_pipeline.data.splits import RawImages, Splits, make_splits
 from collective_pipeline.training.runtime import choose_device
 
 
@@ -18,6 +17,4 @@ def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]
 
 def split_images(raw_images: RawImages, settings: Parameters) -> Splits:
     """Training, validation and test images: the same for every arm and every seed."""
-    return make_splits(
-        raw_images, val_fraction=settings.data.val_fraction, split_seed=settings.data.split_seed
-    )
+    return make_splits(raw_images, val_fraction=settings.data.val_fraction, split_seed=settings.data.split_seed)
