@@ -21,7 +21,7 @@ MODEL_TYPES: tuple[ModelType, ...] = get_args(ModelType)
 DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0)]
 Widths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2)]
 
 
@@ -30,9 +30,9 @@ class UserError(ValueError):
 
 
 class Config(BaseModel):
-    """Base of every configuration: frozen, unknown names refused."""
+    """Base of every configuration: frozen, unknown names and infinite or undefined numbers refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Config):
@@ -257,7 +257,16 @@ def check_parameters(raw: Mapping[str, Any]) -> Parameters:
     try:
         return Parameters.model_validate(raw)
     except ValidationError as error:
-        raise UserError("; ".join(_sentence(problem) for problem in error.errors())) from None
+        problems = error.errors()
+        places = [problem["loc"] for problem in problems]
+        # A list none of whose entries is valid is also called too short: the entries say it better.
+        told = [
+            problem
+            for problem in problems
+            if problem["type"] != "too_short"
+            or sum(place[: len(problem["loc"])] == problem["loc"] for place in places) == 1
+        ]
+        raise UserError("; ".join(_sentence(problem) for problem in told)) from None
 
 
 def _sentence(problem: Any) -> str:

@@ -1,7 +1,6 @@
 """What happens around a run: checks before it, one MLflow run for each arm, the answer after it, plain errors."""
 
 import errno
-import logging
 import shutil
 import subprocess
 import tempfile
@@ -19,9 +18,7 @@ from kedro.pipeline.node import Node
 
 from collective_pipeline.config import Arm, Parameters, UserError, check_parameters, flatten
 from collective_pipeline.models.matching import count_collective
-
-# MLflow tells about every monitor that it starts and stops; its warnings stay.
-logging.getLogger("mlflow").setLevel(logging.WARNING)
+from collective_pipeline.training.runtime import choose_device
 
 SYSTEM_METRICS_SECONDS = 2
 SPARE_BYTES = 64 * 2**20
@@ -40,11 +37,12 @@ class CheckBeforeRun:
 
     @hook_impl
     def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """All folders that the run writes to can be written to and have room."""
+        """The device is there, and all folders that the run writes to can be written to and have room."""
         needed = SPARE_BYTES + self._weight_bytes(pipeline)
         paths = (_filepath(catalog, name) for name in pipeline.all_outputs())
         folders = {Path(path).parent for path in paths if path is not None}
         try:
+            choose_device(self.settings.device)
             for folder in sorted(folders):
                 check_writable(folder, needed)
         except UserError as error:

@@ -1,13 +1,35 @@
-"""What happens before Kedro starts."""
+"""What happens before Kedro loads its plugins; `pyproject.toml` names it as an entry point."""
 
+import logging
+import sys
 import warnings
+from pathlib import Path
+
+from kedro.utils import find_kedro_project
+
+
+def prepare() -> None:
+    """Refuse a project's command outside of a project, and silence what nobody can act on."""
+    # Kedro itself would only say that there is no such command.
+    if sys.argv[1:2] in (["run"], ["registry"], ["catalog"], ["mlflow"]) and find_kedro_project(Path.cwd()) is None:
+        sys.exit(
+            f"Error: {Path.cwd()} is not inside a Kedro project, so there is nothing to {sys.argv[1]}: change to the "
+            "folder of collective-pipeline (the one with pyproject.toml and conf/) and try again"
+        )
+    quieten()
 
 
 def quieten() -> None:
-    """Ignore the warnings that libraries raise about each other on every command, and that no user can act on."""
+    """Silence what libraries say about each other on every command, and that no user can act on."""
     # kedro 1.7 calls omegaconf 2.4 by a name that it deprecates.
     warnings.filterwarnings("ignore", message=r"\s*register_new_resolver\(\) is deprecated")
-    # mlflow about a class of its own, when it is imported.
-    warnings.filterwarnings("ignore", message=r".*Add type hints to the `predict` method")
     # `kedro run --pipeline` is what people type; Kedro takes `--pipelines` as well.
     warnings.filterwarnings("ignore", message="Option '--pipeline' is deprecated")
+    # A comparison reads the datasets of its arms, whose names have the dots of their namespaces.
+    warnings.filterwarnings("ignore", message="One or more dataset names contain '.' characters")
+    # mlflow about a class of kedro-mlflow, past any filter; every command imports it, so it may as well be here.
+    with warnings.catch_warnings(record=True):
+        import kedro_mlflow.mlflow  # noqa: F401, PLC0415
+    # Both tell about every monitor, resolver and run that they start; their warnings stay.
+    for name in ("mlflow", "kedro_mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)

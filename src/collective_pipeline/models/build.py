@@ -64,7 +64,7 @@ def _build_collective(config: CollectiveConfig, *, in_dim: int, num_classes: int
     analyst_in = in_dim + encoded_dim
 
     def hidden(base: Sequence[int], count: int, *, varied: bool) -> list[tuple[int, ...]]:
-        return [vary(base, n) if varied and count > 1 else tuple(base) for n in range(count)]
+        return [vary(base, n) if varied else tuple(base) for n in range(count)]
 
     def members(in_dim: int, hidden_dims: list[tuple[int, ...]], out_dim: int) -> Members:
         dims = [(in_dim, *dims, out_dim) for dims in hidden_dims]

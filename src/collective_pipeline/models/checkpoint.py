@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -61,12 +62,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             about = file.metadata()
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            return Checkpoint(
-                arm=Arm.model_validate_json(about["arm"]),
-                dataset=about["dataset"],
-                seeds=tuple(json.loads(about["seeds"])),
-                best_epochs=tuple(json.loads(about["best_epochs"])),
-                weights=weights,
-            )
+        checkpoint = Checkpoint(
+            arm=Arm.model_validate_json(about["arm"]),
+            dataset=about["dataset"],
+            seeds=tuple(json.loads(about["seeds"])),
+            best_epochs=tuple(json.loads(about["best_epochs"])),
+            weights=weights,
+        )
+        with torch.device("meta"):
+            expected = build_arm(checkpoint.arm, num_seeds=len(checkpoint.seeds)).state_dict()
+        if {name: tensor.shape for name, tensor in weights.items()} != {n: t.shape for n, t in expected.items()}:
+            raise ValueError("its tensors are not those of the network that it names")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint of this project that can be read: {error}") from error
+    return checkpoint

@@ -68,36 +68,50 @@ class Collective(nn.Module):
 
 
 class Members(nn.Module):
-    """Networks side by side over one shared input; those of one shape are one batched parameter.
+    """Networks side by side; those of one shape are one batched parameter.
 
     Args:
         num_seeds: S.
         dims: Widths of every member, input and output included. All members share both of those.
         dropout: Rate after every hidden layer but the last.
+        shared_input: Whether all read the same, or each its own.
     """
 
     order: Tensor
 
-    def __init__(self, num_seeds: int, dims: Sequence[Sequence[int]], *, dropout: float) -> None:
+    def __init__(
+        self, num_seeds: int, dims: Sequence[Sequence[int]], *, dropout: float, shared_input: bool = True
+    ) -> None:
         super().__init__()
         self.dims = [tuple(member_dims) for member_dims in dims]
         positions: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for position, member_dims in enumerate(self.dims):
             positions[member_dims].append(position)
+        self.shared_input = shared_input
+        self.positions = list(positions.values())
         self.groups = nn.ModuleList(
-            Mlp(Stack(num_seeds, len(where)), shape, dropout=[*[dropout] * (len(shape) - 3), 0.0])
+            Mlp(
+                Stack(num_seeds, len(where)),
+                shape,
+                dropout=[*[dropout] * (len(shape) - 3), 0.0],
+                shared_input=shared_input,
+            )
             for shape, where in positions.items()
         )
         # Where each member stands among the groups, so that outputs come in the members' own order.
-        grouped = [position for where in positions.values() for position in where]
+        grouped = [position for where in self.positions for position in where]
         self.register_buffer("order", torch.tensor(grouped).argsort(), persistent=False)
 
-    def forward(self, x_S1BI: Tensor) -> Tensor:
-        """`(S, 1, B, I)` to `(S, N, B, E)`."""
+    def forward(self, x_SNBI: Tensor) -> Tensor:
+        """`(S, 1, B, I)`, or `(S, N, B, I)` where the input is not shared, to `(S, N, B, E)`."""
         if len(self.groups) == 1:
-            y_SNBE: Tensor = self.groups[0](x_S1BI)
+            y_SNBE: Tensor = self.groups[0](x_SNBI)
             return y_SNBE
-        return torch.cat([group(x_S1BI) for group in self.groups], dim=1)[:, self.order]
+        outputs = [
+            group(x_SNBI if self.shared_input else x_SNBI[:, where])
+            for group, where in zip(self.groups, self.positions, strict=True)
+        ]
+        return torch.cat(outputs, dim=1)[:, self.order]
 
 
 class MemberDropout(nn.Module):

@@ -170,7 +170,8 @@ def _shapes(
 ) -> Iterator[tuple[tuple[int, ...], float]]:
     """Hidden widths near the budget, each with how far its irregular layer is from its regular width."""
     width = _solve_width(family, num_layers, target, count)
-    for step in _near(width / grid, steps=3):
+    # The widths that leave room for the skip of an irregular last layer are some steps below the regular one.
+    for step in _near(width / grid, steps=8 if family.residual else 3):
         on_grid = [max(1, round(dim / grid)) * grid for dim in family.regular_dims(step * grid, num_layers)]
         yield tuple(on_grid), 0.0
         # A residual network pays for a skip on both sides of an irregular layer, so only its last one may be.

@@ -16,7 +16,7 @@ class Mlp(nn.Module):
     """Hidden layers of Linear, BatchNorm, ReLU, Dropout; then one Linear.
 
     `dropout` is one rate for each hidden layer; `normalise=False` leaves BatchNorm out. Members read one shared
-    input.
+    input, or with `shared_input=False` each its own.
     """
 
     def __init__(
@@ -26,20 +26,22 @@ class Mlp(nn.Module):
         *,
         dropout: Sequence[float],
         normalise: bool = True,
+        shared_input: bool = True,
     ) -> None:
         super().__init__()
         self.dims = tuple(dims)
         layers: list[nn.Module] = []
         for (in_dim, out_dim), rate in zip(pairwise(dims[:-1]), dropout, strict=True):
-            layers.append(Linear(stack, in_dim, out_dim) if layers else FanOut(stack, in_dim, out_dim))
+            fans_out = shared_input and not layers
+            layers.append((FanOut if fans_out else Linear)(stack, in_dim, out_dim))
             if normalise:
                 layers.append(BatchNorm(stack, out_dim))
             layers += [nn.ReLU(), Dropout(stack, out_dim, rate)]
         self.layers = nn.Sequential(*layers, Linear(stack, dims[-2], dims[-1]))
 
-    def forward(self, x_S1BI: Tensor) -> Tensor:
-        """`(S, 1, B, I)` to `(S, N, B, O)`."""
-        y_SNBO: Tensor = self.layers(x_S1BI)
+    def forward(self, x_SNBI: Tensor) -> Tensor:
+        """`(S, 1, B, I)`, or `(S, N, B, I)` where the input is not shared, to `(S, N, B, O)`."""
+        y_SNBO: Tensor = self.layers(x_SNBI)
         return y_SNBO
 
 

@@ -157,7 +157,7 @@ def _autoencoders(model: Collective, num_seeds: int) -> dict[str, Autoencoder]:
 
     def mirrored(layer: nn.Module) -> nn.Module:
         if isinstance(layer, Members):
-            return Members(num_seeds, [dims[::-1] for dims in layer.dims], dropout=0.0)
+            return Members(num_seeds, [dims[::-1] for dims in layer.dims], dropout=0.0, shared_input=False)
         assert isinstance(layer, Mlp)
         return Mlp(Stack(num_seeds), layer.dims[::-1], dropout=[0.0] * (len(layer.dims) - 2))
 

@@ -1,0 +1,254 @@
+"""What the one training loop promises, for every arm, strategy and knob."""
+
+import math
+
+import pytest
+import torch
+
+from collective_pipeline.config import MODEL_TYPES, BaselineConfig, UserError
+from collective_pipeline.data.batches import Batches, Normalise
+from collective_pipeline.data.splits import Images
+from collective_pipeline.models.layers import Linear, Stack
+from collective_pipeline.models.matching import match_arm
+from collective_pipeline.training import loop
+from collective_pipeline.training.loop import evaluate, fit
+from collective_pipeline.training.losses import cross_entropy, weighted_sum
+from collective_pipeline.training.strategies import Phase
+from collective_pipeline.training.train import score, train_arm
+
+CPU = torch.device("cpu")
+
+
+def change(config, **changes):
+    return type(config).model_validate(config.model_dump() | changes)
+
+
+def histories(result, seed):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in result.history if row["seed"] == seed]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_arm_learns(model_type, collective, splits, training):
+    """All seven arms go through the same loop and find out what the images show."""
+    tolerant = BaselineConfig(tolerance=0.05)
+    arm = match_arm(model_type, collective, tolerant, in_dim=splits.in_dim, num_classes=splits.num_classes)
+    checkpoint, result = train_arm(arm, splits, change(training, epochs=15), seeds=(1,), device=CPU)
+
+    assert score(checkpoint, splits.test, splits, training, device=CPU)["accuracy"][0] > 90
+    assert len(result.history) == 15
+
+
+def test_same_seed_same_history(arm, splits, training):
+    """Training twice with one seed gives the same numbers and weights, to the last bit."""
+    first, second = (train_arm(arm, splits, training, seeds=(7,), device=CPU) for _ in range(2))
+
+    assert histories(first[1], 7) == histories(second[1], 7)
+    assert all(torch.equal(first[0].weights[name], second[0].weights[name]) for name in first[0].weights)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"augmentation_strength": 1.0},
+        {"clip_norm": 0.5, "ema_decay": 0.9},
+        {"strategy": "layerwise_autoencoding", "epochs": 5},
+    ],
+)
+def test_seed_does_not_depend_on_its_neighbours(arm, splits, training, changes):
+    """Every loss of a seed among three is what it is alone, up to float rounding, which grows with the steps.
+
+    The validation loss feels it first: Adam turns the rounding of a bias in front of a normalisation, whose gradient
+    is exactly 0, into whole steps, and the running mean follows them with delay.
+    """
+    config = change(training, learning_rate=1e-3, **changes)
+    _, alone = train_arm(arm, splits, config, seeds=(7,), device=CPU)
+    _, among = train_arm(arm, splits, config, seeds=(3, 7, 9), device=CPU)
+
+    for row, other in zip(histories(alone, 7), histories(among, 7), strict=True):
+        tolerance = 1e-5 if row["epoch"] == 1 else 3e-3
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=tolerance)
+        if row["phase"] == "train":
+            assert row["val_loss"] == pytest.approx(other["val_loss"], rel=3e-3)
+
+
+def test_seeds_differ(arm, splits, training):
+    """Two seeds are two experiments."""
+    _, result = train_arm(arm, splits, training, seeds=(1, 2), device=CPU)
+
+    assert histories(result, 1)[0]["train_loss"] != histories(result, 2)[0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "phases"),
+    [
+        ("end_to_end", {"train": 10}),
+        ("pretrain_freeze_finetune", {"pretrain_experts": 3, "train_rest": 4, "finetune": 3}),
+        (
+            "layerwise_autoencoding",
+            {
+                "autoencode_experts": 1,
+                "autoencode_expert_encoder": 2,
+                "autoencode_analysts": 2,
+                "autoencode_analyst_encoder": 1,
+                "finetune": 4,
+            },
+        ),
+    ],
+)
+def test_strategies_share_one_budget(arm, splits, training, strategy, phases):
+    """Whatever the phases, there are as many epochs in all; the checkpoint is of a phase that trains the arm itself."""
+    config = change(training, epochs=10, strategy=strategy)
+    checkpoint, result = train_arm(arm, splits, config, seeds=(1,), device=CPU)
+    named = [row["phase"] for row in result.history]
+
+    assert {name: named.count(name) for name in dict.fromkeys(named)} == phases
+    assert named[checkpoint.best_epochs[0] - 1] in {"train", "train_rest", "finetune"}
+    assert score(checkpoint, splits.test, splits, training, device=CPU)["accuracy"][0] > 60
+
+
+def test_strategy_needs_an_epoch_for_each_phase(arm, splits, training):
+    """Too few epochs for the phases are refused before any training."""
+    config = change(training, epochs=2, strategy="layerwise_autoencoding")
+    with pytest.raises(UserError, match=r"training.epochs=2 is too few for the 5 phases"):
+        train_arm(arm, splits, config, seeds=(1,), device=CPU)
+
+
+def test_frozen_experts_stay(arm, splits, training):
+    """While the rest trains, neither the experts' weights nor their running statistics move."""
+    config = change(training, epochs=9, strategy="pretrain_freeze_finetune")
+    seen = {}
+
+    def keep(epoch):
+        seen[epoch.number] = epoch.phase
+
+    states = {}
+    original = loop.Fit.select
+
+    def spy(self, epoch, network):
+        if epoch.phase == "train_rest":
+            states[epoch.number] = {k: v.clone() for k, v in network.state_dict().items() if k.startswith("experts")}
+        original(self, epoch, network)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Fit, "select", spy)
+        train_arm(arm, splits, config, seeds=(1,), device=CPU, callbacks=[keep])
+    first, *others = states.values()
+
+    assert list(seen.values()).count("train_rest") > 1
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+def test_checkpoint_is_the_best_on_validation(arm, splits, training):
+    """The weights that come back score on the validation set what the best epoch scored."""
+    checkpoint, result = train_arm(arm, splits, change(training, epochs=6), seeds=(1, 2), device=CPU)
+    accuracies = score(checkpoint, splits.val, splits, training, device=CPU)["accuracy"]
+
+    for s, seed in enumerate((1, 2)):
+        best = max(row["val_accuracy"] for row in histories(result, seed))
+        chosen = histories(result, seed)[checkpoint.best_epochs[s] - 1]["val_accuracy"]
+        assert accuracies[s] == pytest.approx(best) == pytest.approx(chosen)
+
+
+def test_accumulation_equals_the_large_batch(arm, splits, training):
+    """Two half batches make the update of the whole one, where no layer looks at the batch."""
+
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = Linear(Stack(1), splits.in_dim, splits.num_classes)
+
+        def forward(self, x):
+            return self.linear(x.unsqueeze(1)).squeeze(1), {}
+
+    def final(batch_size, steps):
+        model = Flat()
+        config = change(
+            training, epochs=1, optimizer="sgd", momentum=0.0, accumulation_steps=steps, batch_size=batch_size
+        )
+        objective = weighted_sum({"cross_entropy": (1.0, cross_entropy())})
+        batches = Batches(splits, (1,), batch_size=batch_size, augmentation_strength=0.0)
+        fit([Phase("train", 1, model, objective, [model])], batches, splits.val, config, seeds=(1,))
+        return model.linear.weight
+
+    # 297 images: 9 batches of 33; and 27 of 11 in groups of 3, or of 9 in groups of 2 and a last one of 1.
+    torch.testing.assert_close(final(33, 1), final(11, 3))
+    assert torch.isfinite(final(33, 2)).all()
+
+
+def test_early_stopping_stops_each_seed_by_itself(arm, splits, training):
+    """A seed that is no better for `patience` epochs has no further rows, and the others go on as without it."""
+    config = change(training, epochs=30, early_stopping_patience=2)
+    _, result = train_arm(arm, splits, config, seeds=(1, 2, 3), device=CPU)
+    _, unstopped = train_arm(arm, splits, change(training, epochs=30), seeds=(1, 2, 3), device=CPU)
+
+    for s, seed in enumerate((1, 2, 3)):
+        rows = histories(result, seed)
+        assert len(rows) == result.num_epochs[s] == result.best_epochs[s] + 2 or len(rows) == 30
+        assert rows == histories(unstopped, seed)[: len(rows)]
+    assert min(result.num_epochs) < 30
+
+
+def test_diverged_seed_is_stopped_and_named(arm, splits, training, caplog):
+    """A loss that is no longer finite ends that seed within the epoch and is told."""
+    config = change(training, optimizer="sgd", learning_rate=1e30, epochs=5)
+    _, result = train_arm(arm, splits, config, seeds=(1,), device=CPU)
+
+    assert result.diverged == [True]
+    assert len(result.history) < 5
+    assert "seed 1: the loss was no longer finite" in caplog.text
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle", "multi_step"])
+def test_optimizers_and_schedules_learn(arm, splits, training, optimizer, schedule):
+    """Every pair of optimiser and schedule lowers the loss."""
+    config = change(
+        training,
+        epochs=5,
+        optimizer=optimizer,
+        schedule=schedule,
+        learning_rate=0.05 if optimizer == "sgd" else 5e-3,
+        warmup_epochs=1,
+        label_smoothing=0.1,
+        clip_norm=1.0,
+        ema_decay=0.9,
+    )
+    _, result = train_arm(arm, splits, config, seeds=(1,), device=CPU)
+
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns(arm, splits, training, precision):
+    """Autocast to 16 bits trains to about the same accuracy, and the weights stay fp32."""
+    config = change(training, epochs=15, precision=precision)
+    checkpoint, _ = train_arm(arm, splits, config, seeds=(1, 2), device=CPU)
+
+    assert min(score(checkpoint, splits.test, splits, training, device=CPU)["accuracy"]) > 90
+    assert {tensor.dtype for tensor in checkpoint.weights.values()} == {torch.float32}
+
+
+def test_validation_is_never_augmented_and_never_drops(arm, splits, training):
+    """Evaluating twice gives the same numbers, and the split of it into chunks does not matter."""
+    checkpoint, _ = train_arm(arm, splits, change(training, augmentation_strength=1.0), seeds=(1,), device=CPU)
+    once = score(checkpoint, splits.val, splits, training, device=CPU)
+    chunked = score(checkpoint, splits.val, splits, change(training, eval_batch_size=7), device=CPU)
+
+    assert once["accuracy"] == pytest.approx(chunked["accuracy"])
+    assert once["loss"] == pytest.approx(chunked["loss"], rel=1e-5)
+
+
+def test_top_five_counts_the_five_likeliest(splits, training):
+    """Top-1 counts the likeliest class, top-5 any of the five likeliest (all, where there are fewer)."""
+
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            return torch.arange(7.0).flip(0).expand(1, x.shape[1], 7), {}
+
+    images = Images(splits.val.images[:7], torch.arange(7))
+    scores = evaluate(Fixed(), images, Normalise(splits), training)
+
+    assert scores["accuracy"].item() == pytest.approx(100 / 7)
+    assert scores["top5_accuracy"].item() == pytest.approx(500 / 7)
+    assert math.isfinite(scores["loss"].item())
