@@ -59,4 +59,4 @@ requirements: .venv/uv/bin/uv  ## Pin the environment anew from pyproject.toml
 
 clean:  ## Remove the environment, caches and everything that runs left, but no raw data
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage htmlcov build .viz \
-		mlflow.db* mlartifacts data/05_model_input data/06_models data/07_model_output data/08_reporting
+		mlflow.db* mlruns data/05_model_input data/06_models data/07_model_output data/08_reporting

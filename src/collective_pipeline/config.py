@@ -16,6 +16,9 @@ ModelType = Literal["collective", "shallow", "balanced", "deep", "very_deep", "d
 DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100"]
 Strategy = Literal["end_to_end", "pretrain_freeze_finetune", "layerwise_autoencoding"]
 
+# The phases of each strategy, which need an epoch each; layer-wise is one less without an analyst encoder.
+NUM_PHASES: dict[Strategy, int] = {"end_to_end": 1, "pretrain_freeze_finetune": 3, "layerwise_autoencoding": 5}
+
 BASELINES: tuple[BaselineName, ...] = get_args(BaselineName)
 MODEL_TYPES: tuple[ModelType, ...] = get_args(ModelType)
 DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
@@ -195,7 +198,12 @@ class TrainingConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _check_warmup(self) -> Self:
+    def _check_epochs(self) -> Self:
+        if self.epochs < NUM_PHASES[self.strategy]:
+            raise ValueError(
+                f"epochs={self.epochs} is too few for strategy={self.strategy}, whose {NUM_PHASES[self.strategy]} "
+                "phases need an epoch each: give more"
+            )
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs={self.warmup_epochs:g} fills all {self.epochs} epochs: choose a smaller warm-up"

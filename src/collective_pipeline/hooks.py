@@ -1,6 +1,7 @@
 """What happens around a run: checks before it, one MLflow run for each arm, the answer after it, plain errors."""
 
 import errno
+import math
 import shutil
 import subprocess
 import tempfile
@@ -85,18 +86,21 @@ class TrackArms:
 
     def __init__(self) -> None:
         self.runs: dict[str, str] = {}
+        self.source_tags: dict[str, str] = {}
 
     @hook_impl
     def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
         """Name the code that runs."""
-        self.runs = {}
+        self.runs, self.source_tags = {}, {}
         if mlflow.active_run() is None:
             return
         mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_SECONDS)
         mlflow.set_system_metrics_samples_before_logging(1)
         commit = _git("rev-parse", "HEAD")
         if commit:
-            mlflow.set_tags({"mlflow.source.git.commit": commit, "git_dirty": bool(_git("status", "--porcelain"))})
+            changed = _git("status", "--porcelain", "--untracked-files=no")
+            self.source_tags = {"mlflow.source.git.commit": commit, "git_dirty": str(bool(changed))}
+            mlflow.set_tags(self.source_tags)
 
     @hook_impl
     def before_node_run(self, node: Node, inputs: dict[str, Any]) -> None:
@@ -113,7 +117,7 @@ class TrackArms:
             run_name=architecture.model_type,
             nested=True,
             log_system_metrics=True,
-            tags={"model_type": architecture.model_type, "dataset": settings.dataset},
+            tags={"model_type": architecture.model_type, "dataset": settings.dataset} | self.source_tags,
         )
         self.runs[arm] = run.info.run_id
         chosen = {"model_type": architecture.model_type, "params": architecture.params}
@@ -136,6 +140,22 @@ class TrackArms:
         if mlflow.active_run() is not None and node.tags & {"train", "evaluate"}:
             mlflow.end_run("FAILED")
 
+    # kedro-mlflow leaves its run open for a second session of the same process, a notebook's for example.
+    @hook_impl(trylast=True)
+    def after_pipeline_run(self) -> None:
+        """End the run of this command."""
+        _end_runs("FINISHED")
+
+    @hook_impl(trylast=True)
+    def on_pipeline_error(self) -> None:
+        """End the run of this command as failed."""
+        _end_runs("FAILED")
+
+
+def _end_runs(status: str) -> None:
+    while mlflow.active_run() is not None:
+        mlflow.end_run(status)
+
 
 def final_metrics(results: pd.DataFrame) -> dict[str, float]:
     """An arm's means over seeds, under the names that people's notebooks read."""
@@ -148,6 +168,7 @@ def final_metrics(results: pd.DataFrame) -> dict[str, float]:
         "final/model_params": params,
         "final/param_efficiency": accuracy / params * 1e5,
         "final/accuracy_per_million_params": accuracy / params * 1e6,
+        "final/accuracy_per_log10_params": accuracy / math.log10(params + 1),
         "final/macs": float(results["macs"].iloc[0]),
         "final/latency_ms": float(results["latency_ms"].iloc[0]),
         "final/train_seconds": float(results["train_seconds"].mean()),
@@ -189,6 +210,8 @@ def format_comparison(comparison: pd.DataFrame) -> str:
         }
         for arm in arms
     )
+    is_reference = (comparison["difference_to_reference"] == 0) & comparison["p_value_holm"].isna()
+    table.loc[is_reference.to_numpy(), ["minus collective", "its interval"]] = "-"
     return table.replace({"nan": "-", "+nan": "-", "nan to nan": "-"}).to_string(index=False)
 
 

@@ -3,8 +3,15 @@
 from pathlib import Path
 
 from kedro.config import OmegaConfigLoader
+from kedro.utils import find_kedro_project
 
 from collective_pipeline.hooks import CheckBeforeRun, PlainErrors, TellAnswer, TrackArms
+
+
+def project_root() -> str:
+    """Where MLflow's database stands, from whichever folder of the project Kedro is called."""
+    return (find_kedro_project(Path.cwd()) or Path.cwd()).as_posix()
+
 
 # pluggy calls the last one first.
 HOOKS = (TellAnswer(), TrackArms(), CheckBeforeRun(), PlainErrors())
@@ -15,6 +22,5 @@ CONFIG_LOADER_ARGS = {
     "default_run_env": "local",
     # Without it, an environment or `--params training.epochs=3` would wipe the rest of `training`.
     "merge_strategy": {"parameters": "soft", "globals": "soft"},
-    # MLflow's database stands beside the project, from whatever folder Kedro is called.
-    "custom_resolvers": {"project_root": Path(__file__).parents[2].as_posix},
+    "custom_resolvers": {"project_root": project_root},
 }

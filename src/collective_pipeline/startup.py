@@ -1,6 +1,7 @@
 """What happens before Kedro loads its plugins; `pyproject.toml` names it as an entry point."""
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -9,13 +10,18 @@ from kedro.utils import find_kedro_project
 
 
 def prepare() -> None:
-    """Refuse a project's command outside of a project, and silence what nobody can act on."""
+    """Refuse a project's command outside of a project, mend two commands, silence what nobody can act on."""
     # Kedro itself would only say that there is no such command.
     if sys.argv[1:2] in (["run"], ["registry"], ["catalog"], ["mlflow"]) and find_kedro_project(Path.cwd()) is None:
         sys.exit(
             f"Error: {Path.cwd()} is not inside a Kedro project, so there is nothing to {sys.argv[1]}: change to the "
             "folder of collective-pipeline (the one with pyproject.toml and conf/) and try again"
         )
+    # `kedro viz` is what people type; since Kedro-Viz 6 it only prints its help.
+    if sys.argv[1:] == ["viz"]:
+        sys.argv.append("run")
+    # `kedro mlflow ui` looks for mlflow on the PATH, where it is only if this environment is activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     quieten()
 
 

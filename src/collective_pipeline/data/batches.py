@@ -33,17 +33,10 @@ class Batches:
     Iterating yields `(x_SBI, y_SB)`. What is left over after the last whole batch of an epoch is left out; the next
     epoch's order is another, so no image is left out for good. A seed's order and augmentation are drawn on the CPU
     from that seed alone: they are the same for every arm, beside every other seed and on every device.
-
-    Raises:
-        UserError: If there are fewer training images than one batch needs.
     """
 
     def __init__(self, splits: Splits, seeds: Sequence[int], *, batch_size: int, augmentation_strength: float) -> None:
-        if len(splits.train) < batch_size:
-            raise UserError(
-                f"training.batch_size={batch_size} is more than the {len(splits.train)} training images: "
-                "choose a smaller one"
-            )
+        check_batch_size(splits, batch_size)
         self.train = splits.train
         self.normalise = Normalise(splits)
         self.batch_size = batch_size
@@ -73,3 +66,12 @@ class Batches:
 
     def _to_device(self, per_seed: list[Tensor]) -> Tensor:
         return torch.stack(per_seed).to(self.train.images.device)
+
+
+def check_batch_size(splits: Splits, batch_size: int) -> None:
+    """Raise a `UserError` if there are fewer training images than one batch needs."""
+    if len(splits.train) < batch_size:
+        raise UserError(
+            f"training.batch_size={batch_size} is more than the {len(splits.train)} training images: "
+            "choose a smaller one"
+        )

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from statistics import fmean
 
+import torch
 from torch import Tensor
 
 from collective_pipeline.data.batches import Batches
@@ -15,6 +16,10 @@ logger = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor]
 SECONDS_BETWEEN_LINES = 5.0
 LONG_SECONDS = 15 * 60
+# Of the cores that torch's threads are to have, they have about 0.95 on a quiet machine. Where others take a part of
+# them, the threads wait for each other at every small operation, and training is 10 to 40 times slower.
+QUIET_SHARE = 0.75
+WARM_UP_STEPS = 20  # torch imports parts of itself at the first step, on one thread
 
 
 class Progress:
@@ -32,13 +37,18 @@ class Progress:
         self.device_type = device_type
         self.last_line = time.perf_counter()
         self.epochs_done = 0
+        self.started: tuple[float, float] | None = None
+        self.share_is_known = False
 
     def watch(self, batches: Batches) -> Iterator[Batch]:
         """The batches of an epoch, with a line now and then if it is a long one."""
         for step, batch in enumerate(_iterate(batches)):
             yield batch
+            if step == WARM_UP_STEPS:
+                self.started = time.perf_counter(), time.process_time()
             if self._is_due(4 * SECONDS_BETWEEN_LINES):
                 self._log(f"epoch {self.epochs_done + 1}: {100 * (step + 1) / len(batches):.0f} % of its steps")
+                self._warn_if_busy()
 
     def __call__(self, epoch: Epoch) -> None:
         """Tell what this epoch gave, and after the first what all of it will take."""
@@ -54,6 +64,7 @@ class Progress:
             )
             time_left = f"done in {duration(epoch.seconds)}" if last else f"{duration(left)} left"
             self._log(f"epoch {epoch.number}/{epoch.num_epochs}  {score}  {per_epoch:.1f} s/epoch  {time_left}")
+        self._warn_if_busy()
         if epoch.number == 1:
             self._warn_if_long(per_epoch * epoch.num_epochs * self.num_arms)
 
@@ -67,6 +78,24 @@ class Progress:
             else ""
         )
         logger.warning("At this pace %s will take about %s%s.", what, duration(seconds), advice)
+
+    def _warn_if_busy(self) -> None:
+        """Tell once if other programs have the cores.
+
+        The number of threads is not changed here: it changes how sums are rounded, and the same seed on the same
+        machine must give the same result.
+        """
+        num_threads = torch.get_num_threads()
+        if self.started is None or self.share_is_known or self.device_type != "cpu" or num_threads == 1:
+            return
+        wall, busy = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+        self.share_is_known = wall > 1
+        if wall > 1 and busy / wall < QUIET_SHARE * num_threads:
+            logger.warning(
+                "Other programs use this machine's cores, and torch's %d threads wait for each other: let the others "
+                "finish, or start again with OMP_NUM_THREADS=1, which is far faster on a busy machine.",
+                num_threads,
+            )
 
     def _is_due(self, seconds: float) -> bool:
         return time.perf_counter() - self.last_line >= seconds

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from collective_pipeline.config import Arm, CollectiveConfig, TrainingConfig, UserError
+from collective_pipeline.config import Arm, CollectiveConfig, TrainingConfig
 from collective_pipeline.models.collective import Collective, Members
 from collective_pipeline.models.layers import Linear, Stack, concat_members
 from collective_pipeline.models.mlp import Mlp
@@ -90,11 +90,7 @@ class Autoencoder(nn.Module):
 
 
 def plan_phases(arm: Arm, model: nn.Module, config: TrainingConfig, *, num_seeds: int) -> list[Phase]:
-    """The phases of the configured strategy for this arm, their epochs adding up to `config.epochs`.
-
-    Raises:
-        UserError: If there are fewer epochs than phases.
-    """
+    """The phases of the configured strategy for this arm, their epochs adding up to `config.epochs`."""
     objective = make_objective(arm.architecture, config.label_smoothing)
     if not isinstance(model, Collective) or not isinstance(arm.architecture, CollectiveConfig):
         return [Phase("train", config.epochs, model, objective, [model])]
@@ -142,11 +138,6 @@ def plan_phases(arm: Arm, model: nn.Module, config: TrainingConfig, *, num_seeds
 
 def _share(config: TrainingConfig, parts: Sequence[float]) -> list[int]:
     """Whole epochs in these proportions, at least one each."""
-    if config.epochs < len(parts):
-        raise UserError(
-            f"training.epochs={config.epochs} is too few for the {len(parts)} phases of "
-            f"training.strategy={config.strategy}: give at least {len(parts)}"
-        )
     spare = config.epochs - len(parts)
     ends = [round(spare * sum(parts[: i + 1])) for i in range(len(parts))]
     return [1 + end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -13,4 +13,5 @@ def log_epoch(epoch: Epoch) -> None:
     if mlflow.active_run() is None:
         return
     means = {name.replace("_", "/", 1): fmean(values) for name, values in epoch.metrics.items()}
-    mlflow.log_metrics({name: mean for name, mean in means.items() if math.isfinite(mean)}, step=epoch.number)
+    finite = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+    mlflow.log_metrics(finite | {"learning_rate": epoch.learning_rate}, step=epoch.number)

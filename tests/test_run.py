@@ -1,0 +1,237 @@
+"""Whole runs as a user starts them: what they leave, what they say, and what they refuse."""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+from kedro.framework.cli.cli import KedroCLI
+
+from collective_pipeline import hooks
+from collective_pipeline.config import MODEL_TYPES
+from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS
+from collective_pipeline.models.checkpoint import load_checkpoint
+from collective_pipeline.startup import quieten
+
+TINY = {"training.epochs": 2, "training.batch_size": 64, "seeds": "1 2", "comparison.resamples": 200}
+
+
+def as_params(values: dict[str, object]) -> str:
+    """What follows `--params`."""
+    return ",".join(f"{name}={value}" for name, value in values.items())
+
+
+def kedro(project: Path, *arguments: str) -> Result:
+    """`kedro ...` in the project's folder, in this process."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        # What libraries say to each other is not ours to mend; our own warnings stay errors.
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", module="collective_pipeline")
+        quieten()
+        patch.chdir(project)
+        handlers, level = logging.root.handlers[:], logging.root.level
+        try:
+            return CliRunner().invoke(KedroCLI(project), list(arguments), prog_name="kedro")
+        finally:
+            logging.root.handlers[:], logging.root.level = handlers, level
+            for name in ("collective_pipeline", "kedro", "kedro_mlflow"):
+                logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, new_project) -> Path:
+    return new_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def phase1(project) -> tuple[Path, Result]:
+    """One run of phase 1, on which several promises are checked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks, "SYSTEM_METRICS_SECONDS", 0.01)  # these arms train for less than the usual two seconds
+        return project, kedro(project, "run", "--pipeline", "phase1", "--env", "debug", "--params", as_params(TINY))
+
+
+def runs_of(project: Path) -> pd.DataFrame:
+    mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
+    return mlflow.search_runs(search_all_experiments=True)
+
+
+def test_phase1_ends_with_the_answer(phase1):
+    """It succeeds, and ends with a sentence, a table of all arms and the report's path."""
+    _, result = phase1
+    tail = result.stdout
+
+    assert result.exit_code == 0, result.output
+    assert "With 2 seeds it cannot be told whether the collective is better" in tail
+    assert all(f"{name} " in tail for name in MODEL_TYPES)
+    assert tail.strip().endswith("Report: data/08_reporting/phase1/report.html")
+
+
+def test_phase1_leaves_the_promised_tables(phase1):
+    """Exactly the promised columns; a row for each arm and seed; a row for each arm; sizes within a thousandth."""
+    folder = phase1[0] / "data" / "08_reporting" / "phase1"
+    runs, comparison = pd.read_csv(folder / "runs.csv"), pd.read_csv(folder / "comparison.csv")
+
+    assert tuple(runs.columns) == RUN_COLUMNS
+    assert tuple(comparison.columns) == COMPARISON_COLUMNS
+    assert list(comparison["model_type"]) == list(MODEL_TYPES)
+    assert sorted(zip(runs["model_type"], runs["seed"], strict=True)) == sorted(
+        (m, s) for m in MODEL_TYPES for s in (1, 2)
+    )
+    assert set(runs["target_params"]) == {559_738}
+    assert runs["param_error_pct"].abs().max() <= 0.1
+    assert runs["test_accuracy"].between(0, 100).all()
+    assert (runs["macs"] > 500_000).all() and (comparison["latency_ms"] > 0).all()
+
+
+def test_phase1_leaves_report_figures_history_and_checkpoints(phase1):
+    """Everything that people's notebooks read is there and can be read."""
+    project, _ = phase1
+    page = (project / "data/08_reporting/phase1/report.html").read_text()
+    summary = json.loads((project / "data/08_reporting/phase1/summary.json").read_text())
+
+    assert summary["answer"].split(",")[0] in page
+    assert len(list((project / "data/08_reporting/phase1").glob("*.json"))) == 5
+    for arm in MODEL_TYPES:
+        history = pd.read_parquet(project / f"data/07_model_output/{arm}/history.parquet")
+        (path,) = (project / f"data/06_models/{arm}/best.safetensors").glob("*/best.safetensors")
+        assert len(history) == 4 and {"seed", "epoch", "train_loss", "val_accuracy", "val_top5_accuracy"} <= set(
+            history
+        )
+        assert load_checkpoint(path).seeds == (1, 2)
+    assert not list(project.rglob("*.partial*"))
+
+
+def test_phase1_is_tracked(phase1):
+    """One MLflow run for the command, one nested run for each arm with parameters, curves and final figures."""
+    project, _ = phase1
+    runs = runs_of(project)
+    parent = runs[runs["tags.mlflow.parentRunId"].isna()]
+    nested = runs[runs["tags.mlflow.parentRunId"].notna()]
+    comparison = pd.read_csv(project / "data/08_reporting/phase1/comparison.csv").set_index("model_type")
+
+    assert len(parent) == 1 and len(parent["tags.mlflow.source.git.commit"].iloc[0]) == 40
+    assert sorted(nested["tags.model_type"]) == sorted(MODEL_TYPES)
+    assert set(runs["status"]) == {"FINISHED"}
+    assert set(nested["params.training.epochs"]) == {"2"} and set(nested["params.collective.n_total"]) == {"8"}
+    for _, run in nested.iterrows():
+        row = comparison.loc[run["tags.model_type"]]
+        assert run["metrics.final/test_accuracy"] == pytest.approx(row["test_accuracy_mean"])
+        assert run["metrics.final/param_efficiency"] == pytest.approx(row["param_efficiency"])
+        assert run["metrics.final/accuracy_per_million_params"] == pytest.approx(row["accuracy_per_million_params"])
+        assert run["metrics.final/model_params"] == row["params"]
+        assert len(mlflow.MlflowClient().get_metric_history(run["run_id"], "val/accuracy")) == 2
+    assert any(name.startswith("metrics.system/") for name in nested.columns)
+
+
+def test_arms_saw_the_same_batches(phase1):
+    """Fair by construction: every arm was given as many epochs and updates of the same learning rate."""
+    project, _ = phase1
+    plans = {
+        tuple(
+            pd.read_parquet(project / f"data/07_model_output/{arm}/history.parquet")[
+                ["seed", "epoch", "phase", "learning_rate"]
+            ].itertuples(index=False, name=None)
+        )
+        for arm in MODEL_TYPES
+    }
+
+    assert len(plans) == 1
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_kedro_run_trains_the_named_arm(project, model_type):
+    """`kedro run --params model_type=...` goes from start to report for each of the seven."""
+    result = kedro(
+        project, "run", "--env", "debug", "--params", as_params(TINY | {"model_type": model_type, "seeds": 3})
+    )
+    runs = pd.read_csv(project / "data/08_reporting/single/runs.csv")
+
+    assert result.exit_code == 0, result.output
+    assert list(runs["model_type"]) == [model_type] and list(runs["seed"]) == [3]
+    assert list((project / f"data/06_models/{model_type}/best.safetensors").glob("*/best.safetensors"))
+
+
+def test_both_spellings_of_pipeline(project):
+    """`--pipelines` works as `--pipeline` does."""
+    result = kedro(project, "run", "--pipelines", "single", "--env", "debug", "--params", as_params(TINY))
+
+    assert result.exit_code == 0, result.output
+
+
+def test_registry_lists_the_pipelines(project):
+    """`kedro registry list` names them."""
+    result = kedro(project, "registry", "list")
+
+    assert [line.strip("- ") for line in result.stdout.split("\n") if line] == ["__default__", "phase1", "single"]
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        ("model_typ=deep", "unknown parameter 'model_typ': did you mean 'model_type'?"),
+        ("training.epoch=3", "unknown parameter 'training.epoch': did you mean 'training.epochs'?"),
+        ("epochs=3", "unknown parameter 'epochs': did you mean 'training.epochs'?"),
+        ("model_type=dep", "model_type='dep' is unknown: did you mean 'deep'?"),
+        ("dataset=mnits", "dataset='mnits' is unknown: did you mean 'mnist'?"),
+        ("training.strategy=D", "training.strategy='D' is unknown"),
+        ("training.optimizer=adm", "training.optimizer='adm' is unknown: did you mean 'adam'?"),
+        ("training.epochs=0", "training.epochs=0"),
+        ("training.batch_size=-1", "training.batch_size=-1"),
+        ("training.learning_rate=-0.1", "training.learning_rate=-0.1"),
+        ("collective.n_experts=8", "n_experts=8 leaves no analyst among n_total=8 members"),
+        ("baselines.target_params=1000,model_type=deep", "the nearest has 905"),
+        ("training.epochs=2,training.strategy=layerwise_autoencoding", "epochs=2 is too few for strategy=layerwise"),
+        ("training.batch_size=1000", "training.batch_size=1000 is more than the 540 training images"),
+        ("device=cuda:99", "device=cuda:99: this machine has"),
+        ("seeds=", "seeds"),
+        ("seeds=1 1", "1 repeated"),
+    ],
+)
+def test_bad_parameters_are_refused_in_one_sentence(project, params, sentence):
+    """Exit code 1 and one line that says what, where and what to do."""
+    result = kedro(project, "run", "--env", "debug", "--params", params)
+
+    assert result.exit_code == 1
+    assert sentence in result.output
+    assert len([line for line in result.stderr.split("\n") if line]) == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_bad_data_leaves_nothing_half_written(tmp_path, new_project, damage):
+    """A damaged or missing file is named before any training, and no result is written."""
+    project = new_project(tmp_path)
+    path = project / "data/01_raw/mnist/t10k-labels-idx1-ubyte.gz"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    result = kedro(project, "run", "--env", "debug", "--params", as_params(TINY))
+
+    assert result.exit_code == 1
+    assert "t10k-labels-idx1-ubyte.gz" in result.output
+    assert sorted(child.name for child in (project / "data").iterdir()) == ["01_raw"]
+
+
+def test_data_folder_that_cannot_be_written_is_refused(tmp_path, new_project):
+    """Before any work, and by name; here a file stands where a folder should."""
+    project = new_project(tmp_path)
+    (project / "data" / "08_reporting").write_text("in the way")
+    result = kedro(project, "run", "--env", "debug", "--params", as_params(TINY))
+
+    assert result.exit_code == 1
+    assert "08_reporting" in result.output and "cannot be written to" in result.output
+    assert not (project / "data" / "06_models").exists()
+
+
+def test_full_disk_is_told_before_training(project, monkeypatch):
+    """With less room than the checkpoints need, nothing starts."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10 * 2**20})())
+    result = kedro(project, "run", "--env", "debug", "--params", as_params(TINY))
+
+    assert result.exit_code == 1
+    assert "has 10 MB of room and this run may write" in result.output
