@@ -114,7 +114,9 @@ def test_phase1_is_tracked(phase1):
     nested = runs[runs["tags.mlflow.parentRunId"].notna()]
     comparison = pd.read_csv(project / "data/08_reporting/phase1/comparison.csv").set_index("model_type")
 
-    assert len(parent) == 1 and len(parent["tags.mlflow.source.git.commit"].iloc[0]) == 40
+    assert len(parent) == 1
+    if (Path(__file__).parents[1] / ".git").exists():
+        assert set(runs["tags.mlflow.source.git.commit"].str.len()) == {40}
     assert sorted(nested["tags.model_type"]) == sorted(MODEL_TYPES)
     assert set(runs["status"]) == {"FINISHED"}
     assert set(nested["params.training.epochs"]) == {"2"} and set(nested["params.collective.n_total"]) == {"8"}

@@ -12,6 +12,7 @@ import math
 import pickle
 import socket
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -202,7 +203,7 @@ def _unusable(path: Path, problem: str) -> UserError:
 def _downloads(name: DatasetName, folder: Path, missing: Sequence[str], address: str) -> Iterator[Path]:
     """A passing folder inside `folder`, to move whole files out of; a failure becomes one sentence, without noise."""
     logger.info("Downloading %s into %s", name, folder)
-    timeout = socket.getdefaulttimeout()
+    timeout, was_there = socket.getdefaulttimeout(), folder.exists()
     socket.setdefaulttimeout(TIMEOUT_SECONDS)  # torchvision waits for ever
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,6 +213,8 @@ def _downloads(name: DatasetName, folder: Path, missing: Sequence[str], address:
         ):
             yield Path(arriving)
     except DOWNLOAD_ERRORS as error:
+        if not was_there and folder.exists():
+            folder.rmdir()
         raise UserError(
             f"{name} lacks {', '.join(missing)} in {folder}, and downloading failed ({error}): "
             f"fetch what is missing from {address} and put it there"
@@ -241,7 +244,10 @@ def _unpack(published: Any, folder: Path, arriving: Path) -> None:
         tools.download_url(published.url, arriving, published.filename, published.tgz_md5)
     elif not tools.check_integrity(archive, published.tgz_md5):
         raise _unusable(archive, "has a wrong checksum")
-    tools.extract_archive(archive, arriving)
+    with warnings.catch_warnings():
+        # tarfile of Python 3.12 wants its caller, torchvision, to name a filter; the archive's checksum is right.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        tools.extract_archive(archive, arriving)
 
 
 # `source` names the class of torchvision that knows addresses and checksums. It is imported only to download: that

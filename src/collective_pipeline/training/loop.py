@@ -151,10 +151,7 @@ def fit(
             if phase.classifies:
                 scores = evaluate(training.validated, validation, batches.normalise, config)
                 metrics |= {f"val_{name}": values for name, values in scores.items()}
-            # The one moment of an epoch at which the host waits for the device.
-            numbers = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-
-            epoch = Epoch(number, config.epochs, phase.name, numbers, rate, time.perf_counter() - started)
+            epoch = Epoch(number, config.epochs, phase.name, to_host(metrics), rate, time.perf_counter() - started)
             result.record(epoch)
             if phase.selects:
                 result.select(epoch, training.validated)
@@ -257,6 +254,16 @@ def evaluate(network: nn.Module, images: Images, normalise: Normalise, config: T
                 weighted = value * (len(labels) / len(images))
                 totals[name] = totals[name] + weighted if name in totals else weighted
     return totals
+
+
+def to_host(metrics: Metrics) -> dict[str, list[float]]:
+    """The numbers, one for each seed; the one moment of an epoch at which the host waits for the device."""
+    numbers = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+    # Accuracies are counts over some thousand images: what float32 has beyond four decimals is noise.
+    return {
+        name: [round(value, 4) for value in values] if name.endswith("accuracy") else values
+        for name, values in numbers.items()
+    }
 
 
 def accuracies(logits: Tensor, labels: Tensor) -> Metrics:

@@ -15,7 +15,7 @@ from collective_pipeline.models.build import build_arm, initialise
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.matching import match_arm
 from collective_pipeline.randomness import make_generator
-from collective_pipeline.training.loop import Callback, Fit, evaluate, fit
+from collective_pipeline.training.loop import Callback, Fit, evaluate, fit, to_host
 from collective_pipeline.training.runtime import choose_device, set_matmul_precision
 from collective_pipeline.training.strategies import plan_phases
 
@@ -94,4 +94,4 @@ def score(
     """Loss and accuracies in percent of trained weights on `images`, one number for each seed."""
     set_matmul_precision(config, device)
     scores = evaluate(checkpoint.build().to(device), images.to(device), Normalise(splits.to(device)), config)
-    return {name: values.tolist() for name, values in scores.items()}
+    return to_host(scores)
