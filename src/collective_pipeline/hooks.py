@@ -92,8 +92,13 @@ class TrackArms:
     def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
         """Name the code that runs."""
         self.runs, self.source_tags = {}, {}
-        if mlflow.active_run() is None:
+        run = mlflow.active_run()
+        if run is None:
             return
+        # Without it MLflow's pages open in their view for language models.
+        mlflow.MlflowClient().set_experiment_tag(
+            run.info.experiment_id, "mlflow.experimentKind", "custom_model_development"
+        )
         mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_SECONDS)
         mlflow.set_system_metrics_samples_before_logging(1)
         commit = _git("rev-parse", "HEAD")

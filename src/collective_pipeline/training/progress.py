@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from statistics import fmean
 
 import torch
@@ -42,7 +42,7 @@ class Progress:
 
     def watch(self, batches: Batches) -> Iterator[Batch]:
         """The batches of an epoch, with a line now and then if it is a long one."""
-        for step, batch in enumerate(_iterate(batches)):
+        for step, batch in enumerate(batches):
             yield batch
             if step == WARM_UP_STEPS:
                 self.started = time.perf_counter(), time.process_time()
@@ -112,7 +112,3 @@ def duration(seconds: float) -> str:
     if seconds < 100 * 60:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def _iterate(batches: Batches) -> Iterable[Batch]:
-    return batches

@@ -1,0 +1,98 @@
+"""What a person is told while an arm trains."""
+
+import logging
+
+import pytest
+
+from collective_pipeline.training import progress
+from collective_pipeline.training.loop import Epoch
+from collective_pipeline.training.progress import Progress, duration
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Wall and processor time that only the test moves on."""
+    now = {"wall": 100.0, "processor": 50.0}
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now["wall"])
+    monkeypatch.setattr(progress.time, "process_time", lambda: now["processor"])
+    return now
+
+
+@pytest.fixture
+def told(caplog):
+    caplog.set_level(logging.INFO, logger=progress.__name__)
+    return caplog
+
+
+def epoch(number: int, seconds: float, num_epochs: int = 10) -> Epoch:
+    metrics = {"train_loss": [0.5, 0.7], "val_accuracy": [96.0, 98.0]}
+    return Epoch(number, num_epochs, "train", metrics, 1e-3, seconds)
+
+
+def test_a_line_says_where_it_is_and_how_long_it_takes(clock, told):
+    """The first epoch's line has the mean over seeds, the pace and the time left."""
+    Progress("shallow", num_arms=7, device_type="cpu")(epoch(1, 2.0))
+
+    (line,) = told.messages
+    assert " ".join(line.split()) == "shallow epoch 1/10 validation accuracy 97.00 % 2.0 s/epoch 18 s left"
+
+
+def test_lines_are_some_seconds_apart_and_the_last_is_always_told(clock, told):
+    """Fast epochs do not flood the terminal."""
+    report = Progress("shallow", num_arms=1, device_type="cuda")
+    for number in range(1, 11):
+        clock["wall"] += 0.9
+        report(epoch(number, 0.9 * number))
+
+    assert [line.split()[2] for line in told.messages] == ["1/10", "7/10", "10/10"]
+    assert told.messages[-1].endswith("done in 9 s")
+
+
+def test_long_run_on_a_cpu_names_the_debug_environment(clock, told):
+    """After the first epoch a comparison that takes hours says how long, and what to do instead."""
+    Progress("shallow", num_arms=7, device_type="cpu")(epoch(1, 80.0, num_epochs=200))
+
+    assert "all 7 arms will take about 31.1 h on this CPU" in told.messages[-1]
+    assert "kedro run --env debug" in told.messages[-1]
+
+
+def test_long_run_on_a_gpu_says_how_long(clock, told):
+    """There the quick test is no advice."""
+    Progress("shallow", num_arms=1, device_type="cuda")(epoch(1, 80.0, num_epochs=200))
+
+    assert "this arm will take about 4.4 h." in told.messages[-1]
+
+
+def test_short_run_has_no_warning(clock, told):
+    """A run of minutes is not called long."""
+    Progress("shallow", num_arms=7, device_type="cpu")(epoch(1, 2.0))
+
+    assert all(record.levelno == logging.INFO for record in told.records)
+
+
+@pytest.mark.parametrize(("share", "warned"), [(1.9, False), (1.1, True)])
+def test_busy_machine_is_told(clock, told, monkeypatch, share, warned):
+    """Two threads that get about one core between them wait for each other; with nearly two they do not."""
+    monkeypatch.setattr(progress.torch, "get_num_threads", lambda: 2)
+    report = Progress("shallow", num_arms=1, device_type="cpu")
+    for _ in report.watch(range(progress.WARM_UP_STEPS + 2)):
+        pass
+    clock["wall"] += 10
+    clock["processor"] += 10 * share
+    report(epoch(1, 10.0))
+
+    assert ("Other programs use this machine's cores" in told.text) == warned
+
+
+def test_long_epoch_shows_how_far_it_is(clock, told):
+    """Within an epoch of minutes there is a line now and then."""
+    report = Progress("shallow", num_arms=1, device_type="cuda")
+    for _ in report.watch(range(100)):
+        clock["wall"] += 1
+
+    assert [line.split()[3] for line in told.messages] == ["20", "40", "60", "80", "100"]
+
+
+def test_durations_read_well():
+    """Seconds, minutes or hours, as a person would say them."""
+    assert [duration(seconds) for seconds in (4.4, 99, 600, 5400, 7200)] == ["4 s", "99 s", "10 min", "90 min", "2.0 h"]
