@@ -1,5 +1,6 @@
 """Whole runs as a user starts them: what they leave, what they say, and what they refuse."""
 
+import errno
 import json
 import logging
 import warnings
@@ -68,6 +69,7 @@ def test_phase1_ends_with_the_answer(phase1):
     assert result.exit_code == 0, result.output
     assert "With 2 seeds it cannot be told whether the collective is better" in tail
     assert all(f"{name} " in tail for name in MODEL_TYPES)
+    assert " in all, " in tail and " of them training" in tail
     assert tail.strip().endswith("Report: data/08_reporting/phase1/report.html")
 
 
@@ -165,6 +167,14 @@ def test_both_spellings_of_pipeline(project):
     assert result.exit_code == 0, result.output
 
 
+def test_unknown_pipeline_is_refused(project):
+    """With the nearest name, and before anything is loaded."""
+    result = kedro(project, "run", "--pipeline", "phase2")
+
+    assert result.exit_code == 1
+    assert "there is no pipeline 'phase2': did you mean 'phase1'? choose from single, phase1" in str(result.exception)
+
+
 def test_registry_lists_the_pipelines(project):
     """`kedro registry list` names them."""
     result = kedro(project, "registry", "list")
@@ -187,7 +197,10 @@ def test_registry_lists_the_pipelines(project):
         ("training.learning_rate=-0.1", "training.learning_rate=-0.1"),
         ("collective.n_experts=8", "n_experts=8 leaves no analyst among n_total=8 members"),
         ("baselines.target_params=1000,model_type=deep", "the nearest has 905"),
-        ("training.epochs=2,training.strategy=layerwise_autoencoding", "epochs=2 is too few for strategy=layerwise"),
+        (
+            "training.epochs=2,training.strategy=layerwise_autoencoding",
+            "training.epochs=2 is too few for training.strategy",
+        ),
         ("training.batch_size=1000", "training.batch_size=1000 is more than the 540 training images"),
         ("device=cuda:99", "device=cuda:99: this machine has"),
         ("seeds=", "seeds"),
@@ -204,7 +217,7 @@ def test_bad_parameters_are_refused_in_one_sentence(project, params, sentence):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_bad_data_leaves_nothing_half_written(tmp_path, new_project, damage):
+def test_bad_data_leaves_nothing_half_written(tmp_path, new_project, damage, monkeypatch):
     """A damaged or missing file is named before any training, and no result is written."""
     project = new_project(tmp_path)
     path = project / "data/01_raw/mnist/t10k-labels-idx1-ubyte.gz"
@@ -212,11 +225,65 @@ def test_bad_data_leaves_nothing_half_written(tmp_path, new_project, damage):
     path.unlink()
     if damage == "truncated":
         path.write_bytes(content[: len(content) // 2])
+
+    def no_network(*args):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", no_network)
     result = kedro(project, "run", "--env", "debug", "--params", as_params(TINY))
 
     assert result.exit_code == 1
+    assert ("downloading failed (no network): fetch what is missing from https://" in result.output) == (
+        damage == "missing"
+    )
     assert "t10k-labels-idx1-ubyte.gz" in result.output
     assert sorted(child.name for child in (project / "data").iterdir()) == ["01_raw"]
+
+
+def test_overlay_that_the_catalog_cannot_see_is_refused(tmp_path, new_project):
+    """A data set or arm named in a parameters.yml would be reported under the files of another."""
+    project = new_project(tmp_path)
+    (project / "conf" / "local" / "parameters.yml").write_text("dataset: fashion_mnist\n")
+    result = kedro(project, "run", "--params", as_params(TINY))
+
+    assert result.exit_code == 1
+    assert "dataset is 'fashion_mnist' in a parameters.yml and 'mnist' in globals.yml" in result.output
+
+
+def test_environment_may_change_arm_and_data_in_its_globals(tmp_path, new_project):
+    """There both the settings and the catalog see it."""
+    project = new_project(tmp_path)
+    (project / "conf" / "debug" / "globals.yml").write_text("model_type: shallow\n")
+    result = kedro(project, "run", "--env", "debug", "--params", as_params(TINY))
+
+    assert result.exit_code == 0, result.output
+    assert list(pd.read_csv(project / "data/08_reporting/single/runs.csv")["model_type"]) == ["shallow"] * 2
+
+
+def test_unmatched_budget_writes_nothing(tmp_path, new_project):
+    """All arms are matched before any is trained, and nothing is left of those that matched."""
+    project = new_project(tmp_path)
+    params = as_params(TINY | {"baselines.target_params": 4773})
+    result = kedro(project, "run", "--pipeline", "phase1", "--env", "debug", "--params", params)
+
+    assert result.exit_code == 1 and "network has 4,773 parameters within 0.1 %" in result.output
+    assert sorted(child.name for child in (project / "data").iterdir()) == ["01_raw"]
+
+
+def test_disk_that_fills_up_is_one_sentence(project, monkeypatch):
+    """The results of before stay, and nothing half-written with them."""
+    before = {path: path.read_bytes() for path in (project / "data/08_reporting").rglob("*.csv")}
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pandas.DataFrame.to_csv", full)
+    result = kedro(project, "run", "--env", "debug", "--params", as_params(TINY))
+
+    assert result.exit_code == 1
+    assert "a result could not be written: No space left on device" in result.output
+    assert {path: path.read_bytes() for path in (project / "data/08_reporting").rglob("*.csv")} == before
+    assert not list(project.rglob(".*partial*"))
 
 
 def test_data_folder_that_cannot_be_written_is_refused(tmp_path, new_project):

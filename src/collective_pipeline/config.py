@@ -6,6 +6,7 @@ look for them, `conf/debug/parameters.yml` holds what the quick test changes; a 
 
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -16,12 +17,25 @@ ModelType = Literal["collective", "shallow", "balanced", "deep", "very_deep", "d
 DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100"]
 Strategy = Literal["end_to_end", "pretrain_freeze_finetune", "layerwise_autoencoding"]
 
-# The phases of each strategy, which need an epoch each; layer-wise is one less without an analyst encoder.
-NUM_PHASES: dict[Strategy, int] = {"end_to_end": 1, "pretrain_freeze_finetune": 3, "layerwise_autoencoding": 5}
-
 BASELINES: tuple[BaselineName, ...] = get_args(BaselineName)
 MODEL_TYPES: tuple[ModelType, ...] = get_args(ModelType)
 DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
+
+# What people who come from the originals type.
+ORIGINAL_NAMES = {
+    "batch": "training.batch_size",
+    "collective_version": "collective.head",
+    "diversity_lambda": "collective.expert_diversity.weight",
+    "diversity_temperature": "collective.expert_diversity.temperature",
+    "gradient_accumulation_steps": "training.accumulation_steps",
+    "lr": "training.learning_rate",
+    "model": "model_type",
+    "seed": "seeds",
+    "training_strategy": "training.strategy",
+    "use_augmentation": "training.augmentation_strength",
+    "use_mixed_precision": "training.precision",
+    "val_split": "data.val_fraction",
+}
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -181,9 +195,11 @@ class TrainingConfig(Config):
     weight_decay: float = Field(1e-4, ge=0, description="of weight matrices; biases and norms are not decayed")
     momentum: Fraction = Field(0.9, description="sgd only")
     schedule: Literal["constant", "cosine", "one_cycle", "multi_step"] = "constant"
-    warmup_epochs: float = Field(0, ge=0, description="linear, from 0; one_cycle has its own")
+    warmup_epochs: float = Field(
+        0, ge=0, description="linear, from 0; where a strategy has several phases, of each, and at most half of it"
+    )
     milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        (0.5, 0.75), description="multi_step: parts of the training after which the rate falls"
+        (0.5, 0.75), description="multi_step: parts of a phase, after its warm-up, at which the rate falls"
     )
     decay_factor: float = Field(0.1, gt=0, lt=1, description="multi_step: what the rate is multiplied by")
     clip_norm: Positive | None = Field(None, description="largest norm of a seed's gradient")
@@ -198,12 +214,9 @@ class TrainingConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _check_epochs(self) -> Self:
-        if self.epochs < NUM_PHASES[self.strategy]:
-            raise ValueError(
-                f"epochs={self.epochs} is too few for strategy={self.strategy}, whose {NUM_PHASES[self.strategy]} "
-                "phases need an epoch each: give more"
-            )
+    def _check_warmup(self) -> Self:
+        if self.warmup_epochs and self.schedule == "one_cycle":
+            raise ValueError("schedule=one_cycle warms up by itself: leave warmup_epochs at 0")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs={self.warmup_epochs:g} fills all {self.epochs} epochs: choose a smaller warm-up"
@@ -223,7 +236,7 @@ class Parameters(Config):
 
     model_type: ModelType = "collective"
     dataset: DatasetName = "mnist"
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device: str = "auto"
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(tuple(range(42, 52)), min_length=1)
     data: DataConfig = DataConfig()
     collective: CollectiveConfig = CollectiveConfig()
@@ -238,6 +251,25 @@ class Parameters(Config):
         if isinstance(seeds, str):
             return seeds.split()
         return [seeds] if isinstance(seeds, int) else seeds
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+            raise ValueError("choose from auto, cpu, cuda, cuda:0, cuda:1, ..., mps")
+        return device
+
+    @model_validator(mode="after")
+    def _check_phases(self) -> Self:
+        layers = 4 if self.collective.analyst_encoder else 3
+        phases = {"end_to_end": 1, "pretrain_freeze_finetune": 3, "layerwise_autoencoding": layers + 1}
+        needed = phases[self.training.strategy]
+        if self.training.epochs < needed:
+            raise ValueError(
+                f"training.epochs={self.training.epochs} is too few for "
+                f"training.strategy={self.training.strategy}, whose {needed} phases need an epoch each: give more"
+            )
+        return self
 
     @field_validator("seeds")
     @classmethod
@@ -285,7 +317,9 @@ def _sentence(problem: Any) -> str:
         case "literal_error":
             return f"{path}={problem['input']!r} is unknown{_suggest(str(problem['input']), _choices(problem))}"
         case "value_error":
-            return f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
+            if isinstance(problem["input"], Mapping):  # a check across several fields
+                return f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
+            return f"{path}={problem['input']!r}: {problem['ctx']['error']}"
         case _:
             return f"{path}={problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
 
@@ -302,14 +336,18 @@ def _suggest(name: str, known: Sequence[str]) -> str:
 
 def _nearest(path: str) -> str:
     known = parameter_names(Parameters)
-    # The last name alone as well: people write `epochs=3` for `training.epochs=3`.
-    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-    nearest = same_leaf or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
-    if not nearest:
-        leaves = {name.rsplit(".", 1)[-1]: name for name in known}
-        nearest = [leaves[leaf] for leaf in difflib.get_close_matches(path.rsplit(".", 1)[-1], leaves, n=1)]
-    hint = f": did you mean '{nearest[0]}'?" if nearest else ""
-    return hint + (" " if hint else ": ") + "all names stand in conf/base/parameters.yml"
+    parent, _, leaf = path.rpartition(".")
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
+    anywhere = {name.rpartition(".")[2]: name for name in reversed(known) if not _is_section(name, known)}
+    # What it is called in the originals; what is called so elsewhere; what is spelt alike beside it, or elsewhere.
+    guess = ORIGINAL_NAMES.get(leaf) or anywhere.get(leaf)
+    for leaves in (beside, anywhere):
+        guess = guess or leaves.get(next(iter(difflib.get_close_matches(leaf, leaves, n=1)), ""))
+    return (f": did you mean '{guess}'? " if guess else ": ") + "all names stand in conf/base/parameters.yml"
+
+
+def _is_section(name: str, known: Sequence[str]) -> bool:
+    return any(other.startswith(f"{name}.") for other in known)
 
 
 def parameter_names(model: type[Config], prefix: str = "") -> list[str]:

@@ -5,12 +5,14 @@ import math
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 import mlflow
 import pandas as pd
+import psutil
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import DataCatalog
@@ -19,6 +21,7 @@ from kedro.pipeline.node import Node
 
 from collective_pipeline.config import Arm, Parameters, UserError, check_parameters, flatten
 from collective_pipeline.models.matching import count_collective
+from collective_pipeline.training.progress import duration
 from collective_pipeline.training.runtime import choose_device
 
 SYSTEM_METRICS_SECONDS = 2
@@ -33,8 +36,21 @@ class CheckBeforeRun:
         """Every parameter is known, of its type and in its range, `--params` included."""
         try:
             self.settings = check_parameters(context.params)
+            self._check_globals(context)
         except UserError as error:
             raise _for_person(error) from error
+
+    def _check_globals(self, context: KedroContext) -> None:
+        """The catalog, which cannot see parameters.yml, names files after the same arm and data as the settings."""
+        for name in ("model_type", "dataset"):
+            loader = context.config_loader
+            in_catalog = (loader.runtime_params or {}).get(name, loader["globals"][name])
+            if in_catalog != getattr(self.settings, name):
+                in_settings = getattr(self.settings, name)
+                raise UserError(
+                    f"{name} is '{in_settings}' in a parameters.yml and '{in_catalog}' in globals.yml: change it in "
+                    "the environment's globals.yml, which the catalog reads as well, or with --params"
+                )
 
     @hook_impl
     def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
@@ -51,8 +67,9 @@ class CheckBeforeRun:
 
     def _weight_bytes(self, pipeline: Pipeline) -> int:
         """A rough size of all checkpoints: 4 bytes a parameter, for every seed and arm."""
+        in_dim, num_classes = (784, 10) if "mnist" in self.settings.dataset else (3072, 100)
         target = self.settings.baselines.target_params or count_collective(
-            self.settings.collective, in_dim=784, num_classes=10
+            self.settings.collective, in_dim=in_dim, num_classes=num_classes
         )
         num_arms = sum("train" in node.tags for node in pipeline.nodes)
         return 4 * target * len(self.settings.seeds) * num_arms
@@ -187,6 +204,7 @@ class TellAnswer:
     @hook_impl(tryfirst=True)
     def after_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
         """Log the reporting files to MLflow; print the answer, a table and the report's path."""
+        since_start = time.time() - psutil.Process().create_time()
         reports = [name for name in pipeline.all_outputs() if name.endswith(".report")]
         for name in reports:
             box = name.removesuffix(".report")
@@ -195,7 +213,9 @@ class TellAnswer:
                 mlflow.log_artifacts(str(report.parent), "reporting")
             click.echo(f"\n{catalog.load(f'{box}.summary')['answer']}\n")
             click.echo(format_comparison(catalog.load(f"{box}.comparison")))
-            click.echo(f"\nReport: {_relative(report)}\n")
+            runs = catalog.load(f"{box}.runs")
+            click.echo(f"\n{duration(since_start)} in all, {duration(runs['train_seconds'].sum())} of them training")
+            click.echo(f"Report: {_relative(report)}\n")
 
 
 def format_comparison(comparison: pd.DataFrame) -> str:

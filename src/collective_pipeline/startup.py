@@ -1,11 +1,15 @@
-"""What happens before Kedro loads its plugins; `pyproject.toml` names it as an entry point."""
+"""What happens around a command of Kedro, before it loads a project; `pyproject.toml` names both entry points."""
 
+import difflib
 import logging
 import os
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
+from kedro.framework.cli.hooks import cli_hook_impl
+from kedro.framework.project import pipelines
 from kedro.utils import find_kedro_project
 
 
@@ -39,3 +43,24 @@ def quieten() -> None:
     # Both tell about every monitor, resolver and run that they start; their warnings stay.
     for name in ("mlflow", "kedro_mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class CheckPipelineName:
+    """Refuse an unknown pipeline in one sentence, where Kedro would end with a traceback."""
+
+    @cli_hook_impl
+    def before_command_run(self, command_args: list[str]) -> None:
+        """Look at what follows `--pipeline`, `--pipelines` or `-p` of a `run`."""
+        if command_args[:1] != ["run"]:
+            return
+        words = [word for argument in command_args for word in argument.split("=", 1)]
+        given = [after for word, after in pairwise(words) if word in {"--pipeline", "--pipelines", "-p"}]
+        for name in (name for names in given for name in names.split(",")):
+            if name not in pipelines:
+                nearest = difflib.get_close_matches(name, pipelines, n=1)
+                guess = f"did you mean '{nearest[0]}'? " if nearest else ""
+                known = ", ".join(known for known in pipelines if not known.startswith("_"))
+                sys.exit(f"Error: there is no pipeline '{name}': {guess}choose from {known}")
+
+
+check_pipeline_name = CheckPipelineName()

@@ -134,7 +134,7 @@ def test_the_next_epoch_is_augmented_otherwise():
 def test_validation_images_are_never_in_a_batch(splits):
     """What chooses the weights was not trained on."""
     x, _ = epoch_of(batches_of(splits, [7], batch_size=2))
-    held_out = {tuple(row) for row in Normalise(splits)(splits.val.images).tolist()}
+    held_out = {tuple(row) for row in Normalise(splits, torch.device("cpu"))(splits.val.images).tolist()}
 
     assert len(held_out) == len(splits.val)
     assert held_out.isdisjoint(map(tuple, x[0].tolist()))
@@ -145,7 +145,7 @@ def test_images_keep_their_labels(numbered, strength):
     """A label stands beside its own image: unaugmented exactly that image, moved a little still most like it."""
     digits = replace(numbered, name="mnist")  # never mirrored
     x, y = epoch_of(batches_of(digits, [7, 8], strength=strength))
-    originals = Normalise(digits)(digits.train.images)
+    originals = Normalise(digits, torch.device("cpu"))(digits.train.images)
 
     assert strength or torch.equal(x, originals[y])
     assert torch.equal(torch.cdist(x.flatten(0, 1), originals).argmin(dim=1), y.flatten())
@@ -166,7 +166,7 @@ def test_augmentation_changes_images_and_not_labels(name):
 def test_strength_0_is_none(splits):
     """The images as they are, and as small a strength as there is comes close to it."""
     (x, y), (x_almost, y_almost) = (epoch_of(batches_of(splits, [7], strength=s)) for s in (0.0, 1e-7))
-    as_they_are = {tuple(row) for row in Normalise(splits)(splits.train.images).tolist()}
+    as_they_are = {tuple(row) for row in Normalise(splits, torch.device("cpu"))(splits.train.images).tolist()}
 
     assert as_they_are.issuperset(map(tuple, x[0].tolist()))
     assert torch.equal(y_almost, y)
@@ -177,7 +177,7 @@ def test_strength_0_is_none(splits):
 def test_training_images_are_normalised(channels):
     """Mean 0 and standard deviation 1 in every channel of the training part."""
     splits = splits_of("cifar10" if channels == 3 else "mnist", channels=channels)
-    x = Normalise(splits)(splits.train.images).unflatten(1, splits.image_shape)
+    x = Normalise(splits, torch.device("cpu"))(splits.train.images).unflatten(1, splits.image_shape)
 
     assert x.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0] * channels, abs=1e-5)
     assert x.std(dim=(0, 2, 3), correction=0).tolist() == pytest.approx([1] * channels, abs=1e-5)
@@ -185,7 +185,7 @@ def test_training_images_are_normalised(channels):
 
 def test_other_parts_are_normalised_like_the_training_part(splits):
     """By the training part's numbers, not by their own."""
-    x = Normalise(splits)(splits.test.images)
+    x = Normalise(splits, torch.device("cpu"))(splits.test.images)
 
     torch.testing.assert_close(
         x, ((splits.test.images.double() / 255 - splits.mean[0]) / splits.std[0]).flatten(1).float()

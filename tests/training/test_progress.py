@@ -26,7 +26,7 @@ def told(caplog):
 
 def epoch(number: int, seconds: float, num_epochs: int = 10) -> Epoch:
     metrics = {"train_loss": [0.5, 0.7], "val_accuracy": [96.0, 98.0]}
-    return Epoch(number, num_epochs, "train", metrics, 1e-3, seconds)
+    return Epoch(number, num_epochs, "train", metrics, (True, True), 1e-3, seconds, finished=number == num_epochs)
 
 
 def test_a_line_says_where_it_is_and_how_long_it_takes(clock, told):
@@ -91,6 +91,16 @@ def test_long_epoch_shows_how_far_it_is(clock, told):
         clock["wall"] += 1
 
     assert [line.split()[3] for line in told.messages] == ["20", "40", "60", "80", "100"]
+
+
+def test_seeds_that_stopped_or_diverged_do_not_count(clock, told):
+    """The mean is over the seeds that are still trained; a last epoch before the plan's end is told as such."""
+    metrics = {"train_loss": [0.5, 0.7, 0.9], "val_accuracy": [96.0, 98.0, float("nan")]}
+    early = Epoch(5, 10, "train", metrics, (False, True, True), 1e-3, 10.0, finished=True)
+    Progress("shallow", num_arms=1, device_type="cuda")(early)
+
+    assert early.mean("val_accuracy") == 98.0 and early.mean("train_loss") == pytest.approx(0.8)
+    assert "98.00 %" in told.text and told.text.strip().endswith("done in 10 s")
 
 
 def test_durations_read_well():

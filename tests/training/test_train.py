@@ -109,8 +109,8 @@ def test_strategies_share_one_budget(arm, splits, training, strategy, phases):
 
 def test_strategy_needs_an_epoch_for_each_phase():
     """Too few epochs for the phases are refused with the configuration."""
-    with pytest.raises(UserError, match=r"epochs=2 is too few for strategy=layerwise_autoencoding, whose 5 phases"):
-        check_parameters({"training": {"epochs": 2, "strategy": "layerwise_autoencoding"}})
+    with pytest.raises(UserError, match=r"epochs=3 is too few for training.strategy=layerwise_autoencoding, whose 4"):
+        check_parameters({"training": {"epochs": 3, "strategy": "layerwise_autoencoding"}})
 
 
 def test_frozen_experts_stay(arm, splits, training):
@@ -163,16 +163,35 @@ def test_accumulation_equals_the_large_batch(arm, splits, training):
     def final(batch_size, steps):
         model = Flat()
         config = change(
-            training, epochs=1, optimizer="sgd", momentum=0.0, accumulation_steps=steps, batch_size=batch_size
+            training,
+            epochs=1,
+            optimizer="sgd",
+            momentum=0.0,
+            weight_decay=0.0,
+            accumulation_steps=steps,
+            batch_size=batch_size,
         )
         objective = weighted_sum({"cross_entropy": (1.0, cross_entropy())})
         batches = Batches(splits, (1,), batch_size=batch_size, augmentation_strength=0.0)
         fit([Phase("train", 1, model, objective, [model])], batches, splits.val, config, seeds=(1,))
         return model.linear.weight
 
-    # 297 images: 9 batches of 33; and 27 of 11 in groups of 3, or of 9 in groups of 2 and a last one of 1.
+    def by_hand(batch_size, steps):
+        weight = torch.zeros(splits.in_dim, splits.num_classes, requires_grad=True)
+        bias = torch.zeros(splits.num_classes, requires_grad=True)
+        batches = [(x[0], y[0]) for x, y in Batches(splits, (1,), batch_size=batch_size, augmentation_strength=0.0)]
+        for start in range(0, len(batches), steps):
+            group = batches[start : start + steps]
+            loss = sum(torch.nn.functional.cross_entropy(x @ weight + bias, y) for x, y in group) / len(group)
+            gradients = torch.autograd.grad(loss, [weight, bias])
+            with torch.no_grad():
+                weight -= training.learning_rate * gradients[0]
+                bias -= training.learning_rate * gradients[1]
+        return weight
+
+    # 297 images: 9 batches of 33; 27 of 11 in groups of 3; 9 of 33 in groups of 2 and a last one alone.
     torch.testing.assert_close(final(33, 1), final(11, 3))
-    assert torch.isfinite(final(33, 2)).all()
+    torch.testing.assert_close(final(33, 2)[0, 0], by_hand(33, 2))
 
 
 def test_early_stopping_stops_each_seed_by_itself(arm, splits, training):
@@ -188,14 +207,47 @@ def test_early_stopping_stops_each_seed_by_itself(arm, splits, training):
     assert min(result.num_epochs) < 30
 
 
-def test_diverged_seed_is_stopped_and_named(arm, splits, training, caplog):
-    """A loss that is no longer finite ends that seed within the epoch and is told."""
-    config = change(training, optimizer="sgd", learning_rate=1e30, epochs=5)
-    _, result = train_arm(arm, splits, config, seeds=(1,), device=CPU)
+def explode(monkeypatch, in_epoch):
+    """Let the loss of the second seed become infinite in this epoch."""
+    original = loop._PhaseTraining.train
+    epochs = iter(range(1, 100))
 
-    assert result.diverged == [True]
-    assert len(result.history) < 5
-    assert "seed 1: the loss was no longer finite" in caplog.text
+    def train(self, batches):
+        values = original(self, batches)
+        if next(epochs) == in_epoch:
+            values["loss"][1] = math.inf
+        return values
+
+    monkeypatch.setattr(loop._PhaseTraining, "train", train)
+
+
+def test_diverged_seed_is_stopped_and_named(arm, splits, training, caplog, monkeypatch):
+    """A loss that is no longer finite ends that seed within the epoch; its last good weights are kept, it is told."""
+    explode(monkeypatch, in_epoch=3)
+    checkpoint, result = train_arm(arm, splits, training, seeds=(1, 2), device=CPU)
+
+    assert result.diverged == [False, True]
+    assert [len(histories(result, seed)) for seed in (1, 2)] == [4, 3]
+    assert 1 <= checkpoint.best_epochs[1] <= 2
+    assert "seed 2: the loss was no longer finite in epoch 3; its weights after epoch" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["end_to_end", "pretrain_freeze_finetune"])
+def test_seed_that_never_had_good_weights_is_an_error(arm, splits, training, monkeypatch, strategy):
+    """Nothing is kept of it, and nothing of it can be taken for a result."""
+    explode(monkeypatch, in_epoch=1)
+    with pytest.raises(UserError, match=r"seed 2: the loss was no longer finite in epoch 1, before there were any"):
+        train_arm(arm, splits, change(training, strategy=strategy), seeds=(1, 2), device=CPU)
+
+
+@pytest.mark.parametrize("strategy", ["pretrain_freeze_finetune", "layerwise_autoencoding"])
+def test_losses_of_low_precision_are_summed_in_full(arm, splits, training, strategy):
+    """The first epoch's losses in bf16 are those in fp32, up to the rounding of the products."""
+    config = change(training, strategy=strategy, epochs=5)
+    _, exact = train_arm(arm, splits, config, seeds=(1,), device=CPU)
+    _, rounded = train_arm(arm, splits, change(config, precision="bf16"), seeds=(1,), device=CPU)
+
+    assert rounded.history[0]["train_loss"] == pytest.approx(exact.history[0]["train_loss"], rel=0.02)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
@@ -208,7 +260,7 @@ def test_optimizers_and_schedules_learn(arm, splits, training, optimizer, schedu
         optimizer=optimizer,
         schedule=schedule,
         learning_rate=0.05 if optimizer == "sgd" else 5e-3,
-        warmup_epochs=1,
+        warmup_epochs=0 if schedule == "one_cycle" else 1,
         label_smoothing=0.1,
         clip_norm=1.0,
         ema_decay=0.9,
@@ -246,7 +298,7 @@ def test_top_five_counts_the_five_likeliest(splits, training):
             return torch.arange(7.0).flip(0).expand(1, x.shape[1], 7), {}
 
     images = Images(splits.val.images[:7], torch.arange(7))
-    scores = evaluate(Fixed(), images, Normalise(splits), training)
+    scores = evaluate(Fixed(), images, Normalise(splits, CPU), training)
 
     assert scores["accuracy"].item() == pytest.approx(100 / 7)
     assert scores["top5_accuracy"].item() == pytest.approx(500 / 7)

@@ -17,8 +17,7 @@ from collective_pipeline.randomness import make_generator
 class Normalise:
     """Bytes to features of mean 0 and standard deviation 1 by the training part's channels, flattened."""
 
-    def __init__(self, splits: Splits) -> None:
-        device = splits.train.images.device
+    def __init__(self, splits: Splits, device: torch.device) -> None:
         self.mean = 255 * torch.tensor(splits.mean, device=device).view(-1, 1, 1)
         self.scale = 1 / (255 * torch.tensor(splits.std, device=device).view(-1, 1, 1))
 
@@ -38,7 +37,7 @@ class Batches:
     def __init__(self, splits: Splits, seeds: Sequence[int], *, batch_size: int, augmentation_strength: float) -> None:
         check_batch_size(splits, batch_size)
         self.train = splits.train
-        self.normalise = Normalise(splits)
+        self.normalise = Normalise(splits, splits.train.images.device)
         self.batch_size = batch_size
         self.recipe = RECIPES[splits.name]
         self.strength = augmentation_strength

@@ -141,7 +141,10 @@ def _cifar_batch(path: Path, labels_key: str, num_classes: int) -> Images:
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (math.prod(CIFAR_SHAPE),):
         raise _unusable(path, "does not hold rows of 3 x 32 x 32 bytes as 'data'")
     try:
-        labels = np.asarray(content[labels_key], np.int64)
+        labels = np.asarray(content[labels_key])
+        if labels.size and labels.dtype.kind not in "iu":
+            raise TypeError(f"they are {labels.dtype}")
+        labels = labels.astype(np.int64)
     except (TypeError, ValueError, OverflowError) as error:
         raise _unusable(path, f"does not hold whole numbers as '{labels_key}' ({error})") from None
     return _checked(pixels.reshape(-1, *CIFAR_SHAPE), labels, num_classes, path, path)

@@ -51,7 +51,7 @@ def vary(dims: Sequence[int], position: int) -> tuple[int, ...]:
         case 2:
             return (dims[0], (dims[0] + dims[-1]) // 2, dims[-1])
         case 3:
-            return tuple(int(dim * 0.8) for dim in dims)
+            return tuple(max(1, int(dim * 0.8)) for dim in dims)
         case _:
             return tuple(dims)
 

@@ -93,7 +93,7 @@ class BatchNorm(nn.Module):
 class RandomBits(nn.Module):
     """16 random bits for each of `dim` features of every image and member, as signed integers.
 
-    The training loop fills `bits` before each step from every seed's own generator (`training.randomness`), so that
+    The training loop fills `bits` before each step from every seed's own generator (`training.dropout_bits`), so that
     a seed's draws cannot depend on its neighbours. Left alone, it draws from torch's global generator.
     """
 

@@ -6,7 +6,7 @@ All seeds of an arm train side by side: `S` is the first dimension of weights, b
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,16 +38,27 @@ class Epoch:
         number: Counted from 1 over all phases.
         num_epochs: Of the whole training.
         metrics: `train_loss`, `val_accuracy`, ...: one number for each seed.
+        running: Whether each seed was still trained in this epoch; the numbers of the others mean nothing.
         learning_rate: At the start of the epoch.
         seconds: Since training began.
+        finished: Whether it was the last one.
     """
 
     number: int
     num_epochs: int
     phase: str
     metrics: dict[str, list[float]]
+    running: tuple[bool, ...]
     learning_rate: float
     seconds: float
+    finished: bool = False
+
+    def mean(self, name: str) -> float:
+        """Of a metric over the seeds that are still trained and whose number is finite; NaN if there are none."""
+        values = [
+            value for value, runs in zip(self.metrics[name], self.running, strict=True) if runs and math.isfinite(value)
+        ]
+        return sum(values) / len(values) if values else math.nan
 
 
 Callback = Callable[[Epoch], None]
@@ -62,7 +73,6 @@ class Fit:
         best_epochs: The epoch that validation chose.
         num_epochs: How many epochs the seed was trained.
         diverged: Whether its loss was no longer finite.
-        seconds: All epochs of all seeds together.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -72,13 +82,11 @@ class Fit:
         self.best_epochs = [0] * len(seeds)
         self.num_epochs = [0] * len(seeds)
         self.diverged = [False] * len(seeds)
-        self.seconds = 0.0
         self.running = [True] * len(seeds)
         self.best_accuracies = [-1.0] * len(seeds)
 
     def record(self, epoch: Epoch) -> None:
         """Add the epoch's row for every seed that still runs."""
-        self.seconds = epoch.seconds
         for s, seed in enumerate(self.seeds):
             if self.running[s]:
                 self.num_epochs[s] = epoch.number
@@ -87,11 +95,11 @@ class Fit:
                 self.history.append(row | {"learning_rate": epoch.learning_rate, "seconds": epoch.seconds})
 
     def select(self, epoch: Epoch, network: nn.Module) -> None:
-        """Keep the weights of the seeds whose validation accuracy is their best so far."""
+        """Keep the weights of the seeds whose validation accuracy is their best so far, and whose loss is finite."""
         accuracies = epoch.metrics["val_accuracy"]
         better = [
-            running and accuracy > best
-            for running, accuracy, best in zip(self.running, accuracies, self.best_accuracies, strict=True)
+            self.running[s] and accuracies[s] > self.best_accuracies[s] and math.isfinite(loss)
+            for s, loss in enumerate(epoch.metrics["train_loss"])
         ]
         state = network.state_dict()
         if not self.weights:
@@ -151,11 +159,13 @@ def fit(
             if phase.classifies:
                 scores = evaluate(training.validated, validation, batches.normalise, config)
                 metrics |= {f"val_{name}": values for name, values in scores.items()}
-            epoch = Epoch(number, config.epochs, phase.name, to_host(metrics), rate, time.perf_counter() - started)
+            numbers, seconds = to_host(metrics), time.perf_counter() - started
+            epoch = Epoch(number, config.epochs, phase.name, numbers, tuple(result.running), rate, seconds)
             result.record(epoch)
             if phase.selects:
                 result.select(epoch, training.validated)
             result.stop(epoch, patience=config.early_stopping_patience if phase is phases[-1] else None, since=first)
+            epoch = replace(epoch, finished=number == config.epochs or not any(result.running))
             for callback in callbacks:
                 callback(epoch)
         bits.release()
@@ -178,12 +188,14 @@ class _PhaseTraining:
         trained = [(name, weight) for name, weight in phase.network.named_parameters() if weight.requires_grad]
         self.parameters = [weight for _, weight in trained]
         self.optimizer = make_optimizer(trained, config, rate_factor=phase.rate_factor)
+        is_only_phase = phase.epochs == config.epochs
+        warmup_epochs = config.warmup_epochs if is_only_phase else min(config.warmup_epochs, phase.epochs / 2)
         updates_per_epoch = -(-self.steps // config.accumulation_steps)
         self.schedule = make_schedule(
             self.optimizer,
             config,
             num_updates=phase.epochs * updates_per_epoch,
-            warmup_updates=round(min(config.warmup_epochs, phase.epochs / 2) * updates_per_epoch),
+            warmup_updates=round(warmup_epochs * updates_per_epoch),
         )
         self.scaler = LossScaler(len(bits.generators), self.device, enabled=config.precision == "fp16")
         self.averaged = AveragedWeights(phase.network, config.ema_decay) if config.ema_decay else None
@@ -207,7 +219,8 @@ class _PhaseTraining:
             self.bits.draw()
             with autocast(self.config, self.device):
                 logits, parts = self.phase.network(x)
-            logits = logits.float()
+            # Losses in full precision: sums over many steps stall in 16 bits, and squares overflow.
+            logits, parts = logits.float(), {name: part.float() for name, part in parts.items()}
             losses = self.phase.objective(logits, parts, y)
             # The last group of an epoch may be smaller than the others: its gradient is the mean of what it has.
             group = min(accumulation, self.steps - step // accumulation * accumulation)

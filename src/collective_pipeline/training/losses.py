@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collective_pipeline.config import CollectiveConfig, MlpArchitecture
+from collective_pipeline.config import CollectiveConfig, DiversityConfig, MlpArchitecture
 
 Parts = Mapping[str, Tensor]
 Term = Callable[[Tensor, Parts, Tensor], Tensor]
@@ -76,12 +76,13 @@ def weighted_sum(terms: Mapping[str, tuple[float, Term]]) -> Objective:
 
 def make_objective(architecture: CollectiveConfig | MlpArchitecture, label_smoothing: float) -> Objective:
     """Cross-entropy, and for a collective the diversity terms that its configuration weighs."""
-    terms: dict[str, tuple[float, Term]] = {"cross_entropy": (1.0, cross_entropy(label_smoothing))}
+    terms = {"cross_entropy": (1.0, cross_entropy(label_smoothing))}
     if isinstance(architecture, CollectiveConfig):
-        for part, config in (
-            ("experts", architecture.expert_diversity),
-            ("analysts", architecture.analyst_diversity),
-        ):
-            if config.weight:
-                terms[f"{part}_diversity"] = (config.weight, diversity(part, config.temperature))
+        terms |= weighted_diversity("experts", architecture.expert_diversity)
+        terms |= weighted_diversity("analysts", architecture.analyst_diversity)
     return weighted_sum(terms)
+
+
+def weighted_diversity(part: str, config: DiversityConfig) -> dict[str, tuple[float, Term]]:
+    """The diversity term of these members with its weight, or nothing where the weight is 0."""
+    return {f"{part}_diversity": (config.weight, diversity(part, config.temperature))} if config.weight else {}

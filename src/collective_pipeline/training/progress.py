@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Iterator
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -55,14 +54,13 @@ class Progress:
         self.epochs_done = epoch.number
         per_epoch = epoch.seconds / epoch.number
         left = per_epoch * (epoch.num_epochs - epoch.number)
-        last = epoch.number == epoch.num_epochs
-        if epoch.number == 1 or last or self._is_due(SECONDS_BETWEEN_LINES):
+        if epoch.number == 1 or epoch.finished or self._is_due(SECONDS_BETWEEN_LINES):
             score = (
-                f"validation accuracy {fmean(epoch.metrics['val_accuracy']):5.2f} %"
+                f"validation accuracy {epoch.mean('val_accuracy'):5.2f} %"
                 if "val_accuracy" in epoch.metrics
-                else f"{epoch.phase}, loss {fmean(epoch.metrics['train_loss']):.4f}"
+                else f"{epoch.phase}, loss {epoch.mean('train_loss'):.4f}"
             )
-            time_left = f"done in {duration(epoch.seconds)}" if last else f"{duration(left)} left"
+            time_left = f"done in {duration(epoch.seconds)}" if epoch.finished else f"{duration(left)} left"
             self._log(f"epoch {epoch.number}/{epoch.num_epochs}  {score}  {per_epoch:.1f} s/epoch  {time_left}")
         self._warn_if_busy()
         if epoch.number == 1:

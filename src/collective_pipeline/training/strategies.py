@@ -20,10 +20,10 @@ from collective_pipeline.models.layers import Linear, Stack, concat_members
 from collective_pipeline.models.mlp import Mlp
 from collective_pipeline.training.losses import (
     Objective,
-    diversity,
     make_objective,
     member_cross_entropy,
     reconstruction,
+    weighted_diversity,
     weighted_sum,
 )
 
@@ -101,13 +101,8 @@ def plan_phases(arm: Arm, model: nn.Module, config: TrainingConfig, *, num_seeds
             pretrain, train, finetune = _share(config, [0.3, 0.4, 0.3])
             probe = Linear(Stack(num_seeds, len(model.experts.dims)), model.experts.dims[0][-1], arm.num_classes)
             rest = [child for child in model.children() if child is not model.experts]
-            diverse = arm.architecture.expert_diversity
-            alone = weighted_sum(
-                {
-                    "cross_entropy": (1.0, member_cross_entropy("expert_logits", config.label_smoothing)),
-                    "experts_diversity": (diverse.weight, diversity("experts", diverse.temperature)),
-                }
-            )
+            classify = {"cross_entropy": (1.0, member_cross_entropy("expert_logits", config.label_smoothing))}
+            alone = weighted_sum(classify | weighted_diversity("experts", arm.architecture.expert_diversity))
             experts = ExpertClassifiers(model, probe)
             return [
                 Phase("pretrain_experts", pretrain, experts, alone, [experts], new=probe, selects=False),

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from collective_pipeline.config import Arm, ModelType, Parameters, TrainingConfig
+from collective_pipeline.config import Arm, ModelType, Parameters, TrainingConfig, UserError
 from collective_pipeline.data.batches import Batches, Normalise
 from collective_pipeline.data.small_images import load_images
 from collective_pipeline.data.splits import Images, Splits, make_splits
@@ -63,6 +63,9 @@ def train_arm(
     """Build the arm once for all `seeds`, draw each seed's weights, train, and return what validation chose.
 
     The checkpoint's weights are on the CPU, every tensor with the seeds as its first dimension.
+
+    Raises:
+        UserError: If a seed diverged before it had any good weights.
     """
     set_matmul_precision(config, device)
     splits = splits.to(device)
@@ -75,15 +78,13 @@ def train_arm(
         phase.network.to(device)
     batches = Batches(splits, seeds, batch_size=config.batch_size, augmentation_strength=config.augmentation_strength)
     result = fit(phases, batches, splits.val, config, seeds=seeds, callbacks=callbacks, watch=watch)
-    for seed, diverged, epochs in zip(seeds, result.diverged, result.num_epochs, strict=True):
-        if diverged:
-            logger.warning(
-                "%s, seed %d: the loss was no longer finite in epoch %d; its best weights until then are kept. "
-                "A smaller training.learning_rate or a training.clip_norm may help.",
-                arm.model_type,
-                seed,
-                epochs,
-            )
+    for seed, diverged, epoch, best in zip(seeds, result.diverged, result.num_epochs, result.best_epochs, strict=True):
+        what = f"{arm.model_type}, seed {seed}: the loss was no longer finite in epoch {epoch}"
+        advice = "a smaller training.learning_rate or a training.clip_norm may help"
+        if diverged and best:
+            logger.warning("%s; its weights after epoch %d are kept: %s", what, best, advice)
+        elif diverged:
+            raise UserError(f"{what}, before there were any good weights to keep: {advice}")
     weights = {name: tensor.cpu() for name, tensor in result.weights.items()}
     return Checkpoint(arm, splits.name, tuple(seeds), tuple(result.best_epochs), weights), result
 
@@ -93,5 +94,5 @@ def score(
 ) -> dict[str, list[float]]:
     """Loss and accuracies in percent of trained weights on `images`, one number for each seed."""
     set_matmul_precision(config, device)
-    scores = evaluate(checkpoint.build().to(device), images.to(device), Normalise(splits.to(device)), config)
+    scores = evaluate(checkpoint.build().to(device), images.to(device), Normalise(splits, device), config)
     return to_host(scores)

@@ -1,6 +1,7 @@
 """The arms side by side."""
 
 import platform
+import shlex
 import sys
 from typing import Any
 
@@ -60,7 +61,7 @@ def report(
 def _facts(settings: Parameters, splits: Splits, device: torch.device) -> dict[str, dict[str, str]]:
     return {
         "Run": {
-            "command": " ".join(["kedro", *sys.argv[1:]]),
+            "command": shlex.join(["kedro", *sys.argv[1:]]),
             "device": describe_device(device),
             "torch": torch.__version__,
             "Python": platform.python_version(),
