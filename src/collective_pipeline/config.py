@@ -39,7 +39,9 @@ ORIGINAL_NAMES = {
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
-Widths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2)]
+# 65,536 features are far beyond any network of this kind: more is a slip of the finger.
+Width = Annotated[int, Field(ge=1, le=65_536)]
+Widths = Annotated[tuple[Width, ...], Field(min_length=2)]
 
 
 class UserError(ValueError):
@@ -82,20 +84,20 @@ class CollectiveConfig(Config):
     """The collective: experts, encoder, analysts that also see the input, head. All widths are features."""
 
     kind: Literal["collective"] = "collective"
-    n_total: int = Field(8, ge=2, description="experts + analysts")
+    n_total: int = Field(8, ge=2, le=1024, description="experts + analysts")
     expert_ratio: float = Field(0.2, ge=0, le=1, description="experts / n_total, when n_experts is not given")
     n_experts: int | None = Field(None, ge=1)
     expert_hidden: Widths = (512, 256)
-    expert_output: int = Field(128, ge=1)
+    expert_output: Width = 128
     analyst_hidden: Widths = (256, 128)
-    analyst_output: int = Field(64, ge=1)
+    analyst_output: Width = 64
     c_expert: Positive = Field(0.25, description="width of the encoded experts / width of all experts' outputs")
     analyst_encoder: bool = Field(False, description="an encoder between the analysts and the head")
     c_collective: Positive = Field(
         1.0, description="width factor of the analyst encoder, where there is one, and of the encoder_head"
     )
-    adaptive_collective_min_dim: int = Field(64, ge=1)
-    adaptive_collective_max_dim: int = Field(2048, ge=1)
+    adaptive_collective_min_dim: Width = 64
+    adaptive_collective_max_dim: Width = 2048
     head: Literal["simple_mlp", "encoder_head"] = "simple_mlp"
     collective_hidden_scale: Positive = Field(1.0, description="hidden width of the head / its input width")
     vary_expert_architectures: bool = False
@@ -321,7 +323,10 @@ def _sentence(problem: Any) -> str:
                 return f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
             return f"{path}={problem['input']!r}: {problem['ctx']['error']}"
         case _:
-            return f"{path}={problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+            # pydantic's words for Python's types, in those of YAML.
+            told = re.sub(r"dictionary or instance of \w+", "section of names and values", problem["msg"])
+            told = told.replace("tuple", "list").replace("after validation, ", "")
+            return f"{path}={problem['input']!r}: {told[:1].lower()}{told[1:]}"
 
 
 def _choices(problem: Any) -> list[str]:

@@ -237,7 +237,8 @@ def format_comparison(comparison: pd.DataFrame) -> str:
     )
     is_reference = (comparison["difference_to_reference"] == 0) & comparison["p_value_holm"].isna()
     table.loc[is_reference.to_numpy(), ["minus collective", "its interval"]] = "-"
-    return table.replace({"nan": "-", "+nan": "-", "nan to nan": "-"}).to_string(index=False)
+    table = table.replace({"nan": "-", "+nan": "-", "nan to nan": "-"})
+    return table.loc[:, (table != "-").any()].to_string(index=False)
 
 
 class PlainErrors:

@@ -1,5 +1,6 @@
 """The report: one page that says the answer first, then shows what it rests on, and opens without a network."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,11 @@ def _p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else _number(".3f", value)
 
 
+def _if_compared(arm: Any, text: str) -> str:
+    """The reference is not compared with itself: its p value is empty, and so is what stands beside it."""
+    return _number("", math.nan) if math.isnan(arm.p_value_holm) else text
+
+
 ACCURACY: Columns = {
     "Arm": lambda arm: arm.model_type,
     "Seeds": lambda arm: str(arm.num_seeds),
@@ -104,8 +110,8 @@ ACCURACY: Columns = {
     "Interval (%)": lambda arm: _range(".2f", arm.test_accuracy_ci_low, arm.test_accuracy_ci_high),
 }
 DIFFERENCE: Columns = {
-    "Paired difference (points)": lambda arm: _number("+z.2f", arm.difference_to_reference),
-    "Interval (points)": lambda arm: _range("+z.2f", arm.difference_ci_low, arm.difference_ci_high),
+    "Paired difference (points)": lambda arm: _if_compared(arm, _number("+z.2f", arm.difference_to_reference)),
+    "Interval (points)": lambda arm: _if_compared(arm, _range("+z.2f", arm.difference_ci_low, arm.difference_ci_high)),
     "p, corrected": lambda arm: _p_value(arm.p_value_holm),
 }
 COST: Columns = {
@@ -160,7 +166,7 @@ def _key_figures(comparison: pd.DataFrame, reference: str) -> dict[str, tuple[st
     return {
         f"Test accuracy, {reference}": _accuracy(own),
         f"Best of the others, {best.model_type}": _accuracy(best),
-        "Difference between the two": (
+        f"{reference} minus {best.model_type}": (
             f"{-best.difference_to_reference:+z.2f} points",
             f"interval {lead}" if lead else "one seed, no interval",
         ),

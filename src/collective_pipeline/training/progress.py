@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from collective_pipeline.config import DEBUG
 from collective_pipeline.data.batches import Batches
 from collective_pipeline.training.loop import Epoch
 
@@ -64,15 +65,16 @@ class Progress:
             self._log(f"epoch {epoch.number}/{epoch.num_epochs}  {score}  {per_epoch:.1f} s/epoch  {time_left}")
         self._warn_if_busy()
         if epoch.number == 1:
-            self._warn_if_long(per_epoch * epoch.num_epochs * self.num_arms)
+            self._warn_if_long(per_epoch * epoch.num_epochs * self.num_arms, epoch.num_epochs)
 
-    def _warn_if_long(self, seconds: float) -> None:
+    def _warn_if_long(self, seconds: float, num_epochs: int) -> None:
         if seconds < LONG_SECONDS:
             return
         what = f"all {self.num_arms} arms" if self.num_arms > 1 else "this arm"
+        is_short_plan = num_epochs <= DEBUG.training.epochs
         advice = (
             " on this CPU; for an answer in minutes use the debug environment, kedro run --env debug, or a GPU"
-            if self.device_type == "cpu"
+            if self.device_type == "cpu" and not is_short_plan
             else ""
         )
         logger.warning("At this pace %s will take about %s%s.", what, duration(seconds), advice)

@@ -1,0 +1,28 @@
+"""What happens before Kedro: commands outside of a project, and two that are mended."""
+
+import os
+import sys
+
+import pytest
+
+from collective_pipeline import startup
+
+
+@pytest.mark.parametrize("command", ["run", "registry", "mlflow"])
+def test_command_outside_of_a_project_is_one_sentence(command, tmp_path, monkeypatch):
+    """It says where one is, and where to go."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kedro", command])
+    with pytest.raises(SystemExit, match=f"is not inside a Kedro project, so there is nothing to {command}"):
+        startup.prepare()
+
+
+def test_viz_alone_shows_the_graph(tmp_path, monkeypatch):
+    """`kedro viz` is `kedro viz run`, and the environment's own programs are found."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kedro", "viz"])
+    monkeypatch.setenv("PATH", "/usr/bin")
+    startup.prepare()
+
+    assert sys.argv == ["kedro", "viz", "run"]
+    assert os.environ["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)  # noqa: PTH120
