@@ -1,8 +1,10 @@
 """Whole runs as a user starts them: what they leave, what they say, and what they refuse."""
 
 import errno
+import importlib.metadata
 import json
 import logging
+import shutil
 import warnings
 from pathlib import Path
 
@@ -117,7 +119,7 @@ def test_phase1_is_tracked(phase1):
     comparison = pd.read_csv(project / "data/08_reporting/phase1/comparison.csv").set_index("model_type")
 
     assert len(parent) == 1
-    if (Path(__file__).parents[1] / ".git").exists():
+    if (Path(__file__).parents[1] / ".git").exists() and shutil.which("git"):
         assert set(runs["tags.mlflow.source.git.commit"].str.len()) == {40}
     assert sorted(nested["tags.model_type"]) == sorted(MODEL_TYPES)
     assert set(runs["status"]) == {"FINISHED"}
@@ -167,6 +169,10 @@ def test_both_spellings_of_pipeline(project):
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.skipif(
+    not importlib.metadata.entry_points(group="kedro.cli_hooks", name="collective-pipeline"),
+    reason="the package lies on the path, but is not installed, so Kedro does not find its hook",
+)
 def test_unknown_pipeline_is_refused(project):
     """With the nearest name, and before anything is loaded."""
     result = kedro(project, "run", "--pipeline", "phase2")
