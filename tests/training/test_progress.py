@@ -105,4 +105,6 @@ def test_seeds_that_stopped_or_diverged_do_not_count(clock, told):
 
 def test_durations_read_well():
     """Seconds, minutes or hours, as a person would say them."""
-    assert [duration(seconds) for seconds in (4.4, 99, 600, 5400, 7200)] == ["4 s", "99 s", "10 min", "90 min", "2.0 h"]
+    spoken = {4.4: "4 s", 99: "99 s", 245: "4 min 05 s", 600: "10 min", 5400: "90 min", 7200: "2.0 h"}
+
+    assert {seconds: duration(seconds) for seconds in spoken} == spoken

@@ -109,6 +109,8 @@ def duration(seconds: float) -> str:
     """Seconds in the unit in which a person would say them."""
     if seconds < 100:
         return f"{seconds:.0f} s"
+    if seconds < 10 * 60:
+        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
     if seconds < 100 * 60:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
