@@ -317,7 +317,7 @@ def _sentence(problem: Any) -> str:
         case "extra_forbidden":
             return f"unknown parameter '{path}'{_nearest(path)}"
         case "literal_error":
-            return f"{path}={problem['input']!r} is unknown{_suggest(str(problem['input']), _choices(problem))}"
+            return f"{path}={problem['input']!r} is unknown{suggest(str(problem['input']), _choices(problem))}"
         case "value_error":
             if isinstance(problem["input"], Mapping):  # a check across several fields
                 return f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
@@ -333,7 +333,8 @@ def _choices(problem: Any) -> list[str]:
     return [choice.strip("' ") for choice in problem["ctx"]["expected"].replace(" or ", ", ").split(",")]
 
 
-def _suggest(name: str, known: Sequence[str]) -> str:
+def suggest(name: str, known: Sequence[str]) -> str:
+    """What follows "... is unknown": the nearest of the known names, if one is near, and all of them."""
     nearest = difflib.get_close_matches(name, known, n=1)
     guess = f": did you mean '{nearest[0]}'?" if nearest else ""
     return f"{guess or ':'} choose from {', '.join(known)}"

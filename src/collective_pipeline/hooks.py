@@ -1,7 +1,6 @@
 """What happens around a run: checks before it, one MLflow run for each arm, the answer after it, plain errors."""
 
 import errno
-import math
 import shutil
 import subprocess
 import tempfile
@@ -20,9 +19,9 @@ from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 
 from collective_pipeline.config import Arm, Parameters, UserError, check_parameters, flatten
-from collective_pipeline.models.matching import count_collective
+from collective_pipeline.evaluation.comparison import efficiency
+from collective_pipeline.models.matching import parameter_budget
 from collective_pipeline.training.progress import duration
-from collective_pipeline.training.runtime import choose_device
 
 SYSTEM_METRICS_SECONDS = 2
 SPARE_BYTES = 64 * 2**20
@@ -54,12 +53,11 @@ class CheckBeforeRun:
 
     @hook_impl
     def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """The device is there, and all folders that the run writes to can be written to and have room."""
+        """All folders that the run writes to can be written to and have room."""
         needed = SPARE_BYTES + self._weight_bytes(pipeline)
         paths = (_filepath(catalog, name) for name in pipeline.all_outputs())
         folders = {Path(path).parent for path in paths if path is not None}
         try:
-            choose_device(self.settings.device)
             for folder in sorted(folders):
                 check_writable(folder, needed)
         except UserError as error:
@@ -68,8 +66,8 @@ class CheckBeforeRun:
     def _weight_bytes(self, pipeline: Pipeline) -> int:
         """A rough size of all checkpoints: 4 bytes a parameter, for every seed and arm."""
         in_dim, num_classes = (784, 10) if "mnist" in self.settings.dataset else (3072, 100)
-        target = self.settings.baselines.target_params or count_collective(
-            self.settings.collective, in_dim=in_dim, num_classes=num_classes
+        target = parameter_budget(
+            self.settings.collective, self.settings.baselines, in_dim=in_dim, num_classes=num_classes
         )
         num_arms = sum("train" in node.tags for node in pipeline.nodes)
         return 4 * target * len(self.settings.seeds) * num_arms
@@ -106,7 +104,7 @@ class TrackArms:
         self.source_tags: dict[str, str] = {}
 
     @hook_impl
-    def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
+    def before_pipeline_run(self) -> None:
         """Name the code that runs."""
         self.runs, self.source_tags = {}, {}
         run = mlflow.active_run()
@@ -129,23 +127,21 @@ class TrackArms:
         """The arm's run is active while its nodes train and evaluate."""
         if mlflow.active_run() is None or not node.tags & {"train", "evaluate"}:
             return
-        arm = str(node.namespace)
-        if arm in self.runs:
-            mlflow.start_run(run_id=self.runs[arm], nested=True)
+        box = str(node.namespace)
+        if box in self.runs:
+            mlflow.start_run(run_id=self.runs[box], nested=True)
             return
         settings: Parameters = inputs["settings"]
-        architecture = Arm.model_validate(inputs[f"{arm}.architecture"])
+        arm: Arm = inputs[f"{box}.arm"]
         run = mlflow.start_run(
-            run_name=architecture.model_type,
+            run_name=arm.model_type,
             nested=True,
             log_system_metrics=True,
-            tags={"model_type": architecture.model_type, "dataset": settings.dataset} | self.source_tags,
+            tags={"model_type": arm.model_type, "dataset": settings.dataset} | self.source_tags,
         )
-        self.runs[arm] = run.info.run_id
-        chosen = {"model_type": architecture.model_type, "params": architecture.params}
-        mlflow.log_params(
-            flatten(settings) | {f"arm.{name}": value for name, value in flatten(architecture).items()} | chosen
-        )
+        self.runs[box] = run.info.run_id
+        chosen = {"model_type": arm.model_type, "params": arm.params}
+        mlflow.log_params(flatten(settings) | {f"arm.{name}": value for name, value in flatten(arm).items()} | chosen)
 
     @hook_impl
     def after_node_run(self, node: Node, outputs: dict[str, Any]) -> None:
@@ -188,13 +184,10 @@ def final_metrics(results: pd.DataFrame) -> dict[str, float]:
         "final/test_loss": float(results["test_loss"].mean()),
         "final/val_accuracy": float(results["val_accuracy"].mean()),
         "final/model_params": params,
-        "final/param_efficiency": accuracy / params * 1e5,
-        "final/accuracy_per_million_params": accuracy / params * 1e6,
-        "final/accuracy_per_log10_params": accuracy / math.log10(params + 1),
         "final/macs": float(results["macs"].iloc[0]),
         "final/latency_ms": float(results["latency_ms"].iloc[0]),
         "final/train_seconds": float(results["train_seconds"].mean()),
-    }
+    } | {f"final/{name}": float(value) for name, value in efficiency(accuracy, params).items()}
 
 
 class TellAnswer:
@@ -235,7 +228,7 @@ def format_comparison(comparison: pd.DataFrame) -> str:
         }
         for arm in arms
     )
-    is_reference = (comparison["difference_to_reference"] == 0) & comparison["p_value_holm"].isna()
+    is_reference = comparison["p_value_holm"].isna()
     table.loc[is_reference.to_numpy(), ["minus collective", "its interval"]] = "-"
     table = table.replace({"nan": "-", "+nan": "-", "nan to nan": "-"})
     return table.loc[:, (table != "-").any()].to_string(index=False)

@@ -1,6 +1,5 @@
 """What happens around a command of Kedro, before it loads a project; `pyproject.toml` names both entry points."""
 
-import difflib
 import logging
 import os
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 from kedro.framework.cli.hooks import cli_hook_impl
 from kedro.framework.project import pipelines
 from kedro.utils import find_kedro_project
+
+from collective_pipeline.config import suggest
 
 
 def prepare() -> None:
@@ -57,10 +58,8 @@ class CheckPipelineName:
         given = [after for word, after in pairwise(words) if word in {"--pipeline", "--pipelines", "-p"}]
         for name in (name for names in given for name in names.split(",")):
             if name not in pipelines:
-                nearest = difflib.get_close_matches(name, pipelines, n=1)
-                guess = f"did you mean '{nearest[0]}'? " if nearest else ""
-                known = ", ".join(known for known in pipelines if not known.startswith("_"))
-                sys.exit(f"Error: there is no pipeline '{name}': {guess}choose from {known}")
+                known = [known for known in pipelines if not known.startswith("_")]
+                sys.exit(f"Error: there is no pipeline '{name}'{suggest(name, known)}")
 
 
 check_pipeline_name = CheckPipelineName()

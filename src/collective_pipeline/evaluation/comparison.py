@@ -6,6 +6,7 @@ intervals and tests therefore speak about training again with other seeds, not a
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,9 +94,7 @@ def compare_arms(results: pd.DataFrame, config: ComparisonConfig, *, reference: 
             "test_accuracy_mean": mean,
             "test_accuracy_ci_low": low,
             "test_accuracy_ci_high": high,
-            "param_efficiency": mean / params * 1e5,
-            "accuracy_per_million_params": mean / params * 1e6,
-            "accuracy_per_log10_params": mean / np.log10(params + 1),
+            **efficiency(mean, params),
             "macs": arms["macs"].first(),
             "latency_ms": arms["latency_ms"].mean(),
             "train_seconds": arms["train_seconds"].mean(),
@@ -107,6 +106,15 @@ def compare_arms(results: pd.DataFrame, config: ComparisonConfig, *, reference: 
         index=accuracy.columns,
     )
     return table.rename_axis("model_type").reset_index()[list(COMPARISON_COLUMNS)]
+
+
+def efficiency(accuracy: Any, params: Any) -> dict[str, Any]:
+    """Accuracy per 100 thousand and per million parameters, and per log10(P + 1); of numbers or of columns."""
+    return {
+        "param_efficiency": accuracy / params * 1e5,
+        "accuracy_per_million_params": accuracy / params * 1e6,
+        "accuracy_per_log10_params": accuracy / np.log10(params + 1),
+    }
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -132,8 +132,8 @@ def match_arm(
     model_type: ModelType, collective: CollectiveConfig, baselines: BaselineConfig, *, in_dim: int, num_classes: int
 ) -> Arm:
     """The arm of this type: the collective as configured, or a single network of its size (or `target_params`)."""
-    own_params = count_collective(collective, in_dim=in_dim, num_classes=num_classes)
     if model_type == "collective":
+        own_params = count_collective(collective, in_dim=in_dim, num_classes=num_classes)
         return Arm(
             model_type=model_type,
             in_dim=in_dim,
@@ -142,7 +142,7 @@ def match_arm(
             target_params=own_params,
             architecture=collective,
         )
-    target_params = baselines.target_params or own_params
+    target_params = parameter_budget(collective, baselines, in_dim=in_dim, num_classes=num_classes)
     return match_baseline(model_type, target_params, baselines, in_dim=in_dim, num_classes=num_classes)
 
 
@@ -151,10 +151,15 @@ def match_baselines(
 ) -> dict[BaselineName, Arm]:
     """All six single networks of the collective's size (or of `baselines.target_params`)."""
     config = baselines or BaselineConfig()
-    target_params = config.target_params or count_collective(collective, in_dim=in_dim, num_classes=num_classes)
+    target_params = parameter_budget(collective, config, in_dim=in_dim, num_classes=num_classes)
     return {
         name: match_baseline(name, target_params, config, in_dim=in_dim, num_classes=num_classes) for name in BASELINES
     }
+
+
+def parameter_budget(collective: CollectiveConfig, baselines: BaselineConfig, *, in_dim: int, num_classes: int) -> int:
+    """Trainable parameters that the single networks are to have: `target_params`, or as many as the collective."""
+    return baselines.target_params or count_collective(collective, in_dim=in_dim, num_classes=num_classes)
 
 
 def count_collective(collective: CollectiveConfig, *, in_dim: int, num_classes: int) -> int:

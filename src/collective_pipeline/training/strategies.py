@@ -92,11 +92,13 @@ class Autoencoder(nn.Module):
 def plan_phases(arm: Arm, model: nn.Module, config: TrainingConfig, *, num_seeds: int) -> list[Phase]:
     """The phases of the configured strategy for this arm, their epochs adding up to `config.epochs`."""
     objective = make_objective(arm.architecture, config.label_smoothing)
-    if not isinstance(model, Collective) or not isinstance(arm.architecture, CollectiveConfig):
+    if (
+        config.strategy == "end_to_end"
+        or not isinstance(model, Collective)
+        or not isinstance(arm.architecture, CollectiveConfig)
+    ):
         return [Phase("train", config.epochs, model, objective, [model])]
     match config.strategy:
-        case "end_to_end":
-            return [Phase("train", config.epochs, model, objective, [model])]
         case "pretrain_freeze_finetune":
             pretrain, train, finetune = _share(config, [0.3, 0.4, 0.3])
             probe = Linear(Stack(num_seeds, len(model.experts.dims)), model.experts.dims[0][-1], arm.num_classes)

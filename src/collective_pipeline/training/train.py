@@ -39,15 +39,20 @@ def train_model(
     """
     raw = load_images(settings.dataset, Path(folder))
     splits = make_splits(raw, val_fraction=settings.data.val_fraction, split_seed=settings.data.split_seed)
-    arm = match_arm(
+    arm = match_to_splits(settings, splits, model_type)
+    device = choose_device(settings.device)
+    return train_arm(arm, splits, settings.training, seeds=settings.seeds, device=device, callbacks=callbacks)
+
+
+def match_to_splits(settings: Parameters, splits: Splits, model_type: ModelType | None = None) -> Arm:
+    """The arm of this type, by default of `settings.model_type`, at the settings' parameter budget for these images."""
+    return match_arm(
         model_type or settings.model_type,
         settings.collective,
         settings.baselines,
         in_dim=splits.in_dim,
         num_classes=splits.num_classes,
     )
-    device = choose_device(settings.device)
-    return train_arm(arm, splits, settings.training, seeds=settings.seeds, device=device, callbacks=callbacks)
 
 
 def train_arm(

@@ -1,7 +1,5 @@
 """The life of one arm."""
 
-from typing import Any
-
 import pandas as pd
 import torch
 
@@ -9,29 +7,20 @@ from collective_pipeline.config import Arm, ModelType, Parameters
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.cost import count_macs, measure_latency
 from collective_pipeline.models.checkpoint import Checkpoint
-from collective_pipeline.models.matching import match_arm
 from collective_pipeline.training.progress import Progress
 from collective_pipeline.training.tracking import log_epoch
-from collective_pipeline.training.train import score, train_arm
+from collective_pipeline.training.train import match_to_splits, score, train_arm
 
 
-def match_size(settings: Parameters, splits: Splits, model_type: ModelType | None = None) -> dict[str, Any]:
+def match_size(settings: Parameters, splits: Splits, model_type: ModelType | None = None) -> Arm:
     """The architecture of this arm at the comparison's parameter budget; by default of `settings.model_type`."""
-    arm = match_arm(
-        model_type or settings.model_type,
-        settings.collective,
-        settings.baselines,
-        in_dim=splits.in_dim,
-        num_classes=splits.num_classes,
-    )
-    return arm.model_dump(mode="json")
+    return match_to_splits(settings, splits, model_type)
 
 
 def train(
-    architecture: dict[str, Any], splits: Splits, settings: Parameters, device: torch.device, num_arms: int = 1
+    arm: Arm, splits: Splits, settings: Parameters, device: torch.device, num_arms: int = 1
 ) -> tuple[Checkpoint, pd.DataFrame]:
     """Train the arm with every seed; return the weights that validation chose, and the history."""
-    arm = Arm.model_validate(architecture)
     progress = Progress(arm.model_type, num_arms=num_arms, device_type=device.type)
     checkpoint, result = train_arm(
         arm,

@@ -21,12 +21,12 @@ def create_pipeline(namespace: str, *, model_type: ModelType | None = None, num_
             Node(
                 update_wrapper(partial(match_size, model_type=model_type), match_size),
                 inputs=["settings", "splits"],
-                outputs="architecture",
+                outputs="arm",
                 name="match_size",
             ),
             Node(
                 update_wrapper(partial(train, num_arms=num_arms), train),
-                inputs=["architecture", "splits", "settings", "device"],
+                inputs=["arm", "splits", "settings", "device"],
                 outputs=["checkpoint", "history"],
                 name="train",
                 tags=["train"],
