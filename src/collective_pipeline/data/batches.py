@@ -27,44 +27,91 @@ class Normalise:
 
 
 class Batches:
-    """One epoch after another of the training images, each seed in its own order, augmented afresh.
+    """The batches `(x_SBI, y_SB)` of one epoch after another, each seed in its own order, augmented afresh.
 
-    Iterating yields `(x_SBI, y_SB)`. What is left over after the last whole batch of an epoch is left out; the next
-    epoch's order is another, so no image is left out for good. A seed's order and augmentation are drawn on the CPU
-    from that seed alone: they are the same for every arm, beside every other seed and on every device.
+    What is left over after the last whole batch of an epoch is left out; the next epoch's order is another, so no
+    image is left out for good. A seed's order and augmentation are drawn on the CPU from that seed and the number of
+    the epoch alone: they are the same for every arm, beside every other seed, on every device and after every pause.
     """
 
     def __init__(self, splits: Splits, seeds: Sequence[int], *, batch_size: int, augmentation_strength: float) -> None:
         check_batch_size(splits, batch_size)
         self.train = splits.train
-        self.normalise = Normalise(splits, splits.train.images.device)
+        self.device = splits.train.images.device
+        self.normalise = Normalise(splits, self.device)
+        self.seeds = seeds
         self.batch_size = batch_size
         self.recipe = RECIPES[splits.name]
         self.strength = augmentation_strength
-        self.orders = [make_generator(seed, "order") for seed in seeds]
-        self.augmentations = [make_generator(seed, "augmentation") for seed in seeds]
+        # Always at the same addresses, as a CUDA graph that reads them needs it.
+        self.order_KSB = torch.zeros(len(self), len(seeds), batch_size, dtype=torch.int64, device=self.device)
+        self.draws_KSBD = torch.zeros(*self.order_KSB.shape, NUM_DRAWS, device=self.device) if self.strength else None
+        self._drawn: tuple[int, list[Tensor]] | None = None
 
     def __len__(self) -> int:
         """Steps of an epoch."""
         return len(self.train) // self.batch_size
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        num_used = len(self) * self.batch_size
-        orders = [torch.randperm(len(self.train), generator=generator)[:num_used] for generator in self.orders]
-        steps = self._to_device(orders).split(self.batch_size, dim=1)
-        if not self.strength:
-            for index_SB in steps:
-                yield self.normalise(self.train.images[index_SB]), self.train.labels[index_SB]
+    def prepare(self, epoch: int) -> None:
+        """Draw for an epoch on the CPU, so that `begin` need not: worth it while a GPU is still busy with the last."""
+        if self._drawn is not None and self._drawn[0] == epoch:
             return
+        num_used = len(self) * self.batch_size
+        drawn = [
+            torch.stack(
+                [
+                    torch.randperm(len(self.train), generator=make_generator(seed, f"order/{epoch}"))[:num_used]
+                    for seed in self.seeds
+                ]
+            )
+        ]
+        if self.strength:
+            drawn.append(
+                torch.stack(
+                    [
+                        torch.rand(num_used, NUM_DRAWS, generator=make_generator(seed, f"augmentation/{epoch}"))
+                        for seed in self.seeds
+                    ]
+                )
+            )
+        if self.device.type == "cuda":
+            drawn = [tensor.pin_memory() for tensor in drawn]
+        self._drawn = epoch, drawn
 
-        draws = [torch.rand(num_used, NUM_DRAWS, generator=generator) for generator in self.augmentations]
-        for index_SB, draws_SBD in zip(steps, self._to_device(draws).split(self.batch_size, dim=1), strict=True):
-            images = self.train.images[index_SB.flatten()].float()
-            images = augment(images, draws_SBD.flatten(0, 1), self.recipe, self.strength)
-            yield self.normalise(images.unflatten(0, index_SB.shape)), self.train.labels[index_SB]
+    def begin(self, epoch: int) -> None:
+        """From here on `take` gives the batches of this epoch; epochs count from 1."""
+        self.prepare(epoch)
+        assert self._drawn is not None
+        order_ST, *draws_STD = self._drawn[1]
+        self._fill(self.order_KSB, order_ST)
+        if self.draws_KSBD is not None:
+            self._fill(self.draws_KSBD, draws_STD[0])
+        self._drawn = None
 
-    def _to_device(self, per_seed: list[Tensor]) -> Tensor:
-        return torch.stack(per_seed).to(self.train.images.device)
+    def _fill(self, buffer: Tensor, drawn: Tensor) -> None:
+        # Copied as it is, so that the host need not wait, and cut into steps on the device.
+        on_device = drawn.to(self.device, non_blocking=True)
+        buffer.copy_(on_device.unflatten(1, (len(self), self.batch_size)).transpose(0, 1))
+
+    def take(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch at `step` of the epoch, an int64 tensor of one element: the device looks it up, not the host."""
+        index_SB = self.order_KSB.index_select(0, step)[0]
+        draws_SBD = None if self.draws_KSBD is None else self.draws_KSBD.index_select(0, step)[0]
+        return self.cut(index_SB, draws_SBD), self.train.labels[index_SB]
+
+    def cut(self, index_SB: Tensor, draws_SBD: Tensor | None) -> Tensor:
+        """The images at `index_SB` as features `(S, B, I)`, moved as `draws_SBD` says."""
+        if draws_SBD is None:
+            return self.normalise(self.train.images[index_SB])
+        images = self.train.images[index_SB.flatten()].float()
+        images = augment(images, draws_SBD.flatten(0, 1), self.recipe, self.strength)
+        return self.normalise(images.unflatten(0, index_SB.shape))
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All batches of one epoch."""
+        self.begin(number)
+        for step in torch.arange(len(self), device=self.device).split(1):
+            yield self.take(step)
 
 
 def check_batch_size(splits: Splits, batch_size: int) -> None:

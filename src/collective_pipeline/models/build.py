@@ -11,7 +11,7 @@ from torch import Generator, nn
 from collective_pipeline.config import Arm, CollectiveConfig, MlpArchitecture
 from collective_pipeline.models.collective import Collective, MemberDropout, Members
 from collective_pipeline.models.layers import Linear, Stack
-from collective_pipeline.models.mlp import Classifier, Mlp, make_residual_mlp
+from collective_pipeline.models.mlp import Classifier, Mlp
 
 
 def build_model(
@@ -26,9 +26,7 @@ def build_model(
             return _build_collective(architecture, in_dim=in_dim, num_classes=num_classes, num_seeds=num_seeds)
         case MlpArchitecture(hidden_dims=hidden_dims, dropout=rate, residual=residual):
             stack, dims = Stack(num_seeds), (in_dim, *hidden_dims, num_classes)
-            if residual:
-                return Classifier(make_residual_mlp(stack, dims, dropout=rate))
-            return Classifier(Mlp(stack, dims, dropout=[rate] * len(hidden_dims)))
+            return Classifier(Mlp(stack, dims, dropout=[rate] * len(hidden_dims), residual=residual))
 
 
 def build_arm(arm: Arm, *, num_seeds: int = 1) -> nn.Module:

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 
+BN_EPSILON, BN_MOMENTUM = 1e-5, 0.1  # torch's own
+
+
 class Stack(NamedTuple):
     """How many networks of one shape a layer holds."""
 
@@ -38,10 +41,17 @@ class Linear(nn.Module):
 
     def forward(self, x_SNBI: Tensor) -> Tensor:
         """`(S, N, B, in)` to `(S, N, B, out)`."""
-        stack = self.weight.shape[:2]
-        x_TBI = x_SNBI.expand(stack[0], -1, -1, -1).flatten(0, 1)
-        y_TBO = torch.baddbmm(self.bias.flatten(0, 1), x_TBI, self.weight.flatten(0, 1))
-        return y_TBO.view(*stack, *y_TBO.shape[1:])
+        return self._unflatten(torch.baddbmm(self.bias.flatten(0, 1), self._flatten(x_SNBI), self.weight.flatten(0, 1)))
+
+    def product(self, x_SNBI: Tensor) -> Tensor:
+        """The same without the bias."""
+        return self._unflatten(torch.bmm(self._flatten(x_SNBI), self.weight.flatten(0, 1)))
+
+    def _flatten(self, x_SNBI: Tensor) -> Tensor:
+        return x_SNBI.expand(len(self.weight), -1, -1, -1).flatten(0, 1)
+
+    def _unflatten(self, y_TBO: Tensor) -> Tensor:
+        return y_TBO.unflatten(0, self.weight.shape[:2])
 
 
 class FanOut(nn.Module):
@@ -58,7 +68,13 @@ class FanOut(nn.Module):
 
     def forward(self, x_S1BI: Tensor) -> Tensor:
         """`(S, 1, B, in)` to `(S, N, B, out)`."""
-        y_S1BM: Tensor = self.linear(x_S1BI)
+        return self._unflatten(self.linear(x_S1BI))
+
+    def product(self, x_S1BI: Tensor) -> Tensor:
+        """The same without the biases."""
+        return self._unflatten(self.linear.product(x_S1BI))
+
+    def _unflatten(self, y_S1BM: Tensor) -> Tensor:
         return y_S1BM.view(len(y_S1BM), y_S1BM.shape[2], self.num_members, -1).transpose(1, 2)
 
 
@@ -86,6 +102,8 @@ class BatchNorm(nn.Module):
             self.weight.view(-1),
             self.bias.view(-1),
             training=self.training,
+            momentum=BN_MOMENTUM,
+            eps=BN_EPSILON,
         )
         return y_BC.view(batch, num_seeds, num_members, dim).permute(1, 2, 0, 3)
 

@@ -5,8 +5,9 @@ All seeds of an arm train side by side: `S` is the first dimension of weights, b
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +16,11 @@ from torch import Tensor, nn
 from collective_pipeline.config import TrainingConfig
 from collective_pipeline.data.batches import Batches, Normalise
 from collective_pipeline.data.splits import Images
+from collective_pipeline.training import cuda, interrupt
 from collective_pipeline.training.dropout_bits import DropoutBits
-from collective_pipeline.training.optim import (
-    AveragedWeights,
-    LossScaler,
-    clip_by_seed,
-    make_optimizer,
-    make_schedule,
-)
+from collective_pipeline.training.optim import AveragedWeights, LossScaler, clip_by_seed, make_optimizer, make_schedule
 from collective_pipeline.training.runtime import autocast
+from collective_pipeline.training.snapshots import Snapshot, Snapshots
 from collective_pipeline.training.strategies import Phase
 
 TOP_K = 5
@@ -42,6 +39,7 @@ class Epoch:
         learning_rate: At the start of the epoch.
         seconds: Since training began.
         finished: Whether it was the last one.
+        restored: Whether it was trained before the run was interrupted, and is only told again.
     """
 
     number: int
@@ -52,6 +50,7 @@ class Epoch:
     learning_rate: float
     seconds: float
     finished: bool = False
+    restored: bool = False
 
     def mean(self, name: str) -> float:
         """Of a metric over the seeds that are still trained and whose number is finite; NaN if there are none."""
@@ -64,35 +63,52 @@ class Epoch:
 Callback = Callable[[Epoch], None]
 
 
+@dataclass
 class Fit:
     """What training leaves of each seed: the weights that validation chose, and what happened on the way.
 
     Attributes:
-        weights: State of the network with the seeds as first dimension, each seed's as after its best epoch.
-        history: One row for each seed and epoch.
-        best_epochs: The epoch that validation chose.
+        seeds: In their order in the stack.
+        epochs: All of them.
+        best_epochs: The epoch that validation chose; 0 where there is none, because the loss was never finite.
         num_epochs: How many epochs the seed was trained.
         diverged: Whether its loss was no longer finite.
+        running: Whether it is still trained.
+        best_accuracies: On the validation images, in percent.
+        weights: State of the network with the seeds as first dimension, each seed's as after its best epoch.
     """
 
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.seeds = seeds
-        self.weights: dict[str, Tensor] = {}
-        self.history: list[dict[str, float | int | str]] = []
-        self.best_epochs = [0] * len(seeds)
-        self.num_epochs = [0] * len(seeds)
-        self.diverged = [False] * len(seeds)
-        self.running = [True] * len(seeds)
-        self.best_accuracies = [-1.0] * len(seeds)
+    seeds: tuple[int, ...]
+    epochs: list[Epoch]
+    best_epochs: list[int]
+    num_epochs: list[int]
+    diverged: list[bool]
+    running: list[bool]
+    best_accuracies: list[float]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, seeds: Sequence[int]) -> "Fit":
+        """Before the first epoch."""
+        n = len(seeds)
+        return cls(tuple(seeds), [], [0] * n, [0] * n, [False] * n, [True] * n, [-1.0] * n)
+
+    @property
+    def history(self) -> list[dict[str, float | int | str]]:
+        """One row for each seed and epoch in which it was trained."""
+        return [
+            {"seed": seed, "epoch": epoch.number, "phase": epoch.phase}
+            | {name: values[s] for name, values in epoch.metrics.items()}
+            | {"learning_rate": epoch.learning_rate, "seconds": epoch.seconds}
+            for epoch in self.epochs
+            for s, seed in enumerate(self.seeds)
+            if epoch.running[s]
+        ]
 
     def record(self, epoch: Epoch) -> None:
-        """Add the epoch's row for every seed that still runs."""
-        for s, seed in enumerate(self.seeds):
-            if self.running[s]:
-                self.num_epochs[s] = epoch.number
-                row: dict[str, float | int | str] = {"seed": seed, "epoch": epoch.number, "phase": epoch.phase}
-                row |= {name: values[s] for name, values in epoch.metrics.items()}
-                self.history.append(row | {"learning_rate": epoch.learning_rate, "seconds": epoch.seconds})
+        """Add an epoch."""
+        self.epochs.append(epoch)
+        self.num_epochs = [epoch.number if runs else n for n, runs in zip(self.num_epochs, self.running, strict=True)]
 
     def select(self, epoch: Epoch, network: nn.Module) -> None:
         """Keep the weights of the seeds whose validation accuracy is their best so far, and whose loss is finite."""
@@ -105,9 +121,10 @@ class Fit:
         if not self.weights:
             self.weights = {name: tensor.clone() for name, tensor in state.items()}
         elif any(better):
-            chosen = torch.tensor(better)
+            chosen = torch.tensor(better, device=next(iter(state.values())).device)
             for name, tensor in state.items():
-                self.weights[name][chosen] = tensor[chosen]
+                kept = self.weights[name]
+                kept.copy_(torch.where(chosen.view(-1, *[1] * (tensor.ndim - 1)), tensor, kept))
         for s, is_better in enumerate(better):
             if is_better:
                 self.best_accuracies[s], self.best_epochs[s] = accuracies[s], epoch.number
@@ -119,6 +136,18 @@ class Fit:
             waited = epoch.number - max(self.best_epochs[s], since)
             self.running[s] &= not self.diverged[s] and (patience is None or waited < patience)
 
+    def facts(self) -> dict[str, Any]:
+        """Everything but the weights, as plain values."""
+        return {name: value for name, value in vars(self).items() if name not in {"weights", "epochs"}} | {
+            "epochs": [asdict(epoch) for epoch in self.epochs]
+        }
+
+    @classmethod
+    def restore(cls, facts: Mapping[str, Any], weights: dict[str, Tensor]) -> "Fit":
+        """From `facts` that were written as JSON."""
+        epochs = [Epoch(**epoch | {"running": tuple(epoch["running"]), "restored": True}) for epoch in facts["epochs"]]
+        return cls(**{**facts, "seeds": tuple(facts["seeds"]), "epochs": epochs, "weights": weights})
+
 
 def fit(
     phases: Sequence[Phase],
@@ -126,9 +155,9 @@ def fit(
     validation: Images,
     config: TrainingConfig,
     *,
-    seeds: Sequence[int],
     callbacks: Iterable[Callback] = (),
-    watch: Callable[[Batches], Iterable[tuple[Tensor, Tensor]]] = iter,
+    watch: Callable[[Iterable[int]], Iterable[int]] = iter,
+    snapshots: Snapshots | None = None,
 ) -> Fit:
     """Train through the phases, validate after every epoch, and keep each seed's best weights.
 
@@ -136,115 +165,226 @@ def fit(
 
     Args:
         phases: What to train, from `plan_phases`; the last one selects.
-        batches: The training images of all `seeds`; their device is where the networks are.
+        batches: The training images of all seeds; their device is where the networks are.
         validation: Images on the same device.
         config: What all arms share.
-        seeds: Named in the history.
-        callbacks: Called with an `Epoch` after each one.
-        watch: A wrapper around the batches of an epoch, for progress within it.
+        callbacks: Called with an `Epoch` after each one, and for those before an interruption that is resumed.
+        watch: A wrapper around the updates of an epoch, for progress within it.
+        snapshots: Where to save the state of training now and then, and where to go on from.
+
+    Raises:
+        Interrupted: If the run was told to stop, after its state was saved.
     """
-    result = Fit(seeds)
-    bits = DropoutBits(seeds, validation.images.device)
-    started = time.perf_counter()
-    number = 0
-    for phase in phases:
-        training = _PhaseTraining(phase, batches, config, bits)
-        first = number
-        for _ in range(phase.epochs):
-            if not any(result.running):
-                break
-            number += 1
-            rate = training.learning_rate
-            metrics = {f"train_{name}": values for name, values in training.train(watch(batches)).items()}
-            if phase.classifies:
-                scores = evaluate(training.validated, validation, batches.normalise, config)
-                metrics |= {f"val_{name}": values for name, values in scores.items()}
-            numbers, seconds = to_host(metrics), time.perf_counter() - started
-            epoch = Epoch(number, config.epochs, phase.name, numbers, tuple(result.running), rate, seconds)
-            result.record(epoch)
-            if phase.selects:
-                result.select(epoch, training.validated)
-            result.stop(epoch, patience=config.early_stopping_patience if phase is phases[-1] else None, since=first)
-            epoch = replace(epoch, finished=number == config.epochs or not any(result.running))
+    training: _PhaseTraining | None = None
+    result, place, saved = Fit.begin(batches.seeds), _Place(), snapshots and snapshots.load()
+    if saved is not None:
+        place = _Place(**saved.facts["place"])
+        result = Fit.restore(saved.facts["fit"], saved.part("best", batches.device))
+        for epoch in result.epochs:
             for callback in callbacks:
                 callback(epoch)
-        bits.release()
+    started = time.perf_counter() - place.seconds
+
+    def pause(epoch: int, update: int, *, finished: bool = False) -> None:
+        """Save if it is time to, or if there is no more time."""
+        if snapshots is None or not (finished or interrupt.requested() or snapshots.is_due()):
+            return
+        here = _Place(index, epoch, update, time.perf_counter() - started, finished)
+        tensors = {} if training is None else training.state()
+        best = {f"best/{name}": tensor for name, tensor in result.weights.items()}
+        snapshots.save(Snapshot({"place": vars(here), "fit": result.facts()}, tensors | best))
+        if interrupt.requested() and not finished:
+            of = f"epoch {epoch}" if not update else f"{100 * update / training.num_updates:.0f} % of epoch {epoch + 1}"
+            raise interrupt.Interrupted(
+                f"{snapshots.name} is saved after {of} of {config.epochs}; "
+                "give the same command with --params resume=true to go on from there"
+            )
+
+    first = 0
+    for index, phase in enumerate(phases):
+        last = first + phase.epochs
+        if index >= place.phase and not place.finished:
+            training = _PhaseTraining(phase, batches, validation, config, first_epoch=first)
+            if saved is not None and index == place.phase:
+                training.load_state(saved.tensors)
+            for number in range(max(first, place.epoch) + 1, last + 1):
+                if not any(result.running):
+                    break
+                start = place.update if number == place.epoch + 1 else 0
+                training.begin(number, goes_on=start > 0)
+                for update in watch(range(start, training.num_updates)):
+                    training.update(update)
+                    if update + 1 < training.num_updates:
+                        pause(number - 1, update + 1)
+                metrics = training.metrics()
+                if number < config.epochs:
+                    batches.prepare(number + 1)
+                epoch = Epoch(
+                    number,
+                    config.epochs,
+                    phase.name,
+                    to_host(metrics),
+                    tuple(result.running),
+                    training.learning_rate(number),
+                    time.perf_counter() - started,
+                )
+                result.record(epoch)
+                if phase.selects:
+                    result.select(epoch, training.validated)
+                patience = config.early_stopping_patience if phase is phases[-1] else None
+                result.stop(epoch, patience=patience, since=first)
+                finished = number == config.epochs or not any(result.running)
+                for callback in callbacks:
+                    callback(replace(epoch, finished=finished))
+                pause(number, 0, finished=finished)
+            training.bits.release()
+        first = last
     return result
 
 
-class _PhaseTraining:
-    """The epochs of one phase: its optimiser, schedule, scaler and averaged weights."""
+@dataclass(frozen=True)
+class _Place:
+    """Where training stands: in which phase, after which epoch, and after how many updates of the next one."""
 
-    def __init__(self, phase: Phase, batches: Batches, config: TrainingConfig, bits: DropoutBits) -> None:
+    phase: int = 0
+    epoch: int = 0
+    update: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+
+class _PhaseTraining:
+    """The epochs of one phase: its optimiser, schedule, scaler and averaged weights.
+
+    An update of the weights reads everything that changes from tensors at fixed addresses, its own number included,
+    and tells the host nothing: on a CUDA device it is recorded once and replayed.
+    """
+
+    def __init__(
+        self, phase: Phase, batches: Batches, validation: Images, config: TrainingConfig, *, first_epoch: int
+    ) -> None:
         self.phase = phase
+        self.first_epoch = first_epoch
+        self.batches = batches
         self.config = config
-        self.bits = bits
-        self.steps = len(batches)
-        self.device = batches.train.images.device
+        self.device = batches.device
         phase.network.requires_grad_(False)
         for module in phase.trained:
             module.requires_grad_(True)
         self._set_modes()
         trained = [(name, weight) for name, weight in phase.network.named_parameters() if weight.requires_grad]
         self.parameters = [weight for _, weight in trained]
-        self.optimizer = make_optimizer(trained, config, rate_factor=phase.rate_factor)
+        self.optimizer = make_optimizer(trained, config)
+        self.num_updates = -(-len(batches) // config.accumulation_steps)
         is_only_phase = phase.epochs == config.epochs
         warmup_epochs = config.warmup_epochs if is_only_phase else min(config.warmup_epochs, phase.epochs / 2)
-        updates_per_epoch = -(-self.steps // config.accumulation_steps)
         self.schedule = make_schedule(
-            self.optimizer,
             config,
-            num_updates=phase.epochs * updates_per_epoch,
-            warmup_updates=round(warmup_epochs * updates_per_epoch),
+            rate=config.learning_rate * phase.rate_factor,
+            num_updates=phase.epochs * self.num_updates,
+            warmup_updates=round(warmup_epochs * self.num_updates),
         )
-        self.scaler = LossScaler(len(bits.generators), self.device, enabled=config.precision == "fp16")
+        self.rates = self.schedule.to(self.device)
+        self.scaler = LossScaler(len(batches.seeds), self.device, enabled=config.precision == "fp16")
         self.averaged = AveragedWeights(phase.network, config.ema_decay) if config.ema_decay else None
-        bits.attach(phase.network, batches.batch_size)
+        # Of the epoch, of all epochs, and of the phase.
+        self.step, self.steps_done, self.updates_done = torch.zeros(3, 1, dtype=torch.int64, device=self.device)
+        self.steps_done += first_epoch * len(batches)
+        self.totals: Metrics = {}
+        self.bits = DropoutBits(batches.seeds, self.device)
+        self._update: Callable[[int], object] = self._run_update
+        self._validate: Callable[[], Metrics] = lambda: evaluate(self.validated, validation, batches.normalise, config)
+        if self.device.type == "cuda":
+            kernels = cuda.load_kernels()
+            if kernels is not None:
+                kernels.fuse(phase.network)
+                kernels.fuse_batches(batches)
+                self.bits = kernels.FusedBits(batches.seeds, self.device)
+            self._update = cuda.Recorded(self._run_update, self.state)
+            self._validate = cuda.Recorded(self._validate, dict)
+        self.bits.attach(phase.network, batches.batch_size)
 
     @property
     def validated(self) -> nn.Module:
         """The network whose weights are validated and kept."""
         return self.phase.network if self.averaged is None else self.averaged.network
 
-    @property
-    def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that an update changes: to go on from here, no other is needed."""
+        state = {f"network/{name}": tensor for name, tensor in self.phase.network.state_dict().items()}
+        if self.averaged is not None:
+            state |= {f"averaged/{name}": tensor for name, tensor in self.averaged.network.state_dict().items()}
+        for i, weight in enumerate(self.parameters):
+            state |= {f"optimizer/{i}/{name}": tensor for name, tensor in self.optimizer.state[weight].items()}
+        state |= {"scaler/scale": self.scaler.scale_S, "scaler/clean_steps": self.scaler.clean_steps_S}
+        state |= {"step": self.step, "steps_done": self.steps_done, "updates_done": self.updates_done}
+        return state | {f"totals/{name}": tensor for name, tensor in self.totals.items()}
 
-    def train(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Metrics:
-        """One pass over the batches; the means of all losses and the accuracies in percent, each `(S,)`."""
-        self._set_modes()
-        totals: Metrics = {}
-        accumulation = self.config.accumulation_steps
-        for step, (x, y) in enumerate(batches):
-            self.bits.draw()
+    def load_state(self, saved: Mapping[str, Tensor]) -> None:
+        """Put every tensor of `state` back."""
+        for name, tensor in saved.items():
+            if name.startswith("totals/"):
+                self.totals[name.removeprefix("totals/")] = torch.empty_like(tensor, device=self.device)
+        for name, tensor in self.state().items():
+            tensor.copy_(saved[name])
+
+    def learning_rate(self, epoch: int) -> float:
+        """At the start of the epoch."""
+        return float(self.schedule[(epoch - 1 - self.first_epoch) * self.num_updates])
+
+    def begin(self, epoch: int, *, goes_on: bool) -> None:
+        """Begin an epoch, counted over all phases, or go on with one that was interrupted."""
+        self.batches.begin(epoch)
+        if not goes_on:
+            for tensor in (self.step, *self.totals.values()):
+                tensor.zero_()
+
+    def update(self, number: int) -> None:
+        """The epoch's update `number`, from 0."""
+        group = self.config.accumulation_steps
+        # The last group of an epoch may be smaller than the others: its gradient is the mean of what it has.
+        self._update(min(group, len(self.batches) - number * group))
+
+    def metrics(self) -> Metrics:
+        """The epoch's means of all losses and the accuracies in percent, on the device, each `(S,)`."""
+        metrics = {f"train_{name}": total / len(self.batches) for name, total in self.totals.items()}
+        if self.phase.classifies:
+            metrics |= {f"val_{name}": values for name, values in self._validate().items()}
+            self._set_modes()
+        return metrics
+
+    def _run_update(self, num_batches: int) -> None:
+        for _ in range(num_batches):
+            x, y = self.batches.take(self.step)
+            self.bits.draw(self.steps_done)
             with autocast(self.config, self.device):
                 logits, parts = self.phase.network(x)
             # Losses in full precision: sums over many steps stall in 16 bits, and squares overflow.
             logits, parts = logits.float(), {name: part.float() for name, part in parts.items()}
             losses = self.phase.objective(logits, parts, y)
-            # The last group of an epoch may be smaller than the others: its gradient is the mean of what it has.
-            group = min(accumulation, self.steps - step // accumulation * accumulation)
-            self.scaler.scale(losses["loss"] / group).sum().backward()
-            if (step + 1) % accumulation == 0 or step + 1 == self.steps:
-                self._update()
+            self.scaler.scale(losses["loss"] / num_batches).sum().backward()
             # Kept on the device: reading a number here would make the host wait at every step.
             with torch.no_grad():
                 if self.phase.classifies:
                     losses["accuracy"] = 100 * (logits.argmax(dim=-1) == y).float().mean(dim=1)
                 for name, value in losses.items():
-                    totals[name] = totals[name] + value if name in totals else value.detach()
-        return {name: total / self.steps for name, total in totals.items()}
-
-    def _update(self) -> None:
+                    if name not in self.totals:
+                        self.totals[name] = torch.zeros_like(value)
+                    self.totals[name] += value
+                self.step += 1
+                self.steps_done += 1
         gradients = [weight.grad for weight in self.parameters if weight.grad is not None]
         self.scaler.unscale_(gradients)
         if self.config.clip_norm:
             clip_by_seed(gradients, self.config.clip_norm)
+        rate = self.rates.index_select(0, self.updates_done)[0]
+        for group in self.optimizer.param_groups:
+            group["lr"].copy_(rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
         if self.averaged is not None:
-            self.averaged.update(self.phase.network)
+            self.averaged.update(self.phase.network, self.updates_done)
+        self.updates_done += 1
 
     def _set_modes(self) -> None:
         self.phase.network.eval()

@@ -2,18 +2,15 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
 
 from collective_pipeline.config import DEBUG
-from collective_pipeline.data.batches import Batches
 from collective_pipeline.training.loop import Epoch
 
 logger = logging.getLogger(__name__)
 
-Batch = tuple[Tensor, Tensor]
 SECONDS_BETWEEN_LINES = 5.0
 LONG_SECONDS = 15 * 60
 # Of the cores that torch's threads are to have, they have about 0.95 on a quiet machine. Where others take a part of
@@ -40,19 +37,23 @@ class Progress:
         self.started: tuple[float, float] | None = None
         self.share_is_known = False
 
-    def watch(self, batches: Batches) -> Iterator[Batch]:
-        """The batches of an epoch, with a line now and then if it is a long one."""
-        for step, batch in enumerate(batches):
-            yield batch
-            if step == WARM_UP_STEPS:
+    def watch(self, updates: Iterable[int]) -> Iterator[int]:
+        """The updates of an epoch, with a line now and then if it is a long one."""
+        numbers = list(updates)
+        for number in numbers:
+            yield number
+            if number == WARM_UP_STEPS:
                 self.started = time.perf_counter(), time.process_time()
             if self._is_due(4 * SECONDS_BETWEEN_LINES):
-                self._log(f"epoch {self.epochs_done + 1}: {100 * (step + 1) / len(batches):.0f} % of its steps")
+                self._log(f"epoch {self.epochs_done + 1}: {100 * (number + 1) / (numbers[-1] + 1):.0f} % of its steps")
                 self._warn_if_busy()
 
     def __call__(self, epoch: Epoch) -> None:
         """Tell what this epoch gave, and after the first what all of it will take."""
         self.epochs_done = epoch.number
+        if epoch.restored:
+            self.restored = epoch
+            return
         per_epoch = epoch.seconds / epoch.number
         left = per_epoch * (epoch.num_epochs - epoch.number)
         if epoch.number == 1 or epoch.finished or self._is_due(SECONDS_BETWEEN_LINES):

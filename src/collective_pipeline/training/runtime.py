@@ -34,6 +34,15 @@ def set_matmul_precision(config: TrainingConfig, device: torch.device) -> None:
     torch.set_float32_matmul_precision("high" if allowed else "highest")
 
 
+def side_stream(device: torch.device) -> AbstractContextManager[object]:
+    """On CUDA a stream of the caller's own: arms side by side then share the card, and graphs need one."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
+
+
 def autocast(config: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:
     """Automatic bf16 or fp16 for the forward pass where the configuration names them, else full precision."""
     match config.precision:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from collective_pipeline.config import Arm, ModelType, Parameters, TrainingConfig, UserError
 from collective_pipeline.data.batches import Batches, Normalise
@@ -16,7 +15,8 @@ from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.matching import match_arm
 from collective_pipeline.randomness import make_generator
 from collective_pipeline.training.loop import Callback, Fit, evaluate, fit, to_host
-from collective_pipeline.training.runtime import choose_device, set_matmul_precision
+from collective_pipeline.training.runtime import choose_device, set_matmul_precision, side_stream
+from collective_pipeline.training.snapshots import Snapshots
 from collective_pipeline.training.strategies import plan_phases
 
 logger = logging.getLogger(__name__)
@@ -63,34 +63,43 @@ def train_arm(
     seeds: Sequence[int],
     device: torch.device,
     callbacks: Iterable[Callback] = (),
-    watch: Callable[[Batches], Iterable[tuple[Tensor, Tensor]]] = iter,
+    watch: Callable[[Iterable[int]], Iterable[int]] = iter,
+    snapshots: Snapshots | None = None,
 ) -> tuple[Checkpoint, Fit]:
     """Build the arm once for all `seeds`, draw each seed's weights, train, and return what validation chose.
 
     The checkpoint's weights are on the CPU, every tensor with the seeds as its first dimension.
 
     Raises:
-        UserError: If a seed diverged before it had any good weights.
+        Interrupted: If the run was told to stop, after its state was saved in `snapshots`.
     """
     set_matmul_precision(config, device)
-    splits = splits.to(device)
-    model = build_arm(arm, num_seeds=len(seeds))
-    initialise(model, [make_generator(seed, "weights") for seed in seeds])
-    phases = plan_phases(arm, model, config, num_seeds=len(seeds))
-    for phase in phases:
-        if phase.new is not None:
-            initialise(phase.new, [make_generator(seed, f"weights/{phase.name}") for seed in seeds])
-        phase.network.to(device)
-    batches = Batches(splits, seeds, batch_size=config.batch_size, augmentation_strength=config.augmentation_strength)
-    result = fit(phases, batches, splits.val, config, seeds=seeds, callbacks=callbacks, watch=watch)
+    with side_stream(device):
+        splits = splits.to(device)
+        model = build_arm(arm, num_seeds=len(seeds))
+        initialise(model, [make_generator(seed, "weights") for seed in seeds])
+        phases = plan_phases(arm, model, config, num_seeds=len(seeds))
+        for phase in phases:
+            if phase.new is not None:
+                initialise(phase.new, [make_generator(seed, f"weights/{phase.name}") for seed in seeds])
+            phase.network.to(device)
+        batches = Batches(
+            splits, seeds, batch_size=config.batch_size, augmentation_strength=config.augmentation_strength
+        )
+        result = fit(
+            phases, batches, splits.val, config, callbacks=callbacks, watch=watch, snapshots=snapshots
+        )
+        weights = {name: tensor.cpu() for name, tensor in result.weights.items()}
     for seed, diverged, epoch, best in zip(seeds, result.diverged, result.num_epochs, result.best_epochs, strict=True):
-        what = f"{arm.model_type}, seed {seed}: the loss was no longer finite in epoch {epoch}"
-        advice = "a smaller training.learning_rate or a training.clip_norm may help"
-        if diverged and best:
-            logger.warning("%s; its weights after epoch %d are kept: %s", what, best, advice)
-        elif diverged:
-            raise UserError(f"{what}, before there were any good weights to keep: {advice}")
-    weights = {name: tensor.cpu() for name, tensor in result.weights.items()}
+        if diverged:
+            logger.warning(
+                "%s, seed %d: the loss was no longer finite in epoch %d; %s: a smaller training.learning_rate or a "
+                "training.clip_norm may help",
+                arm.model_type,
+                seed,
+                epoch,
+                f"its weights after epoch {best} are kept" if best else "there were no good weights before",
+            )
     return Checkpoint(arm, splits.name, tuple(seeds), tuple(result.best_epochs), weights), result
 
 

@@ -1,0 +1,54 @@
+"""Being told to stop: SIGTERM and Ctrl-C end training at the next step, after what was done is saved."""
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from collective_pipeline.config import UserError
+
+logger = logging.getLogger(__name__)
+
+_received: list[signal.Signals] = []
+
+
+class Interrupted(UserError):
+    """The run was told to stop, and its work is saved."""
+
+    def __init__(self, what: str) -> None:
+        stop = _received[0] if _received else signal.SIGTERM
+        super().__init__(f"stopped by {stop.name}: {what}")
+        self.exit_code = 128 + stop
+
+
+def requested() -> bool:
+    """Whether the run was told to stop."""
+    return bool(_received)
+
+
+@contextlib.contextmanager
+def listen() -> Iterator[None]:
+    """Notice SIGTERM and SIGINT; a second one ends the process at once. Only the main thread can listen."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        _received.append(signal.Signals(number))
+        logger.warning("%s: training stops at the next step and saves its state.", _received[-1].name)
+        for each in signals:
+            signal.signal(each, before[each])
+
+    _received.clear()
+    for number in signals:
+        signal.signal(number, notice)
+    try:
+        yield
+    finally:
+        for number in signals:
+            signal.signal(number, before[number])
+        _received.clear()
