@@ -238,6 +238,7 @@ class Parameters(Config):
 
     model_type: ModelType = "collective"
     dataset: DatasetName = "mnist"
+    resume: bool = Field(False, description="go on from where an interrupted run was saved")
     device: str = "auto"
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(tuple(range(42, 52)), min_length=1)
     data: DataConfig = DataConfig()

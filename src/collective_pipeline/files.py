@@ -13,14 +13,16 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        for written in (partial, path.parent):
-            # A folder must be synced too, or the new name may be lost with the power.
-            if written is path.parent:
-                partial.replace(path)
-            handle = os.open(written, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)  # or the new name may be lost with the power
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,5 +1,6 @@
 """What happens around a run: checks before it, one MLflow run for each arm, the answer after it, plain errors."""
 
+import contextlib
 import errno
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ from kedro.pipeline.node import Node
 from collective_pipeline.config import Arm, Parameters, UserError, check_parameters, flatten
 from collective_pipeline.evaluation.comparison import efficiency
 from collective_pipeline.models.matching import parameter_budget
+from collective_pipeline.training import interrupt
+from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.progress import duration
 
 SYSTEM_METRICS_SECONDS = 2
@@ -93,6 +96,34 @@ def check_writable(folder: Path, num_bytes: int) -> None:
         )
 
 
+class StopCleanly:
+    """SIGTERM and Ctrl-C stop training at the next step, and what comes after training before it begins."""
+
+    def __init__(self) -> None:
+        self.listening = contextlib.ExitStack()
+
+    @hook_impl
+    def before_pipeline_run(self) -> None:
+        """From now on."""
+        self.listening.enter_context(interrupt.listen())
+
+    @hook_impl(tryfirst=True)
+    def before_node_run(self, node: Node) -> None:
+        """No node begins any more; one that trains saves its state."""
+        if interrupt.requested():
+            raise Interrupted(f"{node.name} did not begin; give the same command with --params resume=true to go on")
+
+    @hook_impl(trylast=True)
+    def after_pipeline_run(self) -> None:
+        """As it was before."""
+        self.listening.close()
+
+    @hook_impl(trylast=True)
+    def on_pipeline_error(self) -> None:
+        """As it was before."""
+        self.listening.close()
+
+
 class TrackArms:
     """One nested MLflow run for each arm: its parameters, live curves, system metrics and final figures.
 
@@ -122,7 +153,8 @@ class TrackArms:
             self.source_tags = {"mlflow.source.git.commit": commit, "git_dirty": str(bool(changed))}
             mlflow.set_tags(self.source_tags)
 
-    @hook_impl
+    # After kedro-mlflow has opened its run in the thread of this node.
+    @hook_impl(trylast=True)
     def before_node_run(self, node: Node, inputs: dict[str, Any]) -> None:
         """The arm's run is active while its nodes train and evaluate."""
         if mlflow.active_run() is None or not node.tags & {"train", "evaluate"}:
@@ -153,10 +185,10 @@ class TrackArms:
         mlflow.end_run()
 
     @hook_impl
-    def on_node_error(self, node: Node) -> None:
-        """An arm that failed is marked so."""
+    def on_node_error(self, error: Exception, node: Node) -> None:
+        """An arm that failed or was stopped is marked so."""
         if mlflow.active_run() is not None and node.tags & {"train", "evaluate"}:
-            mlflow.end_run("FAILED")
+            mlflow.end_run(_status(error))
 
     # kedro-mlflow leaves its run open for a second session of the same process, a notebook's for example.
     @hook_impl(trylast=True)
@@ -165,9 +197,13 @@ class TrackArms:
         _end_runs("FINISHED")
 
     @hook_impl(trylast=True)
-    def on_pipeline_error(self) -> None:
-        """End the run of this command as failed."""
-        _end_runs("FAILED")
+    def on_pipeline_error(self, error: Exception) -> None:
+        """End the run of this command as failed, or as stopped."""
+        _end_runs(_status(error))
+
+
+def _status(error: Exception) -> str:
+    return "KILLED" if isinstance(error, Interrupted) else "FAILED"
 
 
 def _end_runs(status: str) -> None:
@@ -185,7 +221,6 @@ def final_metrics(results: pd.DataFrame) -> dict[str, float]:
         "final/val_accuracy": float(results["val_accuracy"].mean()),
         "final/model_params": params,
         "final/macs": float(results["macs"].iloc[0]),
-        "final/latency_ms": float(results["latency_ms"].iloc[0]),
         "final/train_seconds": float(results["train_seconds"].mean()),
     } | {f"final/{name}": float(value) for name, value in efficiency(accuracy, params).items()}
 
@@ -207,7 +242,10 @@ class TellAnswer:
             click.echo(f"\n{catalog.load(f'{box}.summary')['answer']}\n")
             click.echo(format_comparison(catalog.load(f"{box}.comparison")))
             runs = catalog.load(f"{box}.runs")
-            click.echo(f"\n{duration(since_start)} in all, {duration(runs['train_seconds'].sum())} of them training")
+            training = runs.groupby("model_type")["train_seconds"].sum()
+            # Arms that trained side by side took as long as the slowest.
+            seconds = training.sum() if training.sum() < since_start else training.max()
+            click.echo(f"\n{duration(since_start)} in all, {duration(seconds)} of them training")
             click.echo(f"Report: {_relative(report)}\n")
 
 
@@ -256,7 +294,15 @@ class PlainErrors:
 def _for_person(error: UserError) -> Exception:
     if click.get_current_context(silent=True) is None:
         return error
-    return click.ClickException(str(error))
+    return _Stopped(error) if isinstance(error, Interrupted) else click.ClickException(str(error))
+
+
+class _Stopped(click.ClickException):
+    """Ends the command as its signal would have."""
+
+    def __init__(self, error: Interrupted) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code  # type: ignore[misc]  # click reads it from the instance
 
 
 def _relative(path: Path) -> Path:

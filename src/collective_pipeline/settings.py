@@ -1,11 +1,15 @@
 """What Kedro starts with."""
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from kedro.config import OmegaConfigLoader
+from kedro.framework.session import KedroSession
+from kedro.runner import AbstractRunner, SequentialRunner, ThreadRunner
 from kedro.utils import find_kedro_project
 
-from collective_pipeline.hooks import CheckBeforeRun, PlainErrors, TellAnswer, TrackArms
+from collective_pipeline.hooks import CheckBeforeRun, PlainErrors, StopCleanly, TellAnswer, TrackArms
 
 
 def project_root() -> str:
@@ -13,8 +17,23 @@ def project_root() -> str:
     return (find_kedro_project(Path.cwd()) or Path.cwd()).as_posix()
 
 
+class Session(KedroSession):
+    """Arms side by side on a CUDA device, which one of them would leave idle; in turn anywhere else.
+
+    Each arm trains in a thread and a CUDA stream of its own. `--runner ThreadRunner --runner-params max_workers=1`
+    trains them in turn there as well.
+    """
+
+    def run(self, *arguments: Any, runner: AbstractRunner | None = None, **options: Any) -> dict[str, Any]:  # noqa: D102
+        if torch.cuda.is_available() and (runner is None or type(runner) is SequentialRunner):
+            runner = ThreadRunner()
+        return super().run(*arguments, **options, runner=runner)
+
+
+SESSION_CLASS = Session
+
 # pluggy calls the last one first.
-HOOKS = (TellAnswer(), TrackArms(), CheckBeforeRun(), PlainErrors())
+HOOKS = (TellAnswer(), TrackArms(), StopCleanly(), CheckBeforeRun(), PlainErrors())
 
 CONFIG_LOADER_CLASS = OmegaConfigLoader
 CONFIG_LOADER_ARGS = {

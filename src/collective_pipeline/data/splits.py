@@ -1,5 +1,6 @@
 """Images with labels, and how the training part of a data set is divided. Images stay uint8 throughout."""
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
 from typing import Self
@@ -96,6 +97,15 @@ def make_splits(raw: RawImages, *, val_fraction: float, split_seed: int) -> Spli
             f"all training pixels of channel {std.index(0)} of {raw.name} are alike: replace its files with fresh ones"
         )
     return Splits(raw.name, train, raw.train[is_val], raw.test, raw.class_names, mean, std)
+
+
+def digest_images(splits: Splits) -> str:
+    """SHA-256 of all images and labels."""
+    digest = hashlib.sha256()
+    for images in (splits.train, splits.val, splits.test):
+        for tensor in (images.images, images.labels):
+            digest.update(memoryview(tensor.cpu().contiguous().numpy()))
+    return digest.hexdigest()
 
 
 def _apportion(counts: list[int], fraction: float) -> list[int]:

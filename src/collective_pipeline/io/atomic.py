@@ -1,4 +1,4 @@
-"""Kedro's file datasets, written to a temporary file and renamed: a reader finds the old file or the new one."""
+"""Kedro's file datasets, replaced as a whole: a reader finds the old file or the new one."""
 
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -9,6 +9,8 @@ from kedro_datasets.pandas import ParquetDataset as KedroParquetDataset
 from kedro_datasets.plotly import JSONDataset as KedroPlotlyDataset
 from kedro_datasets.text import TextDataset as KedroTextDataset
 
+from collective_pipeline.files import replacing
+
 
 class Atomic:
     """Mixed in before an unversioned local file dataset, whose own `save` then writes the temporary file."""
@@ -16,15 +18,13 @@ class Atomic:
     _filepath: PurePosixPath
 
     def save(self, data: Any) -> None:
-        final = Path(self._filepath)
-        partial = final.with_name(f".partial.{final.name}")
-        self._filepath = PurePosixPath(partial)
+        final = self._filepath
         try:
-            super().save(data)  # type: ignore[misc]  # of the dataset that this is mixed into
-            partial.replace(final)
+            with replacing(Path(final)) as partial:
+                self._filepath = PurePosixPath(partial)
+                super().save(data)  # type: ignore[misc]  # of the dataset that this is mixed into
         finally:
-            self._filepath = PurePosixPath(final)
-            partial.unlink(missing_ok=True)
+            self._filepath = final
 
 
 class CSVDataset(Atomic, KedroCSVDataset):

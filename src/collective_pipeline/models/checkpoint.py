@@ -1,16 +1,16 @@
 """Trained weights on disk, with all that is needed to build their network again: tensors and text, never code."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from collective_pipeline.config import Arm, UserError
+from collective_pipeline.files import replacing
 from collective_pipeline.models.build import build_arm
 
 
@@ -32,7 +32,7 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write to a temporary file, sync, rename: the file is whole or not there."""
+    """Write the file: it is whole or not there."""
     about = {
         "arm": checkpoint.arm.model_dump_json(),
         "dataset": checkpoint.dataset,
@@ -40,16 +40,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "best_epochs": json.dumps(checkpoint.best_epochs),
     }
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("wb") as file:
-            file.write(save(weights, about))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        save_file(weights, partial, about)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

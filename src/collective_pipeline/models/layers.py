@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-
 BN_EPSILON, BN_MOMENTUM = 1e-5, 0.1  # torch's own
 
 
@@ -41,7 +40,8 @@ class Linear(nn.Module):
 
     def forward(self, x_SNBI: Tensor) -> Tensor:
         """`(S, N, B, in)` to `(S, N, B, out)`."""
-        return self._unflatten(torch.baddbmm(self.bias.flatten(0, 1), self._flatten(x_SNBI), self.weight.flatten(0, 1)))
+        y_TBO = torch.baddbmm(self.bias.flatten(0, 1), self._flatten(x_SNBI), self.weight.flatten(0, 1))
+        return self._unflatten(y_TBO)
 
     def product(self, x_SNBI: Tensor) -> Tensor:
         """The same without the bias."""
@@ -51,7 +51,7 @@ class Linear(nn.Module):
         return x_SNBI.expand(len(self.weight), -1, -1, -1).flatten(0, 1)
 
     def _unflatten(self, y_TBO: Tensor) -> Tensor:
-        return y_TBO.unflatten(0, self.weight.shape[:2])
+        return y_TBO.view(*self.weight.shape[:2], *y_TBO.shape[1:])
 
 
 class FanOut(nn.Module):

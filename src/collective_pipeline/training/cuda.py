@@ -16,7 +16,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-# Recording waits for the whole device, which no thread may do while another one records.
+# One at a time: what a recording allocates must come from its own pool.
 _RECORDING = threading.Lock()
 WARM_UP_CALLS = 2
 
@@ -63,8 +63,12 @@ class Recorded(Generic[Result]):
             with _RECORDING:
                 for _ in range(WARM_UP_CALLS):
                     self.body(*arguments)
-                with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                # Not `torch.cuda.graph`, which waits for all streams: other arms would stand still for every recording.
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
                     result = self.body(*arguments)
+                finally:
+                    graph.capture_end()
             self.graphs[arguments] = graph, result
         except torch.OutOfMemoryError:
             raise

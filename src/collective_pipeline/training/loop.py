@@ -97,9 +97,14 @@ class Fit:
     def history(self) -> list[dict[str, float | int | str]]:
         """One row for each seed and epoch in which it was trained."""
         return [
-            {"seed": seed, "epoch": epoch.number, "phase": epoch.phase}
-            | {name: values[s] for name, values in epoch.metrics.items()}
-            | {"learning_rate": epoch.learning_rate, "seconds": epoch.seconds}
+            {
+                "seed": seed,
+                "epoch": epoch.number,
+                "phase": epoch.phase,
+                **{name: values[s] for name, values in epoch.metrics.items()},
+                "learning_rate": epoch.learning_rate,
+                "seconds": epoch.seconds,
+            }
             for epoch in self.epochs
             for s, seed in enumerate(self.seeds)
             if epoch.running[s]
@@ -175,71 +180,7 @@ def fit(
     Raises:
         Interrupted: If the run was told to stop, after its state was saved.
     """
-    training: _PhaseTraining | None = None
-    result, place, saved = Fit.begin(batches.seeds), _Place(), snapshots and snapshots.load()
-    if saved is not None:
-        place = _Place(**saved.facts["place"])
-        result = Fit.restore(saved.facts["fit"], saved.part("best", batches.device))
-        for epoch in result.epochs:
-            for callback in callbacks:
-                callback(epoch)
-    started = time.perf_counter() - place.seconds
-
-    def pause(epoch: int, update: int, *, finished: bool = False) -> None:
-        """Save if it is time to, or if there is no more time."""
-        if snapshots is None or not (finished or interrupt.requested() or snapshots.is_due()):
-            return
-        here = _Place(index, epoch, update, time.perf_counter() - started, finished)
-        tensors = {} if training is None else training.state()
-        best = {f"best/{name}": tensor for name, tensor in result.weights.items()}
-        snapshots.save(Snapshot({"place": vars(here), "fit": result.facts()}, tensors | best))
-        if interrupt.requested() and not finished:
-            of = f"epoch {epoch}" if not update else f"{100 * update / training.num_updates:.0f} % of epoch {epoch + 1}"
-            raise interrupt.Interrupted(
-                f"{snapshots.name} is saved after {of} of {config.epochs}; "
-                "give the same command with --params resume=true to go on from there"
-            )
-
-    first = 0
-    for index, phase in enumerate(phases):
-        last = first + phase.epochs
-        if index >= place.phase and not place.finished:
-            training = _PhaseTraining(phase, batches, validation, config, first_epoch=first)
-            if saved is not None and index == place.phase:
-                training.load_state(saved.tensors)
-            for number in range(max(first, place.epoch) + 1, last + 1):
-                if not any(result.running):
-                    break
-                start = place.update if number == place.epoch + 1 else 0
-                training.begin(number, goes_on=start > 0)
-                for update in watch(range(start, training.num_updates)):
-                    training.update(update)
-                    if update + 1 < training.num_updates:
-                        pause(number - 1, update + 1)
-                metrics = training.metrics()
-                if number < config.epochs:
-                    batches.prepare(number + 1)
-                epoch = Epoch(
-                    number,
-                    config.epochs,
-                    phase.name,
-                    to_host(metrics),
-                    tuple(result.running),
-                    training.learning_rate(number),
-                    time.perf_counter() - started,
-                )
-                result.record(epoch)
-                if phase.selects:
-                    result.select(epoch, training.validated)
-                patience = config.early_stopping_patience if phase is phases[-1] else None
-                result.stop(epoch, patience=patience, since=first)
-                finished = number == config.epochs or not any(result.running)
-                for callback in callbacks:
-                    callback(replace(epoch, finished=finished))
-                pause(number, 0, finished=finished)
-            training.bits.release()
-        first = last
-    return result
+    return _Fitting(phases, batches, validation, config, list(callbacks), watch, snapshots).run()
 
 
 @dataclass(frozen=True)
@@ -251,6 +192,91 @@ class _Place:
     update: int = 0
     seconds: float = 0.0
     finished: bool = False
+
+
+@dataclass
+class _Fitting:
+    """The arguments of `fit`, and what it knows on the way."""
+
+    phases: Sequence[Phase]
+    batches: Batches
+    validation: Images
+    config: TrainingConfig
+    callbacks: Sequence[Callback]
+    watch: Callable[[Iterable[int]], Iterable[int]]
+    snapshots: Snapshots | None
+
+    def run(self) -> Fit:
+        saved = self.snapshots.load() if self.snapshots else None
+        self.result, self.place = Fit.begin(self.batches.seeds), _Place()
+        if saved is not None:
+            self.result = Fit.restore(saved.facts["fit"], saved.part("best", self.batches.device))
+            self.place = _Place(**saved.facts["place"])
+            for epoch in self.result.epochs:
+                self._tell(epoch)
+        self.started = time.perf_counter() - self.place.seconds
+        before = 0
+        for index, phase in enumerate(self.phases):
+            if index >= self.place.phase and not self.place.finished:
+                going_on = saved.tensors if saved is not None and index == self.place.phase else None
+                self._train(index, phase, before, going_on)
+            before += phase.epochs
+        return self.result
+
+    def _train(self, index: int, phase: Phase, before: int, going_on: Mapping[str, Tensor] | None) -> None:
+        """All epochs of a phase, or those that are left of it; `before` were trained in other phases."""
+        training = _PhaseTraining(phase, self.batches, self.validation, self.config, first_epoch=before)
+        first_epoch, first_update = before + 1, 0
+        if going_on is not None:
+            training.load_state(going_on)
+            first_epoch, first_update = self.place.epoch + 1, self.place.update
+        for number in range(first_epoch, before + phase.epochs + 1):
+            if not any(self.result.running):
+                break
+            training.begin(number, goes_on=first_update > 0)
+            for update in self.watch(range(first_update, training.num_updates)):
+                training.update(update)
+                if update + 1 < training.num_updates:
+                    self._pause(_Place(index, number - 1, update + 1), training)
+            first_update = 0
+            self._end_epoch(number, phase, training, since=before)
+            finished = self.result.epochs[-1].finished
+            self._pause(_Place(index, number, finished=finished), training)
+        training.bits.release()
+
+    def _end_epoch(self, number: int, phase: Phase, training: "_PhaseTraining", *, since: int) -> None:
+        result, config = self.result, self.config
+        metrics = training.metrics()
+        if number < config.epochs:
+            self.batches.prepare(number + 1)
+        seconds, rate = time.perf_counter() - self.started, training.learning_rate(number)
+        epoch = Epoch(number, config.epochs, phase.name, to_host(metrics), tuple(result.running), rate, seconds)
+        result.record(epoch)
+        if phase.selects:
+            result.select(epoch, training.validated)
+        result.stop(epoch, patience=config.early_stopping_patience if phase is self.phases[-1] else None, since=since)
+        result.epochs[-1] = replace(epoch, finished=number == config.epochs or not any(result.running))
+        self._tell(result.epochs[-1])
+
+    def _tell(self, epoch: Epoch) -> None:
+        for callback in self.callbacks:
+            callback(epoch)
+
+    def _pause(self, place: _Place, training: "_PhaseTraining") -> None:
+        """Save if it is time to, or if there is no more time, and stop if the run is to stop."""
+        stops = interrupt.requested() and not place.finished
+        if self.snapshots is None or not (stops or place.finished or self.snapshots.is_due()):
+            return
+        place = replace(place, seconds=time.perf_counter() - self.started)
+        best = {f"best/{name}": tensor for name, tensor in self.result.weights.items()}
+        facts = {"place": asdict(place), "fit": self.result.facts()}
+        self.snapshots.save(Snapshot(facts, training.state() | best))
+        if stops:
+            part = f" and {100 * place.update / training.num_updates:.0f} % of the next" if place.update else ""
+            raise interrupt.Interrupted(
+                f"{self.snapshots.name} is saved after epoch {place.epoch} of {self.config.epochs}{part}; "
+                "give the same command with --params resume=true to go on from there"
+            )
 
 
 class _PhaseTraining:

@@ -135,6 +135,15 @@ class Snapshots:
         return None
 
 
+def read_snapshot(path: Path) -> Snapshot:
+    """Of whichever run it is.
+
+    Raises:
+        ValueError: If its contents are not what was written; or an error of reading.
+    """
+    return _read(path)[0]
+
+
 def _read(path: Path) -> tuple[Snapshot, dict[str, Any], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         about = dict(file.metadata())
@@ -151,5 +160,5 @@ def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(sorted(about.items())).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()

@@ -1,21 +1,23 @@
 """From an arm and its data to trained weights: what a pipeline's node and a script both call."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from collective_pipeline.config import Arm, ModelType, Parameters, TrainingConfig, UserError
+import collective_pipeline
+from collective_pipeline.config import Arm, ModelType, Parameters, TrainingConfig, flatten
 from collective_pipeline.data.batches import Batches, Normalise
 from collective_pipeline.data.small_images import load_images
-from collective_pipeline.data.splits import Images, Splits, make_splits
+from collective_pipeline.data.splits import Images, Splits, digest_images, make_splits
 from collective_pipeline.models.build import build_arm, initialise
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.matching import match_arm
 from collective_pipeline.randomness import make_generator
 from collective_pipeline.training.loop import Callback, Fit, evaluate, fit, to_host
-from collective_pipeline.training.runtime import choose_device, set_matmul_precision, side_stream
+from collective_pipeline.training.runtime import choose_device, describe_device, set_matmul_precision, side_stream
 from collective_pipeline.training.snapshots import Snapshots
 from collective_pipeline.training.strategies import plan_phases
 
@@ -86,9 +88,7 @@ def train_arm(
         batches = Batches(
             splits, seeds, batch_size=config.batch_size, augmentation_strength=config.augmentation_strength
         )
-        result = fit(
-            phases, batches, splits.val, config, callbacks=callbacks, watch=watch, snapshots=snapshots
-        )
+        result = fit(phases, batches, splits.val, config, callbacks=callbacks, watch=watch, snapshots=snapshots)
         weights = {name: tensor.cpu() for name, tensor in result.weights.items()}
     for seed, diverged, epoch, best in zip(seeds, result.diverged, result.num_epochs, result.best_epochs, strict=True):
         if diverged:
@@ -101,6 +101,28 @@ def train_arm(
                 f"its weights after epoch {best} are kept" if best else "there were no good weights before",
             )
     return Checkpoint(arm, splits.name, tuple(seeds), tuple(result.best_epochs), weights), result
+
+
+def snapshots_at(path: Path, arm: Arm, splits: Splits, settings: Parameters, device: torch.device) -> Snapshots:
+    """Where this arm's training is saved, and what must be the same for another run to go on from there."""
+    identity = {f"architecture.{name}": value for name, value in flatten(arm.architecture).items()}
+    identity |= {"model_type": arm.model_type, "dataset": splits.name, "images": digest_images(splits)}
+    identity |= {"seeds": settings.seeds, "code version": _code_version()}
+    identity |= {f"data.{name}": value for name, value in flatten(settings.data).items()}
+    identity |= {f"training.{name}": value for name, value in flatten(settings.training).items()}
+    circumstances = {"device": describe_device(device), "torch": torch.__version__}
+    return Snapshots(path, name=arm.model_type, identity=identity, circumstances=circumstances, resume=settings.resume)
+
+
+def _code_version() -> str:
+    """The version and a digest of the code that decides what training does."""
+    package = Path(collective_pipeline.__file__).parent
+    parts = ("config.py", "randomness.py", "data", "models", "training")
+    files = sorted(
+        file for part in parts for file in package.glob(f"{part}" if part.endswith(".py") else f"{part}/*.py")
+    )
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return f"{collective_pipeline.__version__} ({digest[:12]})"
 
 
 def score(

@@ -1,15 +1,18 @@
 """The life of one arm."""
 
+import threading
+from pathlib import Path
+
 import pandas as pd
 import torch
 
 from collective_pipeline.config import Arm, ModelType, Parameters
 from collective_pipeline.data.splits import Splits
-from collective_pipeline.evaluation.cost import count_macs, measure_latency
+from collective_pipeline.evaluation.cost import count_macs
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.progress import Progress
-from collective_pipeline.training.tracking import log_epoch
-from collective_pipeline.training.train import match_to_splits, score, train_arm
+from collective_pipeline.training.tracking import Curves
+from collective_pipeline.training.train import match_to_splits, score, snapshots_at, train_arm
 
 
 def match_size(settings: Parameters, splits: Splits, model_type: ModelType | None = None) -> Arm:
@@ -18,18 +21,24 @@ def match_size(settings: Parameters, splits: Splits, model_type: ModelType | Non
 
 
 def train(
-    arm: Arm, splits: Splits, settings: Parameters, device: torch.device, num_arms: int = 1
+    arm: Arm, splits: Splits, settings: Parameters, device: torch.device, last: Path, num_arms: int = 1
 ) -> tuple[Checkpoint, pd.DataFrame]:
-    """Train the arm with every seed; return the weights that validation chose, and the history."""
-    progress = Progress(arm.model_type, num_arms=num_arms, device_type=device.type)
+    """Train the arm with every seed; return the weights that validation chose, and the history.
+
+    The state of training is saved at `last` now and then.
+    """
+    # A thread of its own means that all arms train at the same time.
+    in_turn = num_arms if threading.current_thread() is threading.main_thread() else 1
+    progress = Progress(arm.model_type, num_arms=in_turn, device_type=device.type)
     checkpoint, result = train_arm(
         arm,
         splits,
         settings.training,
         seeds=settings.seeds,
         device=device,
-        callbacks=[progress, log_epoch],
+        callbacks=[progress, Curves()],
         watch=progress.watch,
+        snapshots=snapshots_at(last, arm, splits, settings, device),
     )
     history = pd.DataFrame(result.history)
     history.insert(0, "model_type", arm.model_type)
@@ -64,7 +73,6 @@ def evaluate(
             "test_loss": test["loss"],
             "train_seconds": seconds / len(seeds),
             "samples_per_second": images / seconds,
-            "latency_ms": measure_latency(arm, device),
             "test_top5_accuracy": test["top5_accuracy"],
         }
     )

@@ -26,7 +26,7 @@ def create_pipeline(namespace: str, *, model_type: ModelType | None = None, num_
             ),
             Node(
                 update_wrapper(partial(train, num_arms=num_arms), train),
-                inputs=["arm", "splits", "settings", "device"],
+                inputs=["arm", "splits", "settings", "device", "last"],
                 outputs=["checkpoint", "history"],
                 name="train",
                 tags=["train"],

@@ -10,18 +10,27 @@ import torch
 from plotly.graph_objects import Figure
 
 from collective_pipeline import __version__
-from collective_pipeline.config import Parameters, flatten
+from collective_pipeline.config import Arm, Parameters, flatten
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.comparison import RUN_COLUMNS, answer, compare_arms
+from collective_pipeline.evaluation.cost import measure_latency
 from collective_pipeline.evaluation.figures import plot_training_curves
 from collective_pipeline.evaluation.report import write_report
 from collective_pipeline.training.runtime import describe_device
 
 
-def compare(settings: Parameters, *results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
+def measure(device: torch.device, *arms_and_results: Arm | pd.DataFrame) -> dict[str, float]:
+    """Every arm's latency in milliseconds; their results are only waited for, so that nothing else is at work."""
+    arms = (arm for arm in arms_and_results if isinstance(arm, Arm))
+    return {arm.model_type: measure_latency(arm, device) for arm in arms}
+
+
+def compare(
+    settings: Parameters, latency: dict[str, float], *results: pd.DataFrame
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """All runs, one row for each arm, and the answer with the figures that it rests on."""
     runs = pd.concat(results, ignore_index=True)
-    comparison = compare_arms(runs, settings.comparison)
+    comparison = compare_arms(runs.assign(latency_ms=runs["model_type"].map(latency)), settings.comparison)
     summary = {
         "answer": answer(comparison, settings.comparison),
         "test_accuracy": {
