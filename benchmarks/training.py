@@ -1,65 +1,90 @@
-"""Seconds of one training epoch on MNIST: this project's loop against two ways of writing it by hand, in one run.
+"""Training throughput on MNIST: this project's loop against a plain PyTorch loop, alternating, in one process.
 
-    python benchmarks/training.py [--size debug|phase1] [--device auto] [--seeds 3]
+    python benchmarks/training.py [--arms all] [--seeds "1 3 10"] [--augmentation 0] [--size phase1] [--device cuda]
 
-`plain` is eager PyTorch with one module for each member and the images as tensors in memory. `DataLoader` is the same
-network fed by torchvision's dataset, its transforms on PIL images and worker processes, the way the originals did it;
-it is timed on some batches and scaled to the epoch. One table, in seconds an epoch and seed.
+The numbers are training images a second; where seeds are stacked, every seed's images count. `DataLoader` is the same
+network made of torch's own modules, each member by itself, fed by torchvision's dataset, its transforms on PIL images
+and worker processes, the way the originals did it; it is timed on a part of an epoch. `in memory` is that network fed
+with this project's batches. This project's loop is timed by its own clock over whole epochs after the first, with
+validation, which the plain loop is spared. Medians over the rounds; behind the ratio its smallest and largest.
 """
 
-import argparse
 import itertools
+import os
+import statistics
 import time
-from collections.abc import Iterable
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import MNIST
 
-from collective_pipeline.config import DEBUG, PHASE1, CollectiveConfig, Parameters, TrainingConfig
+from collective_pipeline.config import MODEL_TYPES, Arm, CollectiveConfig, MlpArchitecture, TrainingConfig
 from collective_pipeline.data.batches import Batches
-from collective_pipeline.data.small_images import load_images
-from collective_pipeline.data.splits import Splits, make_splits
+from collective_pipeline.data.splits import Splits
 from collective_pipeline.models.matching import match_arm
-from collective_pipeline.training.runtime import choose_device
+from collective_pipeline.training.runtime import choose_device, set_matmul_precision
 from collective_pipeline.training.train import train_arm
+from conditions import describe, make_parser, settings_of, split_mnist
 
-FOLDER = Path(__file__).parents[1] / "data" / "01_raw" / "mnist"
-LOADER_BATCHES = 40
+WARM_UP_BATCHES = 10
+LOADER_BATCHES = 100
 
 
-def member(in_dim: int, hidden: Iterable[int], out_dim: int) -> nn.Sequential:
-    """An expert or analyst as separate torch modules."""
-    dims = [in_dim, *hidden]
+class Residual(nn.Module):
+    """relu(norm(W x + b) + skip(x)), then dropout."""
+
+    def __init__(self, in_dim: int, out_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_dim, out_dim)
+        self.norm = nn.BatchNorm1d(out_dim)
+        self.skip = nn.Identity() if in_dim == out_dim else nn.Linear(in_dim, out_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dropout(torch.relu(self.norm(self.linear(x)) + self.skip(x)))
+        return y
+
+
+def hidden_layers(dims: Sequence[int], dropout: Sequence[float], *, residual: bool = False) -> list[nn.Module]:
+    """One or four modules for each pair of widths."""
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(itertools.pairwise(dims)):
-        layers += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()]
-        if i < len(dims) - 2:
-            layers.append(nn.Dropout(0.2))
-    return nn.Sequential(*layers, nn.Linear(dims[-1], out_dim))
+    for (in_dim, out_dim), rate in zip(itertools.pairwise(dims), dropout, strict=True):
+        if residual:
+            layers.append(Residual(in_dim, out_dim, rate))
+        else:
+            layers += [nn.Linear(in_dim, out_dim), nn.BatchNorm1d(out_dim), nn.ReLU(), nn.Dropout(rate)]
+    return layers
 
 
 class PlainCollective(nn.Module):
-    """The default collective, written out member by member."""
+    """The collective, member by member."""
 
-    def __init__(self, config: CollectiveConfig) -> None:
+    def __init__(self, config: CollectiveConfig, in_dim: int, num_classes: int) -> None:
         super().__init__()
-        joined, encoded = config.num_experts * config.expert_output, config.encoded_dim
-        hidden = int((joined * encoded) ** 0.5)
+        joined, encoded, width = config.num_experts * config.expert_output, config.encoded_dim, config.head_input_dim
+        between = int((joined * encoded) ** 0.5)
+
+        def member(in_dim: int, hidden: Sequence[int], out_dim: int) -> nn.Sequential:
+            dropout = [*[config.member_dropout] * (len(hidden) - 1), 0.0]
+            return nn.Sequential(*hidden_layers([in_dim, *hidden], dropout), nn.Linear(hidden[-1], out_dim))
+
         self.experts = nn.ModuleList(
-            member(784, config.expert_hidden, config.expert_output) for _ in range(config.num_experts)
+            member(in_dim, config.expert_hidden, config.expert_output) for _ in range(config.num_experts)
         )
         self.encoder = nn.Sequential(
-            nn.Linear(joined, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.1), nn.Linear(hidden, encoded)
+            *hidden_layers([joined, between], [config.encoder_dropout]), nn.Linear(between, encoded)
         )
         self.analysts = nn.ModuleList(
-            member(784 + encoded, config.analyst_hidden, config.analyst_output) for _ in range(config.num_analysts)
+            member(in_dim + encoded, config.analyst_hidden, config.analyst_output) for _ in range(config.num_analysts)
         )
-        width = config.head_input_dim
-        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, 10))
+        hidden = max(int(width * config.collective_hidden_scale), 2 * num_classes)
+        self.head = nn.Sequential(
+            nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(config.head_dropout), nn.Linear(hidden, num_classes)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.encoder(torch.cat([expert(x) for expert in self.experts], dim=1))
@@ -68,99 +93,134 @@ class PlainCollective(nn.Module):
         return logits
 
 
-def time_plain(
-    settings: Parameters, batches: Iterable[tuple[Tensor, Tensor]], num_batches: int, device: torch.device
-) -> float:
-    """Seconds of `num_batches` steps of the plain loop, after a few to warm up."""
-    model = PlainCollective(settings.collective).to(device).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    iterator = iter(batches)
+def build_plain(arm: Arm) -> nn.Module:
+    """The arm's network out of torch's own modules."""
+    match arm.architecture:
+        case CollectiveConfig() as config:
+            plain: nn.Module = PlainCollective(config, arm.in_dim, arm.num_classes)
+        case MlpArchitecture(hidden_dims=hidden, dropout=rate, residual=residual):
+            layers = hidden_layers([arm.in_dim, *hidden], [rate] * len(hidden), residual=residual)
+            plain = nn.Sequential(*layers, nn.Linear(hidden[-1], arm.num_classes))
+    params = sum(weight.numel() for weight in plain.parameters())
+    assert params == arm.params, f"{arm.model_type}: {params:,} parameters in plain modules, {arm.params:,} in the arm"
+    return plain
 
-    def steps(number: int) -> None:
-        for x, y in itertools.islice(iterator, number):
-            logits = model(x.to(device).flatten(1))
-            loss = nn.functional.cross_entropy(logits, y.to(device))
+
+def time_plain(
+    arm: Arm, batches: Iterator[tuple[Tensor, Tensor]], num_batches: int, config: TrainingConfig, device: torch.device
+) -> float:
+    """Images a second of the plain loop over `num_batches`, after a few to warm up."""
+    set_matmul_precision(config, device)
+    model = build_plain(arm).to(device).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+
+    def train(number: int) -> None:
+        for x, y in itertools.islice(batches, number):
             optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x.to(device).flatten(1)), y.to(device))
             loss.backward()
             optimizer.step()
-        wait(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
-    steps(5)
+    train(WARM_UP_BATCHES)
     started = time.perf_counter()
-    steps(num_batches - 5)
-    return (time.perf_counter() - started) * num_batches / (num_batches - 5)
+    train(num_batches)
+    return num_batches * config.batch_size / (time.perf_counter() - started)
 
 
-def time_ours(settings: Parameters, splits: Splits, training: TrainingConfig, num_seeds: int, name: str) -> float:
-    """Seconds of the last of two epochs of this project's loop, validation included, for each seed."""
-    arm = match_arm(name, settings.collective, settings.baselines, in_dim=splits.in_dim, num_classes=splits.num_classes)
-    config = training.model_copy(update={"epochs": 2})
-    seconds: list[float] = []
+def time_ours(arm: Arm, splits: Splits, config: TrainingConfig, num_seeds: int, device: torch.device) -> float:
+    """Training images a second of this project's loop, all seeds together; the median of all epochs but the first."""
+    clock: list[float] = []
     train_arm(
         arm,
         splits,
         config,
         seeds=range(num_seeds),
-        device=choose_device(settings.device),
-        callbacks=[lambda epoch: seconds.append(epoch.seconds)],
+        device=device,
+        callbacks=[lambda epoch: clock.append(epoch.seconds)],
     )
-    return (seconds[1] - seconds[0]) / num_seeds
+    seconds = statistics.median(after - before for before, after in itertools.pairwise(clock))
+    return len(splits.train) // config.batch_size * config.batch_size * num_seeds / seconds
 
 
-def as_originally(splits: Splits, batch_size: int, *, augment: bool) -> DataLoader[tuple[Tensor, Tensor]]:
+def as_originally(
+    splits: Splits, batch_size: int, num_workers: int, *, augment: bool
+) -> DataLoader[tuple[Tensor, Tensor]]:
     """torchvision's dataset, PIL transforms, worker processes."""
-    steps = [transforms.RandomRotation(10), transforms.RandomAffine(0, translate=(0.1, 0.1), scale=(0.9, 1.1))]
-    normalise = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
+    moves = [transforms.RandomRotation(10), transforms.RandomAffine(0, translate=(0.1, 0.1), scale=(0.9, 1.1))]
+    normalise = [transforms.ToTensor(), transforms.Normalize(splits.mean, splits.std)]
+    # Without its constructor, which wants the files unpacked.
     dataset = MNIST.__new__(MNIST)
     dataset.data, dataset.targets = splits.train.images[:, 0], splits.train.labels
-    dataset.transform, dataset.target_transform = transforms.Compose([*(steps if augment else []), *normalise]), None
-    subset = Subset(dataset, range(batch_size * LOADER_BATCHES))
-    return DataLoader(subset, batch_size=batch_size, shuffle=True, num_workers=2, drop_last=True)
+    dataset.transform, dataset.target_transform = transforms.Compose([*(moves if augment else []), *normalise]), None
+    return DataLoader(dataset, batch_size=batch_size, shuffle=True, num_workers=num_workers, drop_last=True)
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def in_memory(splits: Splits, config: TrainingConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """This project's batches of one seed, for as many epochs as are asked for."""
+    batches = Batches(splits, [0], batch_size=config.batch_size, augmentation_strength=config.augmentation_strength)
+    for epoch in itertools.count(1):
+        yield from ((x_SBI[0], y_SB[0]) for x_SBI, y_SB in batches.epoch(epoch))
+
+
+def print_row(name: str, params: str, speeds: Iterable[str], ratio: str) -> None:
+    print(f"{name:<17}{params:>11}" + "".join(f"{speed:>12}" for speed in speeds) + f"  {ratio}", flush=True)
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=["debug", "phase1"], default="debug")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--seeds", type=int, default=3, help="stacked in this project's loop")
+    parser = make_parser(__doc__)
+    parser.add_argument("--arms", default="collective shallow very_deep_resnet", help="names, or 'all'")
+    parser.add_argument("--seeds", default="1 3", help="numbers of seeds stacked")
+    parser.add_argument("--augmentation", type=float, choices=[0, 1], default=1)
+    parser.add_argument("--epochs", type=int, help="of this project's loop, the first not timed; 2, on a GPU 20")
+    parser.add_argument("--rounds", type=int, default=2, help="how often the two sides take turns")
+    parser.add_argument(
+        "--workers", type=int, default=min(6, os.cpu_count() or 1), help="of the DataLoader; the originals had 6 or 8"
+    )
     options = parser.parse_args()
 
-    settings = (DEBUG if options.size == "debug" else PHASE1).model_copy(update={"device": options.device})
     device = choose_device(options.device)
-    splits = make_splits(load_images("mnist", FOLDER), val_fraction=0.1, split_seed=42)
-    batch_size = settings.training.batch_size
-    steps = len(splits.train) // batch_size
-    threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    print(
-        f"Collective, {options.size} size, MNIST, batch {batch_size}, {steps} steps an epoch; torch "
-        f"{torch.__version__}, {device.type}, {threads}"
+    settings = settings_of(options.size)
+    epochs = options.epochs or (20 if device.type == "cuda" else 2)
+    config = settings.training.model_copy(
+        update={"epochs": epochs, "augmentation_strength": float(options.augmentation)}
     )
-    print(f"{'seconds an epoch and seed':<34}{'no augmentation':>18}{'augmentation':>16}")
+    arms = MODEL_TYPES if options.arms == "all" else options.arms.split()
+    stacks = sorted(int(number) for number in options.seeds.split())
+    splits = split_mnist(settings)
+    on_device = splits.to(device)
 
-    rows: dict[str, list[float]] = {"DataLoader and PIL, 2 workers": [], "plain, tensors in memory": []}
-    ours = {1: "this project, 1 seed", options.seeds: f"this project, {options.seeds} seeds stacked"}
-    for augment in (False, True):
-        loader = as_originally(splits, batch_size, augment=augment)
-        rows["DataLoader and PIL, 2 workers"].append(
-            time_plain(settings, loader, LOADER_BATCHES, device) * steps / LOADER_BATCHES
+    print(
+        f"{describe(device)}\nMNIST, {options.size} size, batch {config.batch_size}, "
+        f"{'with' if options.augmentation else 'without'} augmentation, {options.workers} DataLoader workers, "
+        f"{options.rounds} rounds"
+    )
+    print_row(
+        "training images/s",
+        "parameters",
+        ["DataLoader", "in memory", *(f"{number} seed{'s' if number > 1 else ''}" for number in stacks)],
+        f"{stacks[-1]} / DataLoader",
+    )
+    for name in arms:
+        arm = match_arm(
+            name, settings.collective, settings.baselines, in_dim=splits.in_dim, num_classes=splits.num_classes
         )
-        training = settings.training.model_copy(update={"augmentation_strength": float(augment)})
-        batches = Batches(splits.to(device), [0], batch_size=batch_size, augmentation_strength=float(augment))
-        plain = ((x[0], y[0]) for x, y in batches)
-        rows["plain, tensors in memory"].append(time_plain(settings, plain, steps, device))
-        for num_seeds, label in ours.items():
-            rows.setdefault(label, []).append(time_ours(settings, splits, training, num_seeds, "collective"))
-    for label, values in rows.items():
-        print(f"{label:<34}{values[0]:>18.2f}{values[1]:>16.2f}")
-    best, slow = rows[ours[options.seeds]], rows["DataLoader and PIL, 2 workers"]
-    print(f"{'DataLoader / this project stacked':<34}{slow[0] / best[0]:>17.1f}x{slow[1] / best[1]:>15.1f}x")
+        speeds: dict[str | int, list[float]] = defaultdict(list)
+        for _ in range(options.rounds):
+            loader = as_originally(splits, config.batch_size, options.workers, augment=bool(options.augmentation))
+            speeds["loader"].append(time_plain(arm, iter(loader), LOADER_BATCHES, config, device))
+            speeds["memory"].append(time_plain(arm, in_memory(on_device, config), LOADER_BATCHES, config, device))
+            for number in stacks:
+                speeds[number].append(time_ours(arm, splits, config, number, device))
+        ratios = [ours / plain for ours, plain in zip(speeds[stacks[-1]], speeds["loader"], strict=True)]
+        print_row(
+            name,
+            f"{arm.params:,}",
+            [f"{statistics.median(values):,.0f}" for values in speeds.values()],
+            f"{statistics.median(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})",
+        )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from collective_pipeline.models.matching import parameter_budget
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.progress import duration
+from collective_pipeline.training.snapshots import discard_snapshots
 
 SYSTEM_METRICS_SECONDS = 2
 SPARE_BYTES = 64 * 2**20
@@ -65,15 +66,22 @@ class CheckBeforeRun:
                 check_writable(folder, needed)
         except UserError as error:
             raise _for_person(error) from error
+        if not self.settings.resume:
+            for name in pipeline.inputs():
+                if name.endswith(".last"):
+                    discard_snapshots(Path(_filepath(catalog, name) or ""))
 
     def _weight_bytes(self, pipeline: Pipeline) -> int:
-        """A rough size of all checkpoints: 4 bytes a parameter, for every seed and arm."""
+        """A rough size of all checkpoints: 4 bytes a parameter, for every seed and arm.
+
+        The best weights; and twice the last state of training: they, the weights and two moments of each.
+        """
         in_dim, num_classes = (784, 10) if "mnist" in self.settings.dataset else (3072, 100)
         target = parameter_budget(
             self.settings.collective, self.settings.baselines, in_dim=in_dim, num_classes=num_classes
         )
         num_arms = sum("train" in node.tags for node in pipeline.nodes)
-        return 4 * target * len(self.settings.seeds) * num_arms
+        return 4 * target * (1 + 2 * 4) * len(self.settings.seeds) * num_arms
 
 
 def check_writable(folder: Path, num_bytes: int) -> None:

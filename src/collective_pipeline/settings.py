@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from kedro.config import OmegaConfigLoader
 from kedro.framework.session import KedroSession
-from kedro.runner import AbstractRunner, SequentialRunner, ThreadRunner
+from kedro.runner import SequentialRunner, ThreadRunner
 from kedro.utils import find_kedro_project
 
 from collective_pipeline.hooks import CheckBeforeRun, PlainErrors, StopCleanly, TellAnswer, TrackArms
@@ -24,10 +24,14 @@ class Session(KedroSession):
     trains them in turn there as well.
     """
 
-    def run(self, *arguments: Any, runner: AbstractRunner | None = None, **options: Any) -> dict[str, Any]:  # noqa: D102
-        if torch.cuda.is_available() and (runner is None or type(runner) is SequentialRunner):
-            runner = ThreadRunner()
-        return super().run(*arguments, **options, runner=runner)
+    def run(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        if type(options.get("runner") or SequentialRunner()) is SequentialRunner and self._has_cuda():
+            options["runner"] = ThreadRunner()
+        return super().run(*arguments, **options)
+
+    def _has_cuda(self) -> bool:
+        device = str(self._get_config_loader()["parameters"].get("device"))
+        return torch.cuda.is_available() and device.startswith(("auto", "cuda"))
 
 
 SESSION_CLASS = Session

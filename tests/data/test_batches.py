@@ -45,9 +45,9 @@ def batches_of(splits, seeds, *, strength=0.0, batch_size=BATCH_SIZE):
     return Batches(splits, seeds, batch_size=batch_size, augmentation_strength=strength)
 
 
-def epoch_of(batches):
+def epoch_of(batches, number=1):
     """All of one epoch, `(S, n, I)` and `(S, n)`."""
-    xs, ys = zip(*batches, strict=True)
+    xs, ys = zip(*batches.epoch(number), strict=True)
     return torch.cat(xs, dim=1), torch.cat(ys, dim=1)
 
 
@@ -55,7 +55,7 @@ def epoch_of(batches):
 def test_shapes(splits, strength):
     """Flattened images and labels for every seed, as many steps as announced."""
     batches = batches_of(splits, [1, 2, 3], strength=strength)
-    steps = list(batches)
+    steps = list(batches.epoch(1))
 
     assert len(steps) == len(batches) == 90 // BATCH_SIZE
     for x, y in steps:
@@ -69,8 +69,43 @@ def test_shapes(splits, strength):
 def test_the_same_seed_sees_the_same(splits, strength):
     """Two arms with one seed are given the same images in the same order, epoch after epoch."""
     first, second = batches_of(splits, [7], strength=strength), batches_of(splits, [7], strength=strength)
-    for _ in range(3):
-        torch.testing.assert_close(epoch_of(first), epoch_of(second), rtol=0, atol=0)
+    for number in (1, 2, 3):
+        torch.testing.assert_close(epoch_of(first, number), epoch_of(second, number), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_epochs_do_not_depend_on_each_other(splits, strength):
+    """Whichever came before, if any: a run can go on from every epoch, or go back to one."""
+    in_turn, astray = batches_of(splits, [7, 8], strength=strength), batches_of(splits, [7, 8], strength=strength)
+    expected = {number: epoch_of(in_turn, number) for number in (1, 2, 3)}
+    for number in (3, 1, 1, 2, 3):
+        torch.testing.assert_close(epoch_of(astray, number), expected[number], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_every_step_can_be_taken_by_itself(splits, strength):
+    """In any order, more than once, and after an epoch that was left halfway."""
+    expected = [list(batches_of(splits, [7, 8], strength=strength).epoch(number)) for number in (1, 2)]
+    batches = batches_of(splits, [7, 8], strength=strength)
+    for number, steps in [(1, (2, 0)), (2, (3, 1, 4, 1)), (1, (1, 2))]:
+        batches.begin(number)
+        for step in steps:
+            batch = batches.take(torch.tensor([step]))
+            torch.testing.assert_close(batch, expected[number - 1][step], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+@pytest.mark.parametrize("prepared", [[2], [2, 2], [3], [1], [2, 3], [3, 2]])
+def test_preparing_changes_nothing(splits, prepared, strength):
+    """Neither the epoch that has begun nor the next one, whichever was prepared, and how often."""
+    expected = [list(batches_of(splits, [7, 8], strength=strength).epoch(number)) for number in (1, 2)]
+    batches = batches_of(splits, [7, 8], strength=strength)
+    for number, steps in enumerate(expected, start=1):
+        batches.begin(number)
+        for other in prepared:
+            batches.prepare(other)
+        for step, batch in enumerate(steps):
+            torch.testing.assert_close(batches.take(torch.tensor([step])), batch, rtol=0, atol=0)
 
 
 def test_different_seeds_see_different_orders(numbered):
@@ -96,8 +131,8 @@ def test_a_seed_does_not_depend_on_its_neighbours(splits, seeds, strength):
     """Whoever trains beside it, in whichever place."""
     alone, among = batches_of(splits, [7], strength=strength), batches_of(splits, seeds, strength=strength)
     place = seeds.index(7)
-    for _ in range(2):
-        (x, y), (x_among, y_among) = epoch_of(alone), epoch_of(among)
+    for number in (1, 2):
+        (x, y), (x_among, y_among) = epoch_of(alone, number), epoch_of(among, number)
 
         torch.testing.assert_close(x_among[place], x[0])
         assert torch.equal(y_among[place], y[0])
@@ -116,7 +151,7 @@ def test_an_epoch_visits_every_image_at_most_once(numbered, batch_size):
 def test_the_next_epoch_has_another_order(numbered):
     """And leaves out other images, so that none is left out for good."""
     batches = batches_of(numbered, [7])
-    epochs = [epoch_of(batches)[1][0] for _ in range(6)]
+    epochs = [epoch_of(batches, number)[1][0] for number in range(1, 7)]
 
     assert not any(torch.equal(epoch, epochs[0]) for epoch in epochs[1:])
     assert len(torch.cat(epochs).unique()) == len(numbered.train)
@@ -128,7 +163,7 @@ def test_the_next_epoch_is_augmented_otherwise():
     one = replace(splits, train=splits.train[torch.zeros(90, dtype=torch.int64)])
     batches = batches_of(one, [7], strength=1.0)
 
-    assert not torch.allclose(epoch_of(batches)[0], epoch_of(batches)[0])
+    assert not torch.allclose(epoch_of(batches, 1)[0], epoch_of(batches, 2)[0])
 
 
 def test_validation_images_are_never_in_a_batch(splits):

@@ -30,6 +30,7 @@ def runs(accuracies: dict[str, list[float]]) -> pd.DataFrame:
             "params": 1_000_000,
             "test_accuracy": accuracy,
             "latency_ms": 0.5,
+            "diverged": False,
         }
         for arm, values in accuracies.items()
         for seed, accuracy in enumerate(values, start=42)
@@ -170,7 +171,7 @@ def test_without_the_reference_there_is_no_difference():
 
 def test_unpaired_and_repeated_seeds_are_refused():
     results = noisy(3)
-    with pytest.raises(ValueError, match="very_deep_resnet has no test accuracy for seed 44"):
+    with pytest.raises(ValueError, match="very_deep_resnet has no row for seed 44"):
         compare_arms(results.iloc[:-1], CONFIG)
     with pytest.raises(ValueError, match="collective has seed 42 twice"):
         compare_arms(pd.concat([results, results.iloc[:1]]), CONFIG)
@@ -258,3 +259,50 @@ def test_single_arms_are_described():
     )
     assert say(noisy(1, arms=["collective"])).startswith("collective with 1,000,000 parameters reaches")
     assert "no collective to compare the 2 arms to" in say(noisy(2, arms=["deep", "shallow"]))
+
+
+def diverge(results: pd.DataFrame, arm: str, seeds: list[int], *, had_good_weights: bool) -> pd.DataFrame:
+    """The same results, with these seeds diverged."""
+    results = results.copy()
+    which = (results["model_type"] == arm) & results["seed"].isin(seeds)
+    results.loc[which, "diverged"] = True
+    if not had_good_weights:
+        results.loc[which, "test_accuracy"] = np.nan
+    return results
+
+
+def test_diverged_seeds_are_counted_and_said():
+    """With good weights from before they count like any other; the table and the answer tell how many there are."""
+    results = noisy(10, lead=1.0)
+    told = compare_arms(diverge(results, "deep", [42, 43], had_good_weights=True), CONFIG)
+
+    pd.testing.assert_frame_equal(
+        told.drop(columns="num_diverged"), compare_arms(results, CONFIG).drop(columns="num_diverged")
+    )
+    assert told.set_index("model_type").loc["deep", "num_diverged"] == 2
+    assert answer(told, CONFIG).startswith("Yes: the collective is better than each of the 6 single networks")
+    assert "The loss of 2 of deep's seeds diverged" in answer(told, CONFIG)
+
+
+def test_a_seed_without_a_result_is_left_out_of_its_pairs():
+    """The arm is compared on the seeds that it has; all other arms on all of theirs."""
+    results = noisy(10, lead=1.0)
+    arms = by_arm(diverge(results, "deep", [42], had_good_weights=False))
+    without = by_arm(results[results["seed"] != 42])
+    whole = by_arm(results)
+
+    assert arms.loc["deep", "num_seeds"] == 9 and arms.loc["shallow", "num_seeds"] == 10
+    for name in DIFFERENCES[:3]:
+        assert arms.loc["deep", name] == pytest.approx(without.loc["deep", name])
+        assert arms.loc["shallow", name] == pytest.approx(whole.loc["shallow", name])
+
+
+@pytest.mark.parametrize("arm", ["deep", "collective"])
+def test_an_arm_without_any_result_is_said(arm):
+    """It fails nothing and hides nothing."""
+    comparison = compare_arms(diverge(noisy(10), arm, list(range(42, 52)), had_good_weights=False), CONFIG)
+    told = answer(comparison, CONFIG)
+
+    assert comparison.set_index("model_type").loc[arm, "num_seeds"] == 0
+    assert "There is no result of deep." in told if arm == "deep" else told.startswith("There is no result: collective")
+    assert f"The loss of 10 of {arm}'s seeds diverged" in told

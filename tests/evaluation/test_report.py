@@ -30,6 +30,7 @@ def make_report(arms=MODEL_TYPES, num_seeds=3, **changes) -> str:
                 "params": 560_000,
                 "test_accuracy": 97 + rng.random(),
                 "latency_ms": 0.5,
+                "diverged": False,
             }
             for arm, seed in itertools.product(arms, seeds)
         ]
@@ -132,3 +133,30 @@ def test_a_single_arm_has_no_comparison():
     assert not any("Difference" in text or "Paired" in text for text in page.texts)
     assert sum(attributes.get("class") == "plot" for attributes in page.all("div")) == 3
     assert not any(text == "nan" for text in page.texts)
+
+
+def test_what_diverged_is_in_the_tables():
+    """Beside the number of seeds, and at the run itself, whose accuracy may be missing."""
+    arms = ("collective", "shallow")
+    results = pd.DataFrame(
+        [
+            {
+                **dict.fromkeys(RUN_COLUMNS, 1.0),
+                "model_type": arm,
+                "seed": seed,
+                "params": 560_000,
+                "epochs": 3,
+                "best_epoch": 0 if (arm, seed) == ("shallow", 2) else 3,
+                "test_accuracy": np.nan if (arm, seed) == ("shallow", 2) else 97.0 + seed,
+                "latency_ms": 0.5,
+                "diverged": (arm, seed) == ("shallow", 2),
+            }
+            for arm, seed in itertools.product(arms, (1, 2, 3))
+        ]
+    )
+    history = results[["model_type", "seed"]].assign(epoch=1, val_accuracy=97.0, val_loss=0.1, train_loss=np.inf)
+    page = make_report(
+        results=results, comparison=compare_arms(results, ComparisonConfig(resamples=200)), history=history
+    )
+
+    assert "2, 1 diverged" in page and "3, diverged" in page

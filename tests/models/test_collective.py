@@ -8,6 +8,7 @@ from collective_pipeline.config import CollectiveConfig, ModelDropoutConfig
 from collective_pipeline.models.build import build_model, initialise
 from collective_pipeline.models.collective import MemberDropout, Members
 from collective_pipeline.models.layers import BatchNorm, Dropout, FanOut, Linear, RandomBits, Stack, bits_below
+from collective_pipeline.models.mlp import HiddenLayer
 from collective_pipeline.randomness import make_generator
 
 SEEDS, BATCH, IN_DIM, NUM_CLASSES = 2, 24, 9, 4
@@ -98,25 +99,24 @@ def separate_members(members, seed):
 
 def separate(module, s, n=0):
     """Seed `s` and member `n` of a stacked module, from torch's own layers."""
-    layers = []
-    for layer in module.modules():
-        match layer:
-            case FanOut():
-                out_dim = layer.linear.weight.shape[-1] // layer.num_members
-                columns = slice(n * out_dim, (n + 1) * out_dim)
-                layers.append(linear(layer.linear.weight[s, 0, :, columns], layer.linear.bias[s, 0, 0, columns]))
-                inside = layer.linear
-            case Linear() if not layers or layer is not inside:
-                layers.append(linear(layer.weight[s, n], layer.bias[s, n, 0]))
-            case BatchNorm():
-                norm = nn.BatchNorm1d(layer.weight.shape[-1]).double()
-                norm.load_state_dict({name: tensor[s, n] for name, tensor in layer.state_dict().items()}, strict=False)
-                layers.append(norm)
-            case nn.ReLU():
-                layers.append(nn.ReLU())
-            case Dropout():
-                assert layer.rate == 0
-    return nn.Sequential(*layers)
+    match module:
+        case HiddenLayer():
+            assert module.dropout.rate == 0
+            assert module.skip is None
+            norms = [] if module.norm is None else [separate(module.norm, s, n)]
+            return nn.Sequential(separate(module.linear, s, n), *norms, nn.ReLU())
+        case FanOut():
+            out_dim = module.linear.weight.shape[-1] // module.num_members
+            columns = slice(n * out_dim, (n + 1) * out_dim)
+            return linear(module.linear.weight[s, 0, :, columns], module.linear.bias[s, 0, 0, columns])
+        case Linear():
+            return linear(module.weight[s, n], module.bias[s, n, 0])
+        case BatchNorm():
+            norm = nn.BatchNorm1d(module.weight.shape[-1]).double()
+            norm.load_state_dict({name: tensor[s, n] for name, tensor in module.state_dict().items()}, strict=False)
+            return norm
+        case _:
+            return nn.Sequential(*[separate(child, s, n) for child in module.children()])
 
 
 def linear(weight_IO, bias_O):
@@ -230,7 +230,8 @@ def test_analysts_hear_the_experts(collective, x):
     """With the image hidden from the analysts, the logits still depend on it, through the experts."""
     with torch.no_grad():
         for group in collective.analysts.groups:
-            group.layers[0].linear.weight[:, :, :IN_DIM] = 0
+            first = next(layer for layer in group.modules() if isinstance(layer, Linear))
+            first.weight[:, :, :IN_DIM] = 0
     logits = collective.eval()(x)[0]
 
     assert logits.std(dim=1).all()
@@ -259,7 +260,7 @@ def test_members_of_one_shape_are_one_batched_parameter():
 def test_members_have_dropout_between_hidden_layers_only():
     """No dropout follows the last hidden layer."""
     members = Members(SEEDS, [(5, 4, 4, 4, 3), (5, 4, 4, 3)], dropout=0.3)
-    rates = [[layer.rate for layer in group.layers if isinstance(layer, Dropout)] for group in members.groups]
+    rates = [[layer.rate for layer in group.modules() if isinstance(layer, Dropout)] for group in members.groups]
 
     assert rates == [[0.3, 0.3, 0.0], [0.3, 0.0]]
 

@@ -5,15 +5,15 @@ import torch
 from torch import nn
 
 from collective_pipeline.models.build import initialise
-from collective_pipeline.models.layers import BatchNorm, Dropout, Linear, Stack
-from collective_pipeline.models.mlp import Classifier, Mlp, ResidualLayer, make_residual_mlp
+from collective_pipeline.models.layers import Dropout, FanOut, Linear, Stack
+from collective_pipeline.models.mlp import Classifier, HiddenLayer, Mlp
 from collective_pipeline.randomness import make_generator
 
 SEEDS, BATCH = 2, 12
 DIMS = (7, 6, 6, 5, 4)
 NETWORKS = {
     "plain": lambda rate=0.0: Classifier(Mlp(Stack(SEEDS), DIMS, dropout=[rate] * 3)),
-    "residual": lambda rate=0.0: Classifier(make_residual_mlp(Stack(SEEDS), DIMS, dropout=rate)),
+    "residual": lambda rate=0.0: Classifier(Mlp(Stack(SEEDS), DIMS, dropout=[rate] * 3, residual=True)),
 }
 
 
@@ -42,8 +42,13 @@ def randomised(module):
 
 def linear_of(layer, s, n=0):
     """Torch's own linear with the weights of seed `s` and member `n`."""
-    single = nn.Linear(*layer.weight.shape[2:]).double()
-    single.load_state_dict({"weight": layer.weight[s, n].T, "bias": layer.bias[s, n, 0]})
+    if isinstance(layer, FanOut):
+        weight_INO = layer.linear.weight[s, 0].unflatten(1, (layer.num_members, -1))
+        weight_IO, bias_O = weight_INO[:, n], layer.linear.bias[s, 0, 0].unflatten(0, (layer.num_members, -1))[n]
+    else:
+        weight_IO, bias_O = layer.weight[s, n], layer.bias[s, n, 0]
+    single = nn.Linear(*weight_IO.shape).double()
+    single.load_state_dict({"weight": weight_IO.T, "bias": bias_O})
     return single
 
 
@@ -56,39 +61,32 @@ def norm_of(layer, s, n=0):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("normalise", [True, False], ids=["norm", "no_norm"])
-def test_an_mlp_is_linear_norm_relu_and_a_last_linear(x, normalise, training):
+@pytest.mark.parametrize("num_members", [1, 3])
+def test_an_mlp_is_linear_norm_relu_and_a_last_linear(x, num_members, normalise, training):
     """The stack agrees with torch's own layers in this order, in training without dropout as in evaluation."""
-    mlp = randomised(Mlp(Stack(SEEDS), DIMS, dropout=[0.0] * 3, normalise=normalise)).train(training)
-    references = []
+    mlp = randomised(Mlp(Stack(SEEDS, num_members), DIMS, dropout=[0.0] * 3, normalise=normalise)).train(training)
+    *hidden, last = mlp.layers
+    references = {}
     for s in range(SEEDS):
-        layers = []
-        for layer in mlp.layers:
-            match layer:
-                case Linear():
-                    layers.append(linear_of(layer, s))
-                case BatchNorm():
-                    layers.append(norm_of(layer, s))
-                case nn.ReLU():
-                    layers.append(nn.ReLU())
-                case Dropout():
-                    pass
-                case _:
-                    layers.append(linear_of(layer.linear, s))  # FanOut with one member
-        references.append(nn.Sequential(*layers).train(training))
-    kinds = [type(layer).__name__ for layer in references[0]]
-    hidden = ["Linear", "BatchNorm1d", "ReLU"] if normalise else ["Linear", "ReLU"]
+        for n in range(num_members):
+            layers = []
+            for layer in hidden:
+                norms = [norm_of(layer.norm, s, n)] if normalise else []
+                layers += [linear_of(layer.linear, s, n), *norms, nn.ReLU()]
+            references[s, n] = nn.Sequential(*layers, linear_of(last, s, n)).train(training)
     y = mlp(x.unsqueeze(1))
 
-    assert kinds == [*hidden * 3, "Linear"]
-    for s, reference in enumerate(references):
-        torch.testing.assert_close(y[s, 0], reference(x[s]))
+    assert len(hidden) == 3
+    assert [*y.shape] == [SEEDS, num_members, BATCH, DIMS[-1]]
+    for (s, n), reference in references.items():
+        torch.testing.assert_close(y[s, n], reference(x[s]))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("out_dim", [7, 5], ids=["same_width", "other_width"])
 def test_a_residual_layer_adds_what_it_skips(x, out_dim, training):
     """relu(norm(W x) + skip(x)): the skip is x itself where the widths agree, a linear where they do not."""
-    layer = randomised(ResidualLayer(Stack(SEEDS), 7, out_dim, dropout=0.0)).train(training)
+    layer = randomised(HiddenLayer(Stack(SEEDS), 7, out_dim, dropout=0.0, residual=True)).train(training)
     norms = [norm_of(layer.norm, s).train(training) for s in range(SEEDS)]  # before ours learn from the batch
     y = layer(x.unsqueeze(1))
 
@@ -101,27 +99,40 @@ def test_a_residual_layer_adds_what_it_skips(x, out_dim, training):
 
 def test_a_residual_mlp_is_its_layers_in_order(x):
     """Residual layers through the hidden widths, then one linear."""
-    network = randomised(make_residual_mlp(Stack(SEEDS), DIMS, dropout=0.0)).eval()
+    network = randomised(Mlp(Stack(SEEDS), DIMS, dropout=[0.0] * 3, residual=True)).eval()
+    *hidden, last = network.layers
     y = x.unsqueeze(1)
-    for layer in network[:-1]:
+    for layer in hidden:
         y = layer(y)
 
-    assert [type(layer) for layer in network] == [ResidualLayer] * 3 + [Linear]
+    assert [type(layer.skip) for layer in hidden] == [Linear, nn.Identity, Linear]
     for s in range(SEEDS):
-        torch.testing.assert_close(network(x.unsqueeze(1))[s, 0], linear_of(network[-1], s)(y[s, 0]))
+        torch.testing.assert_close(network(x.unsqueeze(1))[s, 0], linear_of(last, s)(y[s, 0]))
 
 
-@pytest.mark.parametrize(
-    ("make", "rates"),
-    [
-        (lambda: Mlp(Stack(SEEDS), DIMS, dropout=[0.1, 0.2, 0.0]), [0.1, 0.2, 0.0]),
-        (lambda: make_residual_mlp(Stack(SEEDS), DIMS, dropout=0.3), [0.3, 0.3, 0.3]),
-    ],
-    ids=["plain", "residual"],
-)
-def test_every_hidden_layer_has_its_rate_of_dropout(make, rates):
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_dropout_is_the_last_of_a_hidden_layer(x, residual):
+    """Features are zero or, whole with what was skipped, scaled: in training alone."""
+    torch.manual_seed(0)
+    layer, whole = (
+        randomised(HiddenLayer(Stack(SEEDS), 7, 5, dropout=rate, residual=residual)).train() for rate in (0.5, 0.0)
+    )
+    y, expected = layer(x.unsqueeze(1)), whole(x.unsqueeze(1))
+    kept = y != 0
+
+    torch.testing.assert_close(y, 2 * expected * kept)
+    assert 0.2 < kept[expected > 0].double().mean().item() < 0.8
+    torch.testing.assert_close(layer.eval()(x.unsqueeze(1)), whole.eval()(x.unsqueeze(1)))
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("rates", [[0.1, 0.2, 0.0], [0.3, 0.3, 0.3]])
+def test_every_hidden_layer_has_its_rate_of_dropout(rates, residual):
     """The rates stand where they were asked for, and nowhere after the last linear."""
-    assert [layer.rate for layer in make().modules() if isinstance(layer, Dropout)] == rates
+    mlp = Mlp(Stack(SEEDS), DIMS, dropout=rates, residual=residual)
+
+    assert [layer.rate for layer in mlp.modules() if isinstance(layer, Dropout)] == rates
+    assert isinstance(mlp.layers[-1], Linear)
 
 
 def test_a_rate_is_wanted_for_every_hidden_layer():

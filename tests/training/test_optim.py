@@ -13,18 +13,20 @@ from collective_pipeline.training.optim import (
     make_schedule,
 )
 
+TORCH_OPTIMIZERS = {
+    "adam": lambda groups, rate: torch.optim.Adam(groups, lr=rate),
+    "adamw": lambda groups, rate: torch.optim.AdamW(groups, lr=rate),
+    "sgd": lambda groups, rate: torch.optim.SGD(groups, lr=rate, momentum=0.8),
+}
+
 
 def rates(**changes):
     """The learning rate of each of 100 updates, as a part of its highest."""
-    config = TrainingConfig(learning_rate=2.0, **changes)
-    optimizer = make_optimizer([("weight", nn.Parameter(torch.zeros(1, 1, 2, 2)))], config)
-    schedule = make_schedule(optimizer, config, num_updates=100, warmup_updates=10 * bool(config.warmup_epochs))
-    seen = []
-    for _ in range(100):
-        seen.append(optimizer.param_groups[0]["lr"] / 2)
-        optimizer.step()
-        schedule.step()
-    return seen
+    config = TrainingConfig(**changes)
+    schedule = make_schedule(config, rate=2.0, num_updates=100, warmup_updates=10 * bool(config.warmup_epochs))
+
+    assert schedule.shape == (100,)
+    return (schedule / 2).tolist()
 
 
 def test_constant_stays():
@@ -73,6 +75,44 @@ def test_only_matrices_are_decayed():
 
     assert [len(decayed["params"]), len(free["params"])] == [1, 3]
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+
+
+@pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
+def test_optimizers_are_those_of_torch(name):
+    """Step by step at a rate that changes, the state being there from the start."""
+    config = TrainingConfig(optimizer=name, learning_rate=0.5, weight_decay=0.1, momentum=0.8)
+    generator = torch.Generator().manual_seed(0)
+    ours = [nn.Parameter(torch.randn(2, 1, dim, 2, generator=generator)) for dim in (3, 1)]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    optimizer = make_optimizer([*zip(("weight", "bias"), ours, strict=True)], config)
+    groups = [{"params": theirs[0], "weight_decay": 0.1}, {"params": theirs[1], "weight_decay": 0.0}]
+    reference = TORCH_OPTIMIZERS[name](groups, 0.5)
+
+    assert [group["lr"].item() for group in optimizer.param_groups] == [0.5, 0.5]
+    for rate in (0.5, 0.1, 0.02):
+        for group, reference_group in zip(optimizer.param_groups, reference.param_groups, strict=True):
+            group["lr"].fill_(rate)
+            reference_group["lr"] = rate
+        for parameter, other in zip(ours, theirs, strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            other.grad = parameter.grad.clone()
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
+def test_the_state_of_an_optimizer_stays_where_it_lies(name):
+    """Before the first step already, so that a resumed run can fill it."""
+    weight = nn.Parameter(torch.zeros(1, 1, 2, 2))
+    optimizer = make_optimizer([("weight", weight)], TrainingConfig(optimizer=name))
+    before = dict(optimizer.state[weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+
+    assert before
+    assert all(tensor is before[key] for key, tensor in optimizer.state[weight].items())
+    assert all(tensor.any() for tensor in before.values())
 
 
 def test_clipping_equals_torch_for_each_seed():
@@ -124,10 +164,24 @@ def test_averaging_covers_buffers_and_forgets_its_start():
         network.weight.fill_(11.0)
         network.running_mean.fill_(5.0)
 
-    averaged.update(network)
+    averaged.update(network, torch.tensor([0]))
     assert averaged.network.weight.tolist() == pytest.approx([10.0, 10.0])
     assert averaged.network.running_mean.tolist() == pytest.approx([4.5, 4.5])
 
-    for _ in range(2000):
-        averaged.update(network)
+    for t in range(1, 2001):
+        averaged.update(network, torch.tensor([t]))
     assert averaged.network.weight.tolist() == pytest.approx([11.0, 11.0])
+
+
+@pytest.mark.parametrize(("num_updates", "kept"), [(0, 0.1), (8, 0.5), (890, 0.99), (1_000_000, 0.99)])
+def test_averaging_keeps_more_as_it_goes_on(num_updates, kept):
+    """(1 + t) / (10 + t) of what it had, and never more than the decay."""
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(network.weight)
+    averaged = AveragedWeights(network, decay=0.99)
+    nn.init.zeros_(network.weight)
+
+    averaged.update(network, torch.tensor([num_updates]))
+
+    assert averaged.network.weight.item() == pytest.approx(kept)
+    assert network.weight.item() == 0

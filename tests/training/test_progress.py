@@ -1,6 +1,7 @@
 """What a person is told while an arm trains."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -31,7 +32,7 @@ def epoch(number: int, seconds: float, num_epochs: int = 10) -> Epoch:
 
 def test_a_line_says_where_it_is_and_how_long_it_takes(clock, told):
     """The first epoch's line has the mean over seeds, the pace and the time left."""
-    Progress("shallow", num_arms=7, device_type="cpu")(epoch(1, 2.0))
+    Progress("shallow", num_epochs=10, num_arms=7, device_type="cpu")(epoch(1, 2.0))
 
     (line,) = told.messages
     assert " ".join(line.split()) == "shallow epoch 1/10 validation accuracy 97.00 % 2.0 s/epoch 18 s left"
@@ -39,7 +40,7 @@ def test_a_line_says_where_it_is_and_how_long_it_takes(clock, told):
 
 def test_lines_are_some_seconds_apart_and_the_last_is_always_told(clock, told):
     """Fast epochs do not flood the terminal."""
-    report = Progress("shallow", num_arms=1, device_type="cuda")
+    report = Progress("shallow", num_epochs=10, num_arms=1, device_type="cuda")
     for number in range(1, 11):
         clock["wall"] += 0.9
         report(epoch(number, 0.9 * number))
@@ -50,7 +51,7 @@ def test_lines_are_some_seconds_apart_and_the_last_is_always_told(clock, told):
 
 def test_long_run_on_a_cpu_names_the_debug_environment(clock, told):
     """After the first epoch a comparison that takes hours says how long, and what to do instead."""
-    Progress("shallow", num_arms=7, device_type="cpu")(epoch(1, 80.0, num_epochs=200))
+    Progress("shallow", num_epochs=200, num_arms=7, device_type="cpu")(epoch(1, 80.0, num_epochs=200))
 
     assert "all 7 arms will take about 31.1 h on this CPU" in told.messages[-1]
     assert "kedro run --env debug" in told.messages[-1]
@@ -58,14 +59,14 @@ def test_long_run_on_a_cpu_names_the_debug_environment(clock, told):
 
 def test_long_run_on_a_gpu_says_how_long(clock, told):
     """There the quick test is no advice."""
-    Progress("shallow", num_arms=1, device_type="cuda")(epoch(1, 80.0, num_epochs=200))
+    Progress("shallow", num_epochs=200, num_arms=1, device_type="cuda")(epoch(1, 80.0, num_epochs=200))
 
     assert "this arm will take about 4.4 h." in told.messages[-1]
 
 
 def test_short_run_has_no_warning(clock, told):
     """A run of minutes is not called long."""
-    Progress("shallow", num_arms=7, device_type="cpu")(epoch(1, 2.0))
+    Progress("shallow", num_epochs=10, num_arms=7, device_type="cpu")(epoch(1, 2.0))
 
     assert all(record.levelno == logging.INFO for record in told.records)
 
@@ -74,7 +75,7 @@ def test_short_run_has_no_warning(clock, told):
 def test_busy_machine_is_told(clock, told, monkeypatch, share, warned):
     """Two threads that get about one core between them wait for each other; with nearly two they do not."""
     monkeypatch.setattr(progress.torch, "get_num_threads", lambda: 2)
-    report = Progress("shallow", num_arms=1, device_type="cpu")
+    report = Progress("shallow", num_epochs=10, num_arms=1, device_type="cpu")
     for _ in report.watch(range(progress.WARM_UP_STEPS + 2)):
         pass
     clock["wall"] += 10
@@ -86,18 +87,46 @@ def test_busy_machine_is_told(clock, told, monkeypatch, share, warned):
 
 def test_long_epoch_shows_how_far_it_is(clock, told):
     """Within an epoch of minutes there is a line now and then."""
-    report = Progress("shallow", num_arms=1, device_type="cuda")
+    report = Progress("shallow", num_epochs=5, num_arms=1, device_type="cuda")
     for _ in report.watch(range(100)):
         clock["wall"] += 1
 
     assert [line.split()[3] for line in told.messages] == ["20", "40", "60", "80", "100"]
 
 
+def test_a_run_of_hours_says_so_after_a_minute(clock, told):
+    """Not only once its first epoch is over, and not twice."""
+    report = Progress("shallow", num_epochs=200, num_arms=7, device_type="cpu")
+    for _ in report.watch(range(1000)):
+        clock["wall"] += 1
+        if clock["wall"] < 160:
+            assert "will take" not in told.text
+    report(epoch(1, 1000.0, num_epochs=200))
+
+    assert told.text.count("At this pace all 7 arms will take about 388.9 h on this CPU") == 1
+
+
+def test_a_resumed_run_says_where_it_goes_on(clock, told):
+    """What was trained before is not told epoch by epoch; what is done is said to be."""
+    report = Progress("shallow", num_epochs=10, num_arms=7, device_type="cpu")
+    for number in range(1, 5):
+        report(replace(epoch(number, 2.0 * number), restored=True))
+    for _ in report.watch(range(3)):
+        pass
+    for number in range(5, 11):
+        report(replace(epoch(number, 2.0 * number), restored=True))
+
+    assert [" ".join(line.split()) for line in told.messages] == [
+        "shallow goes on after epoch 4/10",
+        "shallow epoch 10/10 is done",
+    ]
+
+
 def test_seeds_that_stopped_or_diverged_do_not_count(clock, told):
     """The mean is over the seeds that are still trained; a last epoch before the plan's end is told as such."""
     metrics = {"train_loss": [0.5, 0.7, 0.9], "val_accuracy": [96.0, 98.0, float("nan")]}
     early = Epoch(5, 10, "train", metrics, (False, True, True), 1e-3, 10.0, finished=True)
-    Progress("shallow", num_arms=1, device_type="cuda")(early)
+    Progress("shallow", num_epochs=10, num_arms=1, device_type="cuda")(early)
 
     assert early.mean("val_accuracy") == 98.0 and early.mean("train_loss") == pytest.approx(0.8)
     assert "98.00 %" in told.text and told.text.strip().endswith("done in 10 s")

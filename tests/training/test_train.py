@@ -173,13 +173,14 @@ def test_accumulation_equals_the_large_batch(arm, splits, training):
         )
         objective = weighted_sum({"cross_entropy": (1.0, cross_entropy())})
         batches = Batches(splits, (1,), batch_size=batch_size, augmentation_strength=0.0)
-        fit([Phase("train", 1, model, objective, [model])], batches, splits.val, config, seeds=(1,))
+        fit([Phase("train", 1, model, objective, [model])], batches, splits.val, config)
         return model.linear.weight
 
     def by_hand(batch_size, steps):
         weight = torch.zeros(splits.in_dim, splits.num_classes, requires_grad=True)
         bias = torch.zeros(splits.num_classes, requires_grad=True)
-        batches = [(x[0], y[0]) for x, y in Batches(splits, (1,), batch_size=batch_size, augmentation_strength=0.0)]
+        cut = Batches(splits, (1,), batch_size=batch_size, augmentation_strength=0.0)
+        batches = [(x[0], y[0]) for x, y in cut.epoch(1)]
         for start in range(0, len(batches), steps):
             group = batches[start : start + steps]
             loss = sum(torch.nn.functional.cross_entropy(x @ weight + bias, y) for x, y in group) / len(group)
@@ -208,36 +209,66 @@ def test_early_stopping_stops_each_seed_by_itself(arm, splits, training):
 
 
 def explode(monkeypatch, in_epoch):
-    """Let the loss of the second seed become infinite in this epoch."""
-    original = loop._PhaseTraining.train
-    epochs = iter(range(1, 100))
+    """Let the weights of the second seed become infinite at the start of this epoch."""
+    original = loop._PhaseTraining.begin
 
-    def train(self, batches):
-        values = original(self, batches)
-        if next(epochs) == in_epoch:
-            values["loss"][1] = math.inf
-        return values
+    def begin(self, epoch, *, goes_on):
+        original(self, epoch, goes_on=goes_on)
+        if epoch == in_epoch:
+            with torch.no_grad():
+                for weight in self.parameters:
+                    weight[1] = math.inf
 
-    monkeypatch.setattr(loop._PhaseTraining, "train", train)
+    monkeypatch.setattr(loop._PhaseTraining, "begin", begin)
 
 
-def test_diverged_seed_is_stopped_and_named(arm, splits, training, caplog, monkeypatch):
-    """A loss that is no longer finite ends that seed within the epoch; its last good weights are kept, it is told."""
+@pytest.mark.parametrize("changes", [{}, {"clip_norm": 1.0, "ema_decay": 0.9}, {"precision": "fp16"}])
+def test_diverged_seed_is_stopped_and_named(arm, splits, training, caplog, monkeypatch, changes):
+    """A loss that is no longer finite ends that seed within the epoch; its last good weights are kept, it is told.
+
+    The seed beside it is not moved by a bit.
+    """
+    config = change(training, **changes)
+    _, undisturbed = train_arm(arm, splits, config, seeds=(1, 2), device=CPU)
     explode(monkeypatch, in_epoch=3)
-    checkpoint, result = train_arm(arm, splits, training, seeds=(1, 2), device=CPU)
+    checkpoint, result = train_arm(arm, splits, config, seeds=(1, 2), device=CPU)
 
     assert result.diverged == [False, True]
     assert [len(histories(result, seed)) for seed in (1, 2)] == [4, 3]
+    assert histories(result, 1) == histories(undisturbed, 1)
     assert 1 <= checkpoint.best_epochs[1] <= 2
+    assert all(tensor.isfinite().all() for tensor in checkpoint.weights.values())
     assert "seed 2: the loss was no longer finite in epoch 3; its weights after epoch" in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["end_to_end", "pretrain_freeze_finetune"])
-def test_seed_that_never_had_good_weights_is_an_error(arm, splits, training, monkeypatch, strategy):
-    """Nothing is kept of it, and nothing of it can be taken for a result."""
+def test_seed_that_never_had_good_weights_has_none_chosen(arm, splits, training, caplog, monkeypatch, strategy):
+    """The others go on; nothing of it can be taken for a result."""
     explode(monkeypatch, in_epoch=1)
-    with pytest.raises(UserError, match=r"seed 2: the loss was no longer finite in epoch 1, before there were any"):
-        train_arm(arm, splits, change(training, strategy=strategy), seeds=(1, 2), device=CPU)
+    checkpoint, result = train_arm(arm, splits, change(training, strategy=strategy), seeds=(1, 2), device=CPU)
+
+    assert checkpoint.best_epochs[0] > 0 and checkpoint.best_epochs[1] == 0
+    assert result.num_epochs == [4, 1]
+    assert "seed 2: the loss was no longer finite in epoch 1; there were no good weights before" in caplog.text
+
+
+def test_all_seeds_may_diverge(arm, splits, training, monkeypatch):
+    """Training ends there, with a checkpoint of nothing."""
+    monkeypatch.setattr(loop, "_PhaseTraining", ExplodingTraining)
+    checkpoint, result = train_arm(arm, splits, training, seeds=(1, 2), device=CPU)
+
+    assert result.diverged == [True, True] and checkpoint.best_epochs == (0, 0)
+    assert result.num_epochs == [1, 1] and result.epochs[-1].finished
+
+
+class ExplodingTraining(loop._PhaseTraining):
+    """Every seed's weights are infinite from the start."""
+
+    def begin(self, epoch, *, goes_on):
+        super().begin(epoch, goes_on=goes_on)
+        with torch.no_grad():
+            for weight in self.parameters:
+                weight.fill_(math.inf)
 
 
 @pytest.mark.parametrize("strategy", ["pretrain_freeze_finetune", "layerwise_autoencoding"])

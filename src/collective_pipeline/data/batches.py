@@ -4,6 +4,7 @@ Suffixes: S seeds, B batch, T all images of an epoch.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -46,47 +47,46 @@ class Batches:
         # Always at the same addresses, as a CUDA graph that reads them needs it.
         self.order_KSB = torch.zeros(len(self), len(seeds), batch_size, dtype=torch.int64, device=self.device)
         self.draws_KSBD = torch.zeros(*self.order_KSB.shape, NUM_DRAWS, device=self.device) if self.strength else None
-        self._drawn: tuple[int, list[Tensor]] | None = None
+        self._drawer = ThreadPoolExecutor(1)
+        self._preparing: tuple[int, Future[list[Tensor]]] | None = None
 
     def __len__(self) -> int:
         """Steps of an epoch."""
         return len(self.train) // self.batch_size
 
     def prepare(self, epoch: int) -> None:
-        """Draw for an epoch on the CPU, so that `begin` need not: worth it while a GPU is still busy with the last."""
-        if self._drawn is not None and self._drawn[0] == epoch:
-            return
-        num_used = len(self) * self.batch_size
-        drawn = [
-            torch.stack(
-                [
-                    torch.randperm(len(self.train), generator=make_generator(seed, f"order/{epoch}"))[:num_used]
-                    for seed in self.seeds
-                ]
-            )
-        ]
-        if self.strength:
-            drawn.append(
-                torch.stack(
-                    [
-                        torch.rand(num_used, NUM_DRAWS, generator=make_generator(seed, f"augmentation/{epoch}"))
-                        for seed in self.seeds
-                    ]
-                )
-            )
-        if self.device.type == "cuda":
-            drawn = [tensor.pin_memory() for tensor in drawn]
-        self._drawn = epoch, drawn
+        """Begin to draw for an epoch beside what the device does, so that `begin` need not: worth it for a GPU.
+
+        One epoch at a time: until it has begun, no other is prepared.
+        """
+        if self._preparing is None:
+            self._preparing = epoch, self._drawer.submit(self._draw, epoch)
 
     def begin(self, epoch: int) -> None:
         """From here on `take` gives the batches of this epoch; epochs count from 1."""
-        self.prepare(epoch)
-        assert self._drawn is not None
-        order_ST, *draws_STD = self._drawn[1]
+        prepared, self._preparing = self._preparing, None
+        if prepared is not None and prepared[0] == epoch:
+            order_ST, *draws_STD = prepared[1].result()
+        else:
+            order_ST, *draws_STD = self._draw(epoch)
         self._fill(self.order_KSB, order_ST)
         if self.draws_KSBD is not None:
             self._fill(self.draws_KSBD, draws_STD[0])
-        self._drawn = None
+
+    def _draw(self, epoch: int) -> list[Tensor]:
+        """The order of every seed, and the draws of its augmentation, on the CPU."""
+        num_used = len(self) * self.batch_size
+
+        def order(seed: int) -> Tensor:
+            return torch.randperm(len(self.train), generator=make_generator(seed, f"order/{epoch}"))[:num_used]
+
+        def draws(seed: int) -> Tensor:
+            return torch.rand(num_used, NUM_DRAWS, generator=make_generator(seed, f"augmentation/{epoch}"))
+
+        drawn = [torch.stack([order(seed) for seed in self.seeds])]
+        if self.strength:
+            drawn.append(torch.stack([draws(seed) for seed in self.seeds]))
+        return [tensor.pin_memory() for tensor in drawn] if self.device.type == "cuda" else drawn
 
     def _fill(self, buffer: Tensor, drawn: Tensor) -> None:
         # Copied as it is, so that the host need not wait, and cut into steps on the device.

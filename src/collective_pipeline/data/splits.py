@@ -104,7 +104,7 @@ def digest_images(splits: Splits) -> str:
     digest = hashlib.sha256()
     for images in (splits.train, splits.val, splits.test):
         for tensor in (images.images, images.labels):
-            digest.update(memoryview(tensor.cpu().contiguous().numpy()))
+            digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 

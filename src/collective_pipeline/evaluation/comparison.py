@@ -29,6 +29,7 @@ RUN_COLUMNS = (
     "test_loss",
     "train_seconds",
     "samples_per_second",
+    "diverged",
 )
 COMPARISON_COLUMNS = (
     "model_type",
@@ -48,6 +49,7 @@ COMPARISON_COLUMNS = (
     "difference_ci_low",
     "difference_ci_high",
     "p_value_holm",
+    "num_diverged",
 )
 
 Floats = npt.NDArray[np.float64]
@@ -63,6 +65,8 @@ def compare_arms(results: pd.DataFrame, config: ComparisonConfig, *, reference: 
 
     Differences are arm minus reference, so that a negative one says that the reference is better. Their p values
     come from a sign-flip test (exact up to 16 seeds), two-sided, Holm-corrected over all arms but the reference.
+    A seed that diverged counts with its last good weights; without any it has no accuracy and is left out of the
+    means of its arm and of the pairs with it.
 
     Args:
         results: `RUN_COLUMNS` and `latency_ms`, a row per arm and seed.
@@ -84,7 +88,8 @@ def compare_arms(results: pd.DataFrame, config: ComparisonConfig, *, reference: 
     if has_reference:
         difference_low[reference] = difference_high[reference] = 0.0
     others = [arm for arm in accuracy if arm != reference] if has_reference else []
-    p_values = holm([_sign_flip_p_value(differences[arm].to_numpy()) for arm in others])
+    tested = [arm for arm in others if differences[arm].notna().any()]
+    p_values = holm([_sign_flip_p_value(differences[arm].dropna().to_numpy()) for arm in tested])
 
     table = pd.DataFrame(
         {
@@ -101,7 +106,8 @@ def compare_arms(results: pd.DataFrame, config: ComparisonConfig, *, reference: 
             "difference_to_reference": differences.mean().round(DECIMALS),
             "difference_ci_low": difference_low,
             "difference_ci_high": difference_high,
-            "p_value_holm": pd.Series(p_values, index=others, dtype=float),
+            "p_value_holm": pd.Series(p_values, index=tested, dtype=float),
+            "num_diverged": arms["diverged"].sum().astype(int),
         },
         index=accuracy.columns,
     )
@@ -136,6 +142,20 @@ def seeds_needed(num_comparisons: int, alpha: float) -> int:
 def answer(comparison: pd.DataFrame, config: ComparisonConfig, *, reference: str = "collective") -> str:
     """Whether `reference` is better than the other arms, in one sentence for someone who knows no statistics."""
     arms = comparison.set_index("model_type")
+    verdict = _answer(arms, config, reference)
+    diverged = [f"{arm['num_diverged']} of {name}'s" for name, arm in arms.iterrows() if arm["num_diverged"]]
+    if not diverged:
+        return verdict
+    return f"{verdict} The loss of {_join(diverged)} seeds diverged: their last good weights count, if there are any."
+
+
+def _answer(arms: pd.DataFrame, config: ComparisonConfig, reference: str) -> str:
+    failed = arms.index[arms["num_seeds"] == 0].tolist()
+    arms = arms.drop(index=failed)
+    if reference in failed or arms.empty:
+        return f"There is no result: {_join(failed)} diverged with every seed."
+    if failed:
+        return f"{_answer(arms, config, reference)} There is no result of {_join(failed)}."
     if len(arms) == 1:
         return f"{_describe(arms.iloc[0], config)}."
     best = arms.drop(index=reference, errors="ignore").sort_values("test_accuracy_mean", kind="stable").iloc[-1]
@@ -144,7 +164,7 @@ def answer(comparison: pd.DataFrame, config: ComparisonConfig, *, reference: str
 
     others = arms.drop(index=reference)
     alpha = 1 - config.confidence
-    num_seeds, needed = int(others["num_seeds"].min()), seeds_needed(len(others), alpha)
+    num_seeds, needed = int(arms["num_seeds"].min()), seeds_needed(len(others), alpha)
     group = f"{_group(others.index.tolist())} at {_param_range(arms)}"
     if num_seeds >= needed:
         verdict = _verdict(others, alpha, num_seeds, group, reference)
@@ -163,22 +183,23 @@ def _accuracy_by_seed(results: pd.DataFrame) -> pd.DataFrame:
         first = results[twice].iloc[0]
         raise ValueError(f"{first['model_type']} has seed {first['seed']} twice: give one row per arm and seed")
     wide = results.pivot(index="seed", columns="model_type", values="test_accuracy")
-    for arm, column in wide.items():
-        if column.isna().any():
-            missing = ", ".join(str(seed) for seed in wide.index[column.isna()])
-            raise ValueError(f"{arm} has no test accuracy for seed {missing}: arms are compared seed by seed")
+    present = results.pivot(index="seed", columns="model_type", values="params").notna()
+    for arm, column in present.items():
+        if not column.all():
+            missing = ", ".join(str(seed) for seed in present.index[~column])
+            raise ValueError(f"{arm} has no row for seed {missing}: arms are compared seed by seed")
     return wide[results["model_type"].unique().tolist()].round(DECIMALS)
 
 
 def _intervals(values: pd.DataFrame, config: ComparisonConfig) -> tuple[pd.Series, pd.Series]:
     """Lower and upper bounds of the means of all columns."""
-    bounds = {name: _interval(column.to_numpy(), config) for name, column in values.items()}
+    bounds = {name: _interval(column.dropna().to_numpy(), config) for name, column in values.items()}
     low, high = ({name: pair[side] for name, pair in bounds.items()} for side in (0, 1))
     return pd.Series(low), pd.Series(high)
 
 
 def _interval(values: Floats, config: ComparisonConfig) -> tuple[float, float]:
-    if len(values) < 2 or np.isnan(values).any():
+    if len(values) < 2:
         return np.nan, np.nan
     bounds = stats.bootstrap(
         (values,),

@@ -104,7 +104,7 @@ def _if_compared(arm: Any, text: str) -> str:
 
 ACCURACY: Columns = {
     "Arm": lambda arm: arm.model_type,
-    "Seeds": lambda arm: str(arm.num_seeds),
+    "Seeds": lambda arm: f"{arm.num_seeds}, {arm.num_diverged} diverged" if arm.num_diverged else f"{arm.num_seeds}",
     "Parameters": lambda arm: f"{arm.params:,}",
     "Test accuracy (%)": lambda arm: _number(".2f", arm.test_accuracy_mean),
     "Interval (%)": lambda arm: _range(".2f", arm.test_accuracy_ci_low, arm.test_accuracy_ci_high),
@@ -128,8 +128,8 @@ RUNS: Columns = {
     "Arm": lambda run: run.model_type,
     "Seed": lambda run: str(run.seed),
     "Parameters": lambda run: f"{run.params:,}",
-    "Epochs": lambda run: str(run.epochs),
-    "Best epoch": lambda run: str(run.best_epoch),
+    "Epochs": lambda run: f"{run.epochs}, diverged" if run.diverged else f"{run.epochs}",
+    "Best epoch": lambda run: str(run.best_epoch or ""),
     "Validation accuracy (%)": lambda run: _number(".2f", run.val_accuracy),
     "Test accuracy (%)": lambda run: _number(".2f", run.test_accuracy),
     "Test loss": lambda run: _number(".4f", run.test_loss),

@@ -6,6 +6,7 @@ Suffixes as in `collective`.
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Generator, nn
 
 from collective_pipeline.config import Arm, CollectiveConfig, MlpArchitecture
@@ -32,6 +33,12 @@ def build_model(
 def build_arm(arm: Arm, *, num_seeds: int = 1) -> nn.Module:
     """The network of an arm; see `build_model`."""
     return build_model(arm.architecture, in_dim=arm.in_dim, num_classes=arm.num_classes, num_seeds=num_seeds)
+
+
+def count_products(arm: Arm) -> int:
+    """How many matrix products a forward pass has, members of one shape counted once."""
+    with torch.device("meta"):
+        return sum(isinstance(module, Linear) for module in build_arm(arm).modules())
 
 
 def initialise(model: nn.Module, generators: Sequence[Generator]) -> None:

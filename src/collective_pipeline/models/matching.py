@@ -4,7 +4,7 @@ Nothing is built here: a network is its list of hidden widths, and its parameter
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -22,12 +22,12 @@ from collective_pipeline.config import (
 )
 from collective_pipeline.models.build import build_model
 
-# Matrix kernels are fast for widths in multiples of 8; one layer leaves the grid to meet the budget. Budgets too
-# small for that grid are met on the grid of whole numbers.
-GRIDS = (8, 1)
+# Matrix kernels are fast only where all widths are multiples of 8. Each attempt is a grid for all layers but one, and
+# one for the layer that is solved to meet the budget; the later ones are for budgets too small for the first.
+GRIDS = ((8, 8), (8, 1), (1, 1))
 # A layer whose width is off its regular place by less than this part counts as regular, so that the number of
 # layers does not jump from one budget to the next for the sake of a few features.
-IRREGULARITY = 0.1
+IRREGULARITY = 0.25
 # Beyond this the layer would be a bottleneck of its own, and the network no longer of its type.
 LARGEST_IRREGULARITY = 0.5
 
@@ -78,8 +78,8 @@ def match_baseline(
 ) -> Arm:
     """The network of this type whose parameters come closest to what a regular shape allows.
 
-    Preferred are widths in multiples of 8, one layer apart from them taking up the remainder; then the fewest
-    layers of the type's range for which that layer is about where it would regularly be.
+    Preferred are widths that are all multiples of 8; then the fewest layers of the type's range for which the layers
+    that take up the remainder are about as wide as they would regularly be.
 
     Raises:
         UserError: If no network of this type is within `config.tolerance`; it names the nearest.
@@ -94,12 +94,12 @@ def match_baseline(
 
     candidates: list[_Candidate] = []
     fitting: list[_Candidate] = []
-    for grid in GRIDS:
+    for grids in GRIDS:
         if not fitting:
             candidates += [
                 _Candidate(dims, int(count(dims)), irregularity)
                 for num_layers in family.num_layers
-                for dims, irregularity in _shapes(family, num_layers, grid, target_params, count)
+                for dims, irregularity in _shapes(family, num_layers, grids, target_params, count)
             ]
             fitting = [candidate for candidate in candidates if error(candidate) <= config.tolerance]
     if not fitting:
@@ -171,20 +171,25 @@ def count_collective(collective: CollectiveConfig, *, in_dim: int, num_classes: 
 
 
 def _shapes(
-    family: Family, num_layers: int, grid: int, target: int, count: Callable[[Sequence[float]], float]
+    family: Family, num_layers: int, grids: tuple[int, int], target: int, count: Callable[[Sequence[float]], float]
 ) -> Iterator[tuple[tuple[int, ...], float]]:
-    """Hidden widths near the budget, each with how far its irregular layer is from its regular width."""
+    """Hidden widths near the budget, each with how far its most irregular layer is from its regular width."""
+    grid, solved_grid = grids
     width = _solve_width(family, num_layers, target, count)
     # The widths that leave room for the skip of an irregular last layer are some steps below the regular one.
     for step in _near(width / grid, steps=8 if family.residual else 3):
-        on_grid = [max(1, round(dim / grid)) * grid for dim in family.regular_dims(step * grid, num_layers)]
-        yield tuple(on_grid), 0.0
-        # A residual network pays for a skip on both sides of an irregular layer, so only its last one may be.
-        for layer in range(num_layers - 1 if family.residual else 0, num_layers):
-            for free in _solve_layer(on_grid, layer, target, count):
-                irregularity = abs(free / on_grid[layer] - 1)
-                if 0 < irregularity <= LARGEST_IRREGULARITY:
-                    yield (*on_grid[:layer], free, *on_grid[layer + 1 :]), irregularity
+        regular = [max(1, round(dim / grid)) * grid for dim in family.regular_dims(step * grid, num_layers)]
+        yield tuple(regular), 0.0
+        # The first layer has the coarsest steps, the solved one takes up the rest. A residual network would pay for
+        # another skip and keeps its first layer. Of layers of one width the last has the finest steps.
+        firsts = range(step, step + 1) if family.residual else _near(step, steps=3)
+        for layer in range(1 if family.halving else num_layers - 1, num_layers):
+            for first in firsts:
+                dims = (first * grid, *regular[1:])
+                for solved in _solve_layer(dims, layer, solved_grid, target, count):
+                    irregularity = max(abs(first / step - 1), abs(solved / regular[layer] - 1))
+                    if irregularity <= LARGEST_IRREGULARITY:
+                        yield (*dims[:layer], solved, *dims[layer + 1 :]), irregularity
 
 
 def _solve_width(family: Family, num_layers: int, target: int, count: Callable[[Sequence[float]], float]) -> float:
@@ -202,15 +207,15 @@ def _solve_width(family: Family, num_layers: int, target: int, count: Callable[[
 
 
 def _solve_layer(
-    dims: Sequence[int], layer: int, target: int, count: Callable[[Sequence[float]], float]
-) -> Iterable[int]:
-    """The whole widths of one layer next to where the budget is met, all others fixed (the count is linear in it)."""
+    dims: Sequence[int], layer: int, grid: int, target: int, count: Callable[[Sequence[float]], float]
+) -> list[int]:
+    """The widths of one layer next to where the budget is met, all others fixed (the count is linear in it)."""
 
     def with_width(width: float) -> float:
         return count([*dims[:layer], width, *dims[layer + 1 :]])
 
     low, high = with_width(0.25), with_width(1.25)
-    return _near(0.25 + (target - low) / (high - low), steps=1)
+    return [step * grid for step in _near((0.25 + (target - low) / (high - low)) / grid, steps=1)]
 
 
 def _near(value: float, *, steps: int) -> range:

@@ -37,11 +37,12 @@ class HiddenLayer(nn.Module):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        self.linear = (FanOut if fans_out else Linear)(stack, in_dim, out_dim)
+        make = FanOut if fans_out else Linear
+        self.linear = make(stack, in_dim, out_dim)
         self.norm = BatchNorm(stack, out_dim) if normalise else None
         self.skip: nn.Module | None = None
         if residual:
-            self.skip = nn.Identity() if in_dim == out_dim else Linear(stack, in_dim, out_dim)
+            self.skip = nn.Identity() if in_dim == out_dim else make(stack, in_dim, out_dim)
         self.dropout = Dropout(stack, out_dim, dropout)
 
     def forward(self, x_SNBI: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ replayed step is 6 to 12 times faster. A graph holds addresses, so whatever it r
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Hashable
 from types import ModuleType
 from typing import Generic, TypeVar
@@ -19,6 +20,9 @@ Result = TypeVar("Result")
 # One at a time: what a recording allocates must come from its own pool.
 _RECORDING = threading.Lock()
 WARM_UP_CALLS = 2
+# How many calls the host may be ahead of the card: enough that the card never waits. Without a bound, a full queue
+# blocks the driver for the arms beside, and being told to stop is noticed late.
+MAX_AHEAD = 16
 
 
 def load_kernels() -> ModuleType | None:
@@ -46,6 +50,7 @@ class Recorded(Generic[Result]):
         self.state = state
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Result]] = {}
         self.can_record = True
+        self.ahead: deque[torch.cuda.Event] = deque()
 
     def __call__(self, *arguments: Hashable) -> Result:
         if arguments not in self.graphs and self.can_record:
@@ -54,6 +59,11 @@ class Recorded(Generic[Result]):
             return self.body(*arguments)
         graph, result = self.graphs[arguments]
         graph.replay()
+        replayed = torch.cuda.Event(blocking=True)
+        replayed.record()
+        self.ahead.append(replayed)
+        if len(self.ahead) > MAX_AHEAD:
+            self.ahead.popleft().synchronize()
         return result
 
     def _record(self, arguments: tuple[Hashable, ...]) -> None:

@@ -46,7 +46,7 @@ class FusedHiddenLayer:
         if not norm.training or x_SNBI.shape[2] > MAX_BATCH:
             return HiddenLayer.forward(layer, x_SNBI)
         y_SNBO = layer.linear.product(x_SNBI)
-        skipped = None if layer.skip is None else layer.skip(x_SNBI)
+        skipped = None if layer.skip is None else layer.skip(x_SNBI).expand_as(y_SNBO)
         bits, rate = None, 0.0
         if layer.dropout.training and layer.dropout.draw is not None:
             bits, rate = layer.dropout.draw(y_SNBO), layer.dropout.rate
@@ -91,7 +91,7 @@ class _Finish(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         y, bias, weight, mean, rstd, out = ctx.saved_tensors
         num_seeds, num_members, batch, dim = y.shape
         grad_out = grad_out.contiguous()

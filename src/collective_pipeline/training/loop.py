@@ -39,7 +39,8 @@ class Epoch:
         learning_rate: At the start of the epoch.
         seconds: Since training began.
         finished: Whether it was the last one.
-        restored: Whether it was trained before the run was interrupted, and is only told again.
+        restored: Whether it is only told again: it was trained before the run was interrupted, or in groups of seeds.
+        partial: Whether it is of a group of the seeds only, because memory is too small for all of them at once.
     """
 
     number: int
@@ -51,6 +52,7 @@ class Epoch:
     seconds: float
     finished: bool = False
     restored: bool = False
+    partial: bool = False
 
     def mean(self, name: str) -> float:
         """Of a metric over the seeds that are still trained and whose number is finite; NaN if there are none."""
@@ -141,6 +143,19 @@ class Fit:
             waited = epoch.number - max(self.best_epochs[s], since)
             self.running[s] &= not self.diverged[s] and (patience is None or waited < patience)
 
+    @classmethod
+    def join(cls, fits: Sequence["Fit"]) -> "Fit":
+        """Of several groups of seeds, trained one after another, as if all had trained at once."""
+        if len(fits) == 1:
+            return fits[0]
+        names = ("best_epochs", "num_epochs", "diverged", "running", "best_accuracies")
+        joined: dict[str, Any] = {name: [value for fit in fits for value in getattr(fit, name)] for name in names}
+        seeds = tuple(seed for fit in fits for seed in fit.seeds)
+        weights = {name: torch.cat([fit.weights[name] for fit in fits]) for name in fits[0].weights}
+        longest = max((fit.epochs for fit in fits), key=len)
+        epochs = [_join_epochs(epoch, fits) for epoch in longest]
+        return cls(seeds=seeds, epochs=epochs, weights=weights, **joined)
+
     def facts(self) -> dict[str, Any]:
         """Everything but the weights, as plain values."""
         return {name: value for name, value in vars(self).items() if name not in {"weights", "epochs"}} | {
@@ -154,6 +169,19 @@ class Fit:
         return cls(**{**facts, "seeds": tuple(facts["seeds"]), "epochs": epochs, "weights": weights})
 
 
+def _join_epochs(model: Epoch, fits: Sequence[Fit]) -> Epoch:
+    """The epoch of this number in all groups; seeds of a group that ended before it are no longer running."""
+    parts = [next((epoch for epoch in fit.epochs if epoch.number == model.number), None) for fit in fits]
+    metrics: dict[str, list[float]] = {name: [] for name in model.metrics}
+    running: list[bool] = []
+    for fit, part in zip(fits, parts, strict=True):
+        for name in metrics:
+            metrics[name] += part.metrics[name] if part else [math.nan] * len(fit.seeds)
+        running += part.running if part else [False] * len(fit.seeds)
+    seconds = sum(part.seconds if part else fit.epochs[-1].seconds for fit, part in zip(fits, parts, strict=True))
+    return replace(model, metrics=metrics, running=tuple(running), seconds=seconds, partial=False, restored=True)
+
+
 def fit(
     phases: Sequence[Phase],
     batches: Batches,
@@ -163,6 +191,7 @@ def fit(
     callbacks: Iterable[Callback] = (),
     watch: Callable[[Iterable[int]], Iterable[int]] = iter,
     snapshots: Snapshots | None = None,
+    going_on: Snapshot | None = None,
 ) -> Fit:
     """Train through the phases, validate after every epoch, and keep each seed's best weights.
 
@@ -175,12 +204,13 @@ def fit(
         config: What all arms share.
         callbacks: Called with an `Epoch` after each one, and for those before an interruption that is resumed.
         watch: A wrapper around the updates of an epoch, for progress within it.
-        snapshots: Where to save the state of training now and then, and where to go on from.
+        snapshots: Where to save the state of training now and then.
+        going_on: From where to go on.
 
     Raises:
         Interrupted: If the run was told to stop, after its state was saved.
     """
-    return _Fitting(phases, batches, validation, config, list(callbacks), watch, snapshots).run()
+    return _Fitting(phases, batches, validation, config, list(callbacks), watch, snapshots).run(going_on)
 
 
 @dataclass(frozen=True)
@@ -206,8 +236,7 @@ class _Fitting:
     watch: Callable[[Iterable[int]], Iterable[int]]
     snapshots: Snapshots | None
 
-    def run(self) -> Fit:
-        saved = self.snapshots.load() if self.snapshots else None
+    def run(self, saved: Snapshot | None) -> Fit:
         self.result, self.place = Fit.begin(self.batches.seeds), _Place()
         if saved is not None:
             self.result = Fit.restore(saved.facts["fit"], saved.part("best", self.batches.device))
@@ -234,6 +263,8 @@ class _Fitting:
             if not any(self.result.running):
                 break
             training.begin(number, goes_on=first_update > 0)
+            if self.batches.device.type == "cuda" and number < self.config.epochs:
+                self.batches.prepare(number + 1)
             for update in self.watch(range(first_update, training.num_updates)):
                 training.update(update)
                 if update + 1 < training.num_updates:
@@ -246,11 +277,9 @@ class _Fitting:
 
     def _end_epoch(self, number: int, phase: Phase, training: "_PhaseTraining", *, since: int) -> None:
         result, config = self.result, self.config
-        metrics = training.metrics()
-        if number < config.epochs:
-            self.batches.prepare(number + 1)
-        seconds, rate = time.perf_counter() - self.started, training.learning_rate(number)
-        epoch = Epoch(number, config.epochs, phase.name, to_host(metrics), tuple(result.running), rate, seconds)
+        metrics, rate = to_host(training.metrics()), training.learning_rate(number)
+        seconds = time.perf_counter() - self.started
+        epoch = Epoch(number, config.epochs, phase.name, metrics, tuple(result.running), rate, seconds)
         result.record(epoch)
         if phase.selects:
             result.select(epoch, training.validated)
@@ -270,7 +299,7 @@ class _Fitting:
         place = replace(place, seconds=time.perf_counter() - self.started)
         best = {f"best/{name}": tensor for name, tensor in self.result.weights.items()}
         facts = {"place": asdict(place), "fit": self.result.facts()}
-        self.snapshots.save(Snapshot(facts, training.state() | best))
+        self.snapshots.save(Snapshot(facts, training.state() | best), wait=stops or place.finished)
         if stops:
             part = f" and {100 * place.update / training.num_updates:.0f} % of the next" if place.update else ""
             raise interrupt.Interrupted(

@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 5.0
 LONG_SECONDS = 15 * 60
+LONG_EPOCH_SECONDS = 60.0
 # Of the cores that torch's threads are to have, they have about 0.95 on a quiet machine. Where others take a part of
 # them, the threads wait for each other at every small operation, and training is 10 to 40 times slower.
 QUIET_SHARE = 0.75
@@ -24,26 +25,37 @@ class Progress:
 
     Args:
         arm: Its name.
+        num_epochs: That it is to train.
         num_arms: Of the whole comparison, for the estimate of its time.
         device_type: On a `cpu`, a comparison that takes long names the quick test.
     """
 
-    def __init__(self, arm: str, *, num_arms: int, device_type: str) -> None:
+    def __init__(self, arm: str, *, num_epochs: int, num_arms: int, device_type: str) -> None:
         self.arm = arm
+        self.num_epochs = num_epochs
         self.num_arms = num_arms
         self.device_type = device_type
         self.last_line = time.perf_counter()
         self.epochs_done = 0
         self.started: tuple[float, float] | None = None
         self.share_is_known = False
+        self.length_is_known = False
+        self.goes_on = False
 
     def watch(self, updates: Iterable[int]) -> Iterator[int]:
         """The updates of an epoch, with a line now and then if it is a long one."""
         numbers = list(updates)
-        for number in numbers:
+        if self.goes_on:
+            self._log(f"goes on after epoch {self.epochs_done}/{self.num_epochs}")
+            self.goes_on = False
+        started = time.perf_counter()
+        for i, number in enumerate(numbers):
             yield number
             if number == WARM_UP_STEPS:
                 self.started = time.perf_counter(), time.process_time()
+            elapsed = time.perf_counter() - started
+            if elapsed > LONG_EPOCH_SECONDS and not self.length_is_known:
+                self._warn_if_long(elapsed / (i + 1) * len(numbers))
             if self._is_due(4 * SECONDS_BETWEEN_LINES):
                 self._log(f"epoch {self.epochs_done + 1}: {100 * (number + 1) / (numbers[-1] + 1):.0f} % of its steps")
                 self._warn_if_busy()
@@ -52,7 +64,9 @@ class Progress:
         """Tell what this epoch gave, and after the first what all of it will take."""
         self.epochs_done = epoch.number
         if epoch.restored:
-            self.restored = epoch
+            if epoch.finished and not epoch.partial:
+                self._log(f"epoch {epoch.number}/{epoch.num_epochs}  is done")
+            self.goes_on = not epoch.finished
             return
         per_epoch = epoch.seconds / epoch.number
         left = per_epoch * (epoch.num_epochs - epoch.number)
@@ -65,14 +79,17 @@ class Progress:
             time_left = f"done in {duration(epoch.seconds)}" if epoch.finished else f"{duration(left)} left"
             self._log(f"epoch {epoch.number}/{epoch.num_epochs}  {score}  {per_epoch:.1f} s/epoch  {time_left}")
         self._warn_if_busy()
-        if epoch.number == 1:
-            self._warn_if_long(per_epoch * epoch.num_epochs * self.num_arms, epoch.num_epochs)
+        if epoch.number == 1 and not self.length_is_known:
+            self._warn_if_long(per_epoch)
 
-    def _warn_if_long(self, seconds: float, num_epochs: int) -> None:
+    def _warn_if_long(self, per_epoch: float) -> None:
+        """Tell once, as soon as it can be known."""
+        self.length_is_known = True
+        seconds = per_epoch * self.num_epochs * self.num_arms
         if seconds < LONG_SECONDS:
             return
         what = f"all {self.num_arms} arms" if self.num_arms > 1 else "this arm"
-        is_short_plan = num_epochs <= DEBUG.training.epochs
+        is_short_plan = self.num_epochs <= DEBUG.training.epochs
         advice = (
             " on this CPU; for an answer in minutes use the debug environment, kedro run --env debug, or a GPU"
             if self.device_type == "cpu" and not is_short_plan

@@ -8,6 +8,8 @@ import torch
 
 from collective_pipeline.config import TrainingConfig, UserError
 
+LAYERS_A_PRIORITY = 4
+
 
 def choose_device(name: str) -> torch.device:
     """The named device, or for `auto` the first there is of cuda, mps, cpu.
@@ -34,11 +36,15 @@ def set_matmul_precision(config: TrainingConfig, device: torch.device) -> None:
     torch.set_float32_matmul_precision("high" if allowed else "highest")
 
 
-def side_stream(device: torch.device) -> AbstractContextManager[object]:
-    """On CUDA a stream of the caller's own: arms side by side then share the card, and graphs need one."""
+def side_stream(device: torch.device, *, depth: int) -> AbstractContextManager[object]:
+    """On CUDA a stream of the caller's own: arms side by side then share the card, and graphs need one.
+
+    The deeper a network, the higher its stream's priority: its many small kernels leave room that others fill, and it
+    would otherwise be the last to end, with the card nearly to itself.
+    """
     if device.type != "cuda":
         return contextlib.nullcontext()
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device, priority=-(depth // LAYERS_A_PRIORITY))
     stream.wait_stream(torch.cuda.current_stream(device))
     return torch.cuda.stream(stream)
 

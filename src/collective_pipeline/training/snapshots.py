@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from collective_pipeline.files import replacing
 
 logger = logging.getLogger(__name__)
 
-# Saving takes at most this part of a run's time, and what is lost at worst is half a minute of work or 100 savings'.
+# Training waits for saving for at most this part of its time; what is lost at worst is half a minute of work, or
+# where one saving takes longer than 0.3 s, a hundred times as long.
 SHARE = 0.01
 SECONDS_BETWEEN = 30.0
+
+DAMAGE = (OSError, SafetensorError, KeyError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -71,32 +75,68 @@ class Snapshots:
         self.identity = json.loads(json.dumps(identity))
         self.circumstances = json.loads(json.dumps(circumstances))
         self.resume = resume
+        # Saved with every snapshot: what was done before the training that is saved now.
+        self.before = Snapshot({}, {})
         self.last_time = time.perf_counter()
-        self.cost: float | None = None
-
-    @property
-    def previous(self) -> Path:
-        return self.path.with_name(f"previous.{self.path.name}")
+        self.cost = 0.0
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def is_due(self) -> bool:
         """Whether so much time has passed that saving now is worth its cost."""
-        return time.perf_counter() - self.last_time > max(SECONDS_BETWEEN, (self.cost or 0.0) / SHARE)
+        is_writing = self._writing is not None and not self._writing.done()
+        return not is_writing and time.perf_counter() - self.last_time > max(SECONDS_BETWEEN, self.cost / SHARE)
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Write, sync, and only then let the one before it go."""
+    def save(self, snapshot: Snapshot, *, wait: bool) -> None:
+        """Write, sync, and only then let the one before it go.
+
+        On a CUDA device training waits for a copy there only, unless it is to `wait`: the rest happens beside it. On
+        a CPU it always waits, since writing beside it would take its cores.
+
+        Raises:
+            OSError: Of this writing, or of the one before it.
+        """
         started = time.perf_counter()
-        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in snapshot.tensors.items()}
-        about = {
-            "facts": json.dumps(snapshot.facts),
-            "identity": json.dumps(self.identity),
-            "circumstances": json.dumps(self.circumstances),
-        }
+        self._finish()
+        tensors = {name: tensor.detach().clone() for name, tensor in snapshot.tensors.items()}
+        devices = {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}
+        copied = [torch.cuda.current_stream(device).record_event() for device in devices]
+        whole = Snapshot(self.before.facts | snapshot.facts, self.before.tensors | tensors)
+        self._writing = self._writer.submit(self._write, whole, copied)
+        if wait or not devices:
+            self._finish()
+        self.last_time = time.perf_counter()
+        self.cost = self.last_time - started
+
+    def _finish(self) -> None:
+        """Wait for what is being written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, snapshot: Snapshot, copied: Sequence[torch.cuda.Event]) -> None:
+        for event in copied:
+            event.synchronize()
+        tensors = {name: tensor.cpu() for name, tensor in snapshot.tensors.items()}
+        header = {"facts": snapshot.facts, "identity": self.identity, "circumstances": self.circumstances}
+        about = {name: json.dumps(part) for name, part in header.items()}
         with replacing(self.path) as partial:
             save_file(tensors, partial, about | {"digest": _digest(tensors, about)})
             if self.path.exists():
-                self.path.replace(self.previous)
-        self.last_time = time.perf_counter()
-        self.cost = self.last_time - started
+                self.path.replace(_previous(self.path))
+
+    def check(self) -> None:
+        """Refuse what is there if a run cannot go on from it; reads no tensor, so that it can come early.
+
+        Raises:
+            UserError: Naming what differs.
+        """
+        if self.resume:
+            for path in (self.path, _previous(self.path)):
+                header = _read_header(path)
+                if header is not None:
+                    self._compare(path, header)
+                    return
 
     def load(self) -> Snapshot | None:
         """The last snapshot that is whole, or None if there is none or none is wanted.
@@ -106,33 +146,50 @@ class Snapshots:
         """
         if not self.resume:
             return None
-        for path in (self.path, self.previous):
+        for path in (self.path, _previous(self.path)):
             if not path.exists():
                 continue
             try:
-                snapshot, identity, circumstances = _read(path)
-            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+                snapshot, header = _read(path)
+            except DAMAGE as error:
                 logger.warning("%s is damaged (%s): the one before it is used, if there is one.", path, error)
                 continue
-            differing = [name for name in self.identity if self.identity[name] != identity.get(name)]
-            if differing:
-                was = "; ".join(
-                    f"{name} was {identity.get(name)!r} and is {self.identity[name]!r}" for name in differing
-                )
-                raise UserError(
-                    f"resume=true: {path} is of another run: {was}; give the command that was interrupted, or "
-                    "resume=false to begin anew"
-                )
-            changed = [name for name in self.circumstances if self.circumstances[name] != circumstances.get(name)]
-            for name in changed:
-                logger.warning(
-                    "%s was %s and is %s now: training goes on, and may differ in its last digits.",
-                    name,
-                    circumstances.get(name),
-                    self.circumstances[name],
-                )
+            self._compare(path, header)
+            for name, now in self.circumstances.items():
+                if header["circumstances"].get(name) != now:
+                    logger.warning(
+                        "%s: %s was %s and is %s now: training goes on, and may differ in its last digits.",
+                        self.name,
+                        name,
+                        header["circumstances"].get(name),
+                        now,
+                    )
             return snapshot
+        logger.info("%-16s  nothing was saved of it: it begins from the start", self.name)
         return None
+
+    def _compare(self, path: Path, header: Mapping[str, Any]) -> None:
+        saved = header["identity"]
+        differing = [name for name in self.identity | saved if self.identity.get(name) != saved.get(name)]
+        if differing:
+            was = "; ".join(f"{name} was {saved.get(name)!r} and is {self.identity.get(name)!r}" for name in differing)
+            raise UserError(
+                f"resume=true: {path} is of another run: {was}; give the command that was interrupted, or leave "
+                "resume=true out to begin anew, which replaces what was saved"
+            )
+
+
+def discard_snapshots(path: Path) -> None:
+    """Remove what an earlier run saved at `path`, and say so if that run could have gone on from there."""
+    header = _read_header(path)
+    if header is not None and not header["facts"]["place"]["finished"]:
+        logger.warning(
+            "%s: a run that was interrupted after epoch %d is replaced; resume=true would have gone on from there.",
+            path.parent.name,
+            header["facts"]["place"]["epoch"],
+        )
+    for file in (path, _previous(path)):
+        file.unlink(missing_ok=True)
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -144,15 +201,29 @@ def read_snapshot(path: Path) -> Snapshot:
     return _read(path)[0]
 
 
-def _read(path: Path) -> tuple[Snapshot, dict[str, Any], dict[str, Any]]:
+def _previous(path: Path) -> Path:
+    return path.with_name(f"previous.{path.name}")
+
+
+def _read(path: Path) -> tuple[Snapshot, dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         about = dict(file.metadata())
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     digest = about.pop("digest")
     if digest != _digest(tensors, about):
         raise ValueError("its digest is not that of its contents")
-    facts, identity, circumstances = (json.loads(about[name]) for name in ("facts", "identity", "circumstances"))
-    return Snapshot(facts, tensors), identity, circumstances
+    header = {name: json.loads(text) for name, text in about.items()}
+    return Snapshot(header["facts"], tensors), header
+
+
+def _read_header(path: Path) -> dict[str, Any] | None:
+    """Without its tensors, or None if there is nothing that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = dict(file.metadata())
+        return {name: json.loads(about[name]) for name in ("facts", "identity", "circumstances")}
+    except DAMAGE:
+        return None
 
 
 def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
@@ -160,5 +231,5 @@ def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(sorted(about.items())).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -23,7 +23,7 @@ class Curves:
 
     def __call__(self, epoch: Epoch) -> None:
         run = mlflow.active_run()
-        if run is None:
+        if run is None or epoch.partial:  # what is partial comes again, with all seeds
             return
         means = {name.replace("_", "/", 1): epoch.mean(name) for name in epoch.metrics}
         means["learning_rate"] = epoch.learning_rate

@@ -3,22 +3,24 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import collective_pipeline
-from collective_pipeline.config import Arm, ModelType, Parameters, TrainingConfig, flatten
+from collective_pipeline.config import Arm, ModelType, Parameters, TrainingConfig, UserError, flatten
 from collective_pipeline.data.batches import Batches, Normalise
 from collective_pipeline.data.small_images import load_images
 from collective_pipeline.data.splits import Images, Splits, digest_images, make_splits
-from collective_pipeline.models.build import build_arm, initialise
+from collective_pipeline.models.build import build_arm, count_products, initialise
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.matching import match_arm
 from collective_pipeline.randomness import make_generator
-from collective_pipeline.training.loop import Callback, Fit, evaluate, fit, to_host
+from collective_pipeline.training.loop import Callback, Epoch, Fit, evaluate, fit, to_host
+from collective_pipeline.training.memory import advise, estimate_need, free_bytes, groups_that_fit, split
 from collective_pipeline.training.runtime import choose_device, describe_device, set_matmul_precision, side_stream
-from collective_pipeline.training.snapshots import Snapshots
+from collective_pipeline.training.snapshots import Snapshot, Snapshots
 from collective_pipeline.training.strategies import plan_phases
 
 logger = logging.getLogger(__name__)
@@ -67,30 +69,126 @@ def train_arm(
     callbacks: Iterable[Callback] = (),
     watch: Callable[[Iterable[int]], Iterable[int]] = iter,
     snapshots: Snapshots | None = None,
+    num_beside: int = 1,
 ) -> tuple[Checkpoint, Fit]:
     """Build the arm once for all `seeds`, draw each seed's weights, train, and return what validation chose.
 
-    The checkpoint's weights are on the CPU, every tensor with the seeds as its first dimension.
+    Seeds that are too many for the memory train in groups, one after another. The checkpoint's weights are on the
+    CPU, every tensor with the seeds as its first dimension.
+
+    Args:
+        arm: What to train.
+        splits: On what.
+        config: How.
+        seeds: Each a training of its own.
+        device: Where.
+        callbacks: Called with a `training.loop.Epoch` after each epoch.
+        watch: A wrapper around the updates of an epoch, for progress within it.
+        snapshots: Where to save the state of training now and then, and where to go on from.
+        num_beside: How many arms share the device at the same time, this one included.
 
     Raises:
         Interrupted: If the run was told to stop, after its state was saved in `snapshots`.
+        UserError: If there is no memory for one seed, naming what would fit.
     """
     set_matmul_precision(config, device)
-    with side_stream(device):
-        splits = splits.to(device)
-        model = build_arm(arm, num_seeds=len(seeds))
-        initialise(model, [make_generator(seed, "weights") for seed in seeds])
-        phases = plan_phases(arm, model, config, num_seeds=len(seeds))
-        for phase in phases:
-            if phase.new is not None:
-                initialise(phase.new, [make_generator(seed, f"weights/{phase.name}") for seed in seeds])
-            phase.network.to(device)
-        batches = Batches(
-            splits, seeds, batch_size=config.batch_size, augmentation_strength=config.augmentation_strength
-        )
-        result = fit(phases, batches, splits.val, config, callbacks=callbacks, watch=watch, snapshots=snapshots)
-        weights = {name: tensor.cpu() for name, tensor in result.weights.items()}
-    for seed, diverged, epoch, best in zip(seeds, result.diverged, result.num_epochs, result.best_epochs, strict=True):
+    need = estimate_need(arm, splits, config)
+    saved = snapshots.load() if snapshots else None
+    free = free_bytes(device) // num_beside
+    groups = groups_that_fit(seeds, need, config, free=free) if saved is None else saved.facts["groups"]
+    training = _ArmTraining(arm, splits, config, device, list(callbacks), watch, snapshots)
+    fits = training.run(groups, saved)
+    while fits is None:
+        if len(groups) == len(seeds):
+            raise UserError(f"{arm.model_type}: {advise(need, config, free=free_bytes(device))}")
+        groups = split(seeds, min(2 * len(groups), len(seeds)))
+        fits = training.run(groups, None)
+    result = Fit.join(fits)
+    if len(groups) > 1:
+        for epoch in result.epochs:
+            training.tell(epoch)
+    _tell_diverged(arm, result)
+    return Checkpoint(arm, splits.name, tuple(seeds), tuple(result.best_epochs), result.weights), result
+
+
+@dataclass(frozen=True)
+class _ArmTraining:
+    """The arguments of `train_arm` that all groups of seeds share."""
+
+    arm: Arm
+    splits: Splits
+    config: TrainingConfig
+    device: torch.device
+    callbacks: Sequence[Callback]
+    watch: Callable[[Iterable[int]], Iterable[int]]
+    snapshots: Snapshots | None
+
+    def run(self, groups: Sequence[Sequence[int]], saved: Snapshot | None) -> list[Fit] | None:
+        """Train one group after another, but for those that `saved` has done; None if the memory was not enough."""
+        if len(groups) > 1:
+            logger.warning(
+                "%s: memory is too small for all %d seeds at once; they train in %d groups, one after another.",
+                self.arm.model_type,
+                sum(map(len, groups)),
+                len(groups),
+            )
+        done = [] if saved is None else _restore_done(saved)
+        try:
+            for group in groups[len(done) :]:
+                if self.snapshots is not None:
+                    self.snapshots.before = _describe_done(groups, done)
+                done.append(self._train(group, saved, partial=len(groups) > 1))
+                saved = None
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return done
+
+    def _train(self, seeds: Sequence[int], saved: Snapshot | None, *, partial: bool) -> Fit:
+        config = self.config
+        with side_stream(self.device, depth=count_products(self.arm)):
+            splits = self.splits.to(self.device)
+            model = build_arm(self.arm, num_seeds=len(seeds))
+            initialise(model, [make_generator(seed, "weights") for seed in seeds])
+            phases = plan_phases(self.arm, model, config, num_seeds=len(seeds))
+            for phase in phases:
+                if phase.new is not None:
+                    initialise(phase.new, [make_generator(seed, f"weights/{phase.name}") for seed in seeds])
+                phase.network.to(self.device)
+            batches = Batches(
+                splits, seeds, batch_size=config.batch_size, augmentation_strength=config.augmentation_strength
+            )
+            callbacks = [lambda epoch: self.tell(replace(epoch, partial=partial))]
+            result = fit(
+                phases, batches, splits.val, config,
+                callbacks=callbacks, watch=self.watch, snapshots=self.snapshots, going_on=saved,
+            )  # fmt: skip
+            weights = result.weights or model.state_dict()
+            return replace(result, weights={name: tensor.cpu() for name, tensor in weights.items()})
+
+    def tell(self, epoch: Epoch) -> None:
+        """Every callback."""
+        for callback in self.callbacks:
+            callback(epoch)
+
+
+def _describe_done(groups: Sequence[Sequence[int]], done: Sequence[Fit]) -> Snapshot:
+    weights = {f"done/{i}/{name}": tensor for i, fit in enumerate(done) for name, tensor in fit.weights.items()}
+    return Snapshot({"groups": groups, "done": [fit.facts() for fit in done]}, weights)
+
+
+def _restore_done(saved: Snapshot) -> list[Fit]:
+    return [
+        Fit.restore(facts, saved.part(f"done/{i}", torch.device("cpu"))) for i, facts in enumerate(saved.facts["done"])
+    ]
+
+
+def _tell_diverged(arm: Arm, result: Fit) -> None:
+    for seed, diverged, epoch, best in zip(
+        result.seeds, result.diverged, result.num_epochs, result.best_epochs, strict=True
+    ):
         if diverged:
             logger.warning(
                 "%s, seed %d: the loss was no longer finite in epoch %d; %s: a smaller training.learning_rate or a "
@@ -100,7 +198,6 @@ def train_arm(
                 epoch,
                 f"its weights after epoch {best} are kept" if best else "there were no good weights before",
             )
-    return Checkpoint(arm, splits.name, tuple(seeds), tuple(result.best_epochs), weights), result
 
 
 def snapshots_at(path: Path, arm: Arm, splits: Splits, settings: Parameters, device: torch.device) -> Snapshots:

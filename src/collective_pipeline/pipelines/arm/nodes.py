@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -11,6 +12,7 @@ from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.cost import count_macs
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.progress import Progress
+from collective_pipeline.training.snapshots import Snapshots
 from collective_pipeline.training.tracking import Curves
 from collective_pipeline.training.train import match_to_splits, score, snapshots_at, train_arm
 
@@ -20,16 +22,30 @@ def match_size(settings: Parameters, splits: Splits, model_type: ModelType | Non
     return match_to_splits(settings, splits, model_type)
 
 
-def train(
-    arm: Arm, splits: Splits, settings: Parameters, device: torch.device, last: Path, num_arms: int = 1
-) -> tuple[Checkpoint, pd.DataFrame]:
-    """Train the arm with every seed; return the weights that validation chose, and the history.
+def find_saved(arm: Arm, splits: Splits, settings: Parameters, device: torch.device, last: Path) -> Snapshots:
+    """Where training saves its state; with `resume`, what is there is refused here if it is of another run."""
+    snapshots = snapshots_at(last, arm, splits, settings, device)
+    snapshots.check()
+    return snapshots
 
-    The state of training is saved at `last` now and then.
-    """
+
+def train(
+    arm: Arm,
+    splits: Splits,
+    settings: Parameters,
+    device: torch.device,
+    snapshots: Snapshots,
+    num_arms: int = 1,
+) -> tuple[Checkpoint, pd.DataFrame]:
+    """Train the arm with every seed; return the weights that validation chose, and the history."""
     # A thread of its own means that all arms train at the same time.
-    in_turn = num_arms if threading.current_thread() is threading.main_thread() else 1
-    progress = Progress(arm.model_type, num_arms=in_turn, device_type=device.type)
+    is_alone = threading.current_thread() is threading.main_thread()
+    progress = Progress(
+        arm.model_type,
+        num_epochs=settings.training.epochs,
+        num_arms=num_arms if is_alone else 1,
+        device_type=device.type,
+    )
     checkpoint, result = train_arm(
         arm,
         splits,
@@ -38,7 +54,8 @@ def train(
         device=device,
         callbacks=[progress, Curves()],
         watch=progress.watch,
-        snapshots=snapshots_at(last, arm, splits, settings, device),
+        snapshots=snapshots,
+        num_beside=1 if is_alone else num_arms,
     )
     history = pd.DataFrame(result.history)
     history.insert(0, "model_type", arm.model_type)
@@ -48,15 +65,17 @@ def train(
 def evaluate(
     checkpoint: Checkpoint, history: pd.DataFrame, splits: Splits, settings: Parameters, device: torch.device
 ) -> pd.DataFrame:
-    """Read the test set, once, with the chosen weights; one row for each seed."""
+    """Read the test set, once, with the chosen weights; one row for each seed.
+
+    A seed that diverged before it had good weights has no accuracies and no loss.
+    """
     arm, seeds = checkpoint.arm, checkpoint.seeds
     test = score(checkpoint, splits.test, splits, settings.training, device=device)
-    num_epochs = history.groupby("seed")["epoch"].max()
-    chosen = history.set_index(["seed", "epoch"])["val_accuracy"]
+    last = history.groupby("seed")[["epoch", "train_loss"]].last().loc[list(seeds)]
     seconds = float(history["seconds"].max())
     steps = len(splits.train) // settings.training.batch_size
-    images = steps * settings.training.batch_size * int(num_epochs.max()) * len(seeds)
-    return pd.DataFrame(
+    images = steps * settings.training.batch_size * int(last["epoch"].sum())
+    results = pd.DataFrame(
         {
             "model_type": arm.model_type,
             "seed": seeds,
@@ -64,15 +83,16 @@ def evaluate(
             "target_params": arm.target_params,
             "param_error_pct": arm.param_error_pct,
             "macs": count_macs(arm),
-            "epochs": [int(num_epochs[seed]) for seed in seeds],
+            "epochs": last["epoch"].to_numpy(),
             "best_epoch": checkpoint.best_epochs,
-            "val_accuracy": [
-                float(chosen[seed, epoch]) for seed, epoch in zip(seeds, checkpoint.best_epochs, strict=True)
-            ],
             "test_accuracy": test["accuracy"],
             "test_loss": test["loss"],
             "train_seconds": seconds / len(seeds),
             "samples_per_second": images / seconds,
+            "diverged": ~np.isfinite(last["train_loss"].to_numpy()),
             "test_top5_accuracy": test["top5_accuracy"],
         }
     )
+    results.loc[results["best_epoch"] == 0, ["test_accuracy", "test_loss", "test_top5_accuracy"]] = np.nan
+    chosen = history[["seed", "epoch", "val_accuracy"]].rename(columns={"epoch": "best_epoch"})
+    return results.merge(chosen, on=["seed", "best_epoch"], how="left")

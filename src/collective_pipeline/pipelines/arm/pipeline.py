@@ -1,11 +1,11 @@
-"""Match, train, evaluate: the same three nodes for every arm."""
+"""Match, train, evaluate: the same nodes for every arm."""
 
 from functools import partial, update_wrapper
 
 from kedro.pipeline import Node, Pipeline
 
 from collective_pipeline.config import ModelType
-from collective_pipeline.pipelines.arm.nodes import evaluate, match_size, train
+from collective_pipeline.pipelines.arm.nodes import evaluate, find_saved, match_size, train
 
 
 def create_pipeline(namespace: str, *, model_type: ModelType | None = None, num_arms: int = 1) -> Pipeline:
@@ -25,8 +25,14 @@ def create_pipeline(namespace: str, *, model_type: ModelType | None = None, num_
                 name="match_size",
             ),
             Node(
-                update_wrapper(partial(train, num_arms=num_arms), train),
+                find_saved,
                 inputs=["arm", "splits", "settings", "device", "last"],
+                outputs="snapshots",
+                name="find_saved",
+            ),
+            Node(
+                update_wrapper(partial(train, num_arms=num_arms), train),
+                inputs=["arm", "splits", "settings", "device", "snapshots"],
                 outputs=["checkpoint", "history"],
                 name="train",
                 tags=["train"],

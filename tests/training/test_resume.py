@@ -1,0 +1,287 @@
+"""An interrupted run that goes on ends as one that nobody interrupted: to the last bit, whatever had a state."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from collective_pipeline.config import Parameters, UserError
+from collective_pipeline.training import interrupt, snapshots
+from collective_pipeline.training.loop import Fit
+from collective_pipeline.training.snapshots import discard_snapshots, read_snapshot
+from collective_pipeline.training.train import _ArmTraining, snapshots_at, train_arm
+
+CPU = torch.device("cpu")
+EVERYTHING = {
+    "optimizer": "adamw",
+    "schedule": "cosine",
+    "warmup_epochs": 1,
+    "clip_norm": 1.0,
+    "ema_decay": 0.9,
+    "augmentation_strength": 1.0,
+    "accumulation_steps": 2,
+}
+
+
+class Crash(Exception):
+    """In the place of SIGKILL: nothing of the process is used again."""
+
+
+@pytest.fixture(autouse=True)
+def always_due(monkeypatch):
+    """Every step is saved."""
+    monkeypatch.setattr(snapshots, "SECONDS_BETWEEN", -1.0)
+    monkeypatch.setattr(snapshots, "SHARE", float("inf"))
+
+
+@pytest.fixture
+def parameters(training):
+    def make(*, resume: bool = False, seeds: tuple[int, ...] = (1, 2), **changes) -> Parameters:
+        config = training.model_validate(training.model_dump() | changes)
+        return Parameters(seeds=seeds, training=config, resume=resume)
+
+    return make
+
+
+@pytest.fixture
+def run(arm, splits):
+    """Trains with the state saved at a path, until a number of updates, counted over everything, if one is given."""
+
+    def train(path: Path, settings: Parameters, *, updates: int | None = None):
+        done = iter(range(1, 10_000))
+
+        def watch(numbers):
+            for number in numbers:
+                yield number
+                if next(done) == updates:
+                    raise Crash
+
+        saved = snapshots_at(path, arm, splits, settings, CPU)
+        seeds, config = settings.seeds, settings.training
+        return train_arm(arm, splits, config, seeds=seeds, device=CPU, watch=watch, snapshots=saved)
+
+    return train
+
+
+def ends(path: Path, checkpoint, result: Fit):
+    """Everything that can be seen of how a run ended, but its clock."""
+    history = [{name: value for name, value in row.items() if name != "seconds"} for row in result.history]
+    return read_snapshot(path).tensors, checkpoint.weights, history, (checkpoint.best_epochs, result.num_epochs)
+
+
+def assert_same(one, other) -> None:
+    for mine, yours in zip(one[:2], other[:2], strict=True):
+        assert mine.keys() == yours.keys()
+        assert not [name for name in mine if not torch.equal(mine[name], yours[name])]
+    assert one[2:] == other[2:]
+
+
+@pytest.mark.parametrize("updates", [1, 7, 10, 16])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        EVERYTHING,
+        {"optimizer": "sgd", "schedule": "one_cycle", "precision": "fp16"},
+        {"strategy": "pretrain_freeze_finetune"},
+        {"strategy": "layerwise_autoencoding", "epochs": 6},
+        {"early_stopping_patience": 1, "epochs": 8},
+    ],
+    ids=["everything", "fp16", "pretrain", "autoencode", "early_stopping"],
+)
+def test_going_on_equals_never_stopping(tmp_path, run, parameters, changes, updates):
+    """Weights, moments, averages, scales, history, chosen epochs: in the middle of an epoch, at its end, in any phase."""
+    whole = run(tmp_path / "whole" / "last", parameters(**changes))
+    path = tmp_path / "broken" / "last"
+    with pytest.raises(Crash):
+        run(path, parameters(**changes), updates=updates)
+    resumed = run(path, parameters(resume=True, **changes))
+
+    assert_same(ends(path, *resumed), ends(tmp_path / "whole" / "last", *whole))
+
+
+def test_a_run_may_break_again_and_again(tmp_path, run, parameters):
+    """It gets on by one update at a time."""
+    whole = run(tmp_path / "whole" / "last", parameters(epochs=2, **EVERYTHING | {"warmup_epochs": 0}))
+    path, attempts = tmp_path / "broken" / "last", 0
+    settings = parameters(epochs=2, resume=True, **EVERYTHING | {"warmup_epochs": 0})
+    while True:
+        attempts += 1
+        try:
+            resumed = run(path, settings, updates=2)
+            break
+        except Crash:
+            pass
+
+    assert attempts > 3
+    assert_same(ends(path, *resumed), ends(tmp_path / "whole" / "last", *whole))
+
+
+def test_what_is_done_is_not_trained_again(tmp_path, run, parameters):
+    """A finished arm gives its result without a single update."""
+    first = run(tmp_path / "last", parameters())
+    before = ends(tmp_path / "last", *first)
+    second = run(tmp_path / "last", parameters(resume=True), updates=1)
+
+    assert_same(ends(tmp_path / "last", *second), before)
+
+
+def test_a_damaged_snapshot_is_named_and_the_one_before_it_used(tmp_path, run, parameters, caplog):
+    """Any byte may be wrong, or missing; the end is the same."""
+    whole = run(tmp_path / "whole" / "last", parameters())
+    path = tmp_path / "broken" / "last"
+    with pytest.raises(Crash):
+        run(path, parameters(), updates=12)
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    resumed = run(path, parameters(resume=True))
+
+    assert f"{path} is damaged (its digest is not that of its contents)" in caplog.text
+    assert_same(ends(path, *resumed), ends(tmp_path / "whole" / "last", *whole))
+
+
+@pytest.mark.parametrize("size", [0, 7, 1000])
+def test_half_a_snapshot_is_damaged(tmp_path, run, parameters, caplog, size):
+    """As a file system may leave it after a power cut; with both damaged, the run begins from the start."""
+    whole = run(tmp_path / "whole" / "last", parameters())
+    path = tmp_path / "broken" / "last"
+    with pytest.raises(Crash):
+        run(path, parameters(), updates=12)
+    for file in (path, path.with_name("previous.last")):
+        file.write_bytes(file.read_bytes()[:size])
+    resumed = run(path, parameters(resume=True))
+
+    assert caplog.text.count(" is damaged ") == 2
+    assert_same(ends(path, *resumed), ends(tmp_path / "whole" / "last", *whole))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seeds": (1, 3)}, "seeds was [1, 2] and is [1, 3]"),
+        ({"epochs": 5}, "training.epochs was 4 and is 5"),
+        ({"learning_rate": 0.25}, "training.learning_rate was 0.005 and is 0.25"),
+    ],
+)
+def test_a_snapshot_of_another_run_is_refused_by_what_differs(tmp_path, arm, splits, run, parameters, changes, named):
+    """Before anything is trained, and without a word about what is the same."""
+    with pytest.raises(Crash):
+        run(tmp_path / "last", parameters(), updates=3)
+    other = snapshots_at(tmp_path / "last", arm, splits, parameters(resume=True, **changes), CPU)
+
+    for refuse in (other.check, other.load):
+        with pytest.raises(UserError) as error:
+            refuse()
+        assert f"is of another run: {named}; give the command that was interrupted" in str(error.value)
+
+
+def test_another_architecture_data_set_or_code_is_refused(tmp_path, arm, splits, run, parameters, monkeypatch):
+    """All three are named."""
+    with pytest.raises(Crash):
+        run(tmp_path / "last", parameters(), updates=3)
+    architecture = arm.architecture.model_copy(update={"head_dropout": 0.5})
+    others = [
+        (arm.model_copy(update={"architecture": architecture}), splits, "architecture.head_dropout was 0.2 and is 0.5"),
+        (arm, type(splits)(**vars(splits) | {"name": "fashion_mnist"}), "dataset was 'mnist' and is 'fashion_mnist'"),
+        (arm, type(splits)(**vars(splits) | {"test": splits.val}), "images was "),
+    ]
+    for other_arm, other_splits, named in others:
+        with pytest.raises(UserError, match=named.replace(".", r"\.")):
+            snapshots_at(tmp_path / "last", other_arm, other_splits, parameters(resume=True), CPU).check()
+    monkeypatch.setattr("collective_pipeline.__version__", "9.9")
+    with pytest.raises(UserError, match=r"code version was '.*' and is '9\.9 \("):
+        snapshots_at(tmp_path / "last", arm, splits, parameters(resume=True), CPU).check()
+
+
+def test_another_device_is_told_and_goes_on(tmp_path, run, parameters, monkeypatch, caplog):
+    """It may change the last digits, and no more."""
+    with pytest.raises(Crash):
+        run(tmp_path / "last", parameters(), updates=3)
+    monkeypatch.setattr("collective_pipeline.training.train.describe_device", lambda device: "another card")
+    run(tmp_path / "last", parameters(resume=True))
+
+    assert "is another card now: training goes on, and may differ in its last digits" in caplog.text
+
+
+def test_beginning_anew_removes_what_was_saved_and_says_so(tmp_path, run, parameters, caplog):
+    """So that a later `resume` cannot take the state of an older run for this one's."""
+    path = tmp_path / "collective" / "last"
+    with pytest.raises(Crash):
+        run(path, parameters(), updates=12)
+    discard_snapshots(path)
+
+    assert "collective: a run that was interrupted after epoch 1 is replaced" in caplog.text
+    assert not any(path.parent.iterdir())
+    caplog.clear()
+    run(path, parameters())
+    discard_snapshots(path)
+    assert not caplog.text and not any(path.parent.iterdir())
+
+
+def test_a_full_disk_leaves_the_snapshot_before_it(tmp_path, run, parameters, monkeypatch):
+    """The error comes through; what was saved stays whole, and nothing half-written is left."""
+    path = tmp_path / "last"
+    with pytest.raises(Crash):
+        run(path, parameters(), updates=5)
+    before = path.read_bytes()
+
+    def no_room(tensors, file, about):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(snapshots, "save_file", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        run(path, parameters(resume=True))
+    assert path.read_bytes() == before and not list(tmp_path.glob(".partial*"))
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path, run, parameters, monkeypatch):
+    """At the next step, with what the shell expects of a process that was told to stop."""
+    whole = run(tmp_path / "whole" / "last", parameters())
+    path = tmp_path / "broken" / "last"
+    monkeypatch.setattr(snapshots, "SECONDS_BETWEEN", 1000.0)
+    original = _ArmTraining.tell
+
+    def tell(self, epoch):
+        original(self, epoch)
+        if epoch.number == 2 and not epoch.restored:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(_ArmTraining, "tell", tell)
+    with interrupt.listen(), pytest.raises(interrupt.Interrupted) as stopped:
+        run(path, parameters())
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM: collective is saved after epoch 2 of 4; give the same command with" in str(
+        stopped.value
+    )
+    resumed = run(path, parameters(resume=True))
+
+    assert_same(ends(path, *resumed), ends(tmp_path / "whole" / "last", *whole))
+
+
+def test_nothing_listens_afterwards():
+    """The signals do again what they did before."""
+    before = signal.getsignal(signal.SIGTERM)
+    with interrupt.listen():
+        assert signal.getsignal(signal.SIGTERM) is not before
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.requested() and signal.getsignal(signal.SIGTERM) is before  # a second one ends at once
+
+    assert not interrupt.requested() and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("updates", [5, 40, 60])
+def test_groups_of_seeds_go_on_where_they_were(tmp_path, run, parameters, monkeypatch, updates):
+    """Groups that are done are not trained again, and the others end as if nobody had stopped them."""
+    monkeypatch.setattr("collective_pipeline.training.train.groups_that_fit", lambda *_, **__: [[1, 2], [3]])
+    settings = {"seeds": (1, 2, 3), **EVERYTHING}
+    whole = run(tmp_path / "whole" / "last", parameters(**settings))
+    path = tmp_path / "broken" / "last"
+    with pytest.raises(Crash):
+        run(path, parameters(**settings), updates=min(updates, 35))
+    # More memory than before: the groups stay what they were.
+    monkeypatch.setattr("collective_pipeline.training.train.groups_that_fit", lambda *_, **__: [[1, 2, 3]])
+    resumed = run(path, parameters(resume=True, **settings))
+
+    assert_same(ends(path, *resumed), ends(tmp_path / "whole" / "last", *whole))
