@@ -51,7 +51,7 @@ ui: install  ## Show the tracked runs in a browser
 	$(BIN)/kedro mlflow ui
 
 bench: install  ## Measure speed on this machine, each script one table
-	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	@for script in training overhead matching start_up; do $(BIN)/python benchmarks/$$script.py && echo || exit 1; done
 
 requirements: .venv/uv/bin/uv  ## Pin the environment anew from pyproject.toml
 	.venv/uv/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \

@@ -147,7 +147,7 @@ def main() -> None:
             time.sleep(moment)
             sent = time.perf_counter()
             process.send_signal(signal.Signals[f"SIG{options.signal}"])
-            _, said = process.communicate()
+            process.communicate()
             stopped_after = time.perf_counter() - sent
             found = sorted(str(path.relative_to(place)) for path in place.rglob("*.safetensors"))
             end, _ = finish(place, options.device)

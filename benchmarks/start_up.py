@@ -3,10 +3,10 @@
     python benchmarks/start_up.py [--size phase1] [--device cuda] [--repeats 3] [--params training.epochs=1,seeds=42]
 
 Runs the real command in a copy of the project with its embedded MNIST: once as after installing, when Python compiles
-every module and MLflow makes its database; once more, as all later runs are; and once more under `python -X importtime`.
-Moments are told by a Kedro plugin that lives only beside the copy, and count from when the command was typed. An import
-counts for the listed package that brought it along first: pandas imported by MLflow is pandas, but SQLAlchemy imported
-by it is MLflow. Medians over the repeats, in seconds.
+every module and MLflow makes its database; then as all later runs are, and under `python -X importtime`, in turn.
+Moments are told by a Kedro plugin that lies beside the copy, and count from when the command was typed. An import
+counts for the listed package that first brought it along: pandas imported by MLflow is pandas, but SQLAlchemy imported
+by it is MLflow. Medians over the repeats; the first run happens once.
 """
 
 import os
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from collective_pipeline.training.runtime import choose_device
@@ -34,6 +34,7 @@ MOMENTS = {
     "trained": "training ends",
     "reported": "evaluated, compared, reported, tracked",
     "ended": "the process ends",
+    "all but training": "all of it but training",
 }
 PACKAGES = {
     "torch": ("torch", "torchvision"),
@@ -44,6 +45,7 @@ PACKAGES = {
     "scipy": ("scipy",),
     "ours": ("collective_pipeline",),
 }
+REST = "Python's own, and what no other brought along"
 # Installed beside the copy, where Kedro finds it as it finds kedro-mlflow.
 PLUGIN = """
 import os
@@ -151,49 +153,44 @@ def sum_imports(report: str) -> dict[str, float]:
     for match in reversed(list(re.finditer(r"^import time:\s*(\d+) \|\s*\d+ \| ( *)(\S+)$", report, re.MULTILINE))):
         depth = len(match[2]) // 2
         del above[depth:]
-        above.append(owners.get(match[3].partition(".")[0], above[-1] if above else "the rest"))
+        above.append(owners.get(match[3].partition(".")[0], above[-1] if above else REST))
         seconds[above[-1]] += int(match[1]) / 1e6
     return seconds
 
 
-def print_row(name: str, cells: Sequence[str]) -> None:
-    print(f"{name:<54}" + "".join(f"{cell:>12}" for cell in cells))
+def print_row(name: str, first: str, later: str) -> None:
+    print(f"{name:<52}{first:>12}{later:>12}")
 
 
 def main() -> None:
     """Print the table."""
     parser = make_parser(__doc__)
-    parser.add_argument("--params", default="training.epochs=1,seeds=42", help="of the run")
+    parser.add_argument("--params", default="training.epochs=1,seeds=42,data.val_fraction=0.9", help="of the run")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     environment = ["--env", "debug"] if options.size == "debug" else []
     arguments = [*environment, "--params", f"device={options.device},{options.params}"]
 
     print(f"{describe(choose_device(options.device))}\nkedro run {' '.join(arguments)}, {options.repeats} repeats")
-    first: list[Mapping[str, float]] = []
-    later: list[Mapping[str, float]] = []
-    imports: list[Mapping[str, float]] = []
-    for _ in range(options.repeats):
-        with tempfile.TemporaryDirectory() as name:
-            copy = make_copy(Path(name))
-            first.append(run(copy, arguments)[0])
+    later: list[dict[str, float]] = []
+    imports: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as name:
+        copy = make_copy(Path(name))
+        first, _ = run(copy, arguments)
+        for _ in range(options.repeats):
             later.append(run(copy, arguments)[0])
             imports.append(sum_imports(run(copy, arguments, "-X", "importtime")[1]))
 
-    def medians(of: Callable[[Mapping[str, float]], float]) -> list[str]:
-        return [f"{statistics.median(map(of, runs)):.2f}" for runs in (first, later)]
-
-    print_row("seconds from typing the command until", ["first run", "later runs"])
+    print_row("seconds from typing the command until", "first run", "later runs")
+    for moments in (first, *later):
+        moments["all but training"] = moments["ended"] - moments["trained"] + moments["training"]
     for name, text in MOMENTS.items():
-        print_row(text, medians(lambda moments, name=name: moments[name]))
-    print_row(
-        "all of it but training", medians(lambda moments: moments["ended"] - moments["trained"] + moments["training"])
-    )
-    print_row("seconds of importing", ["", "later runs"])
-    for package in (*PACKAGES, "the rest"):
-        names = PACKAGES.get(package, ("Python's library and other packages",))
-        print_row(f"{package} ({', '.join(names)})", ["", f"{statistics.median(run[package] for run in imports):.2f}"])
-    print_row("all imports", ["", f"{statistics.median(sum(run.values()) for run in imports):.2f}"])
+        print_row(text, f"{first[name]:.2f}", f"{statistics.median(moments[name] for moments in later):.2f}")
+    print_row("of these, importing", "", f"{statistics.median(sum(each.values()) for each in imports):.2f}")
+    for package in (*PACKAGES, REST):
+        names = ", ".join(PACKAGES.get(package, ()))
+        seconds = statistics.median(each.get(package, 0.0) for each in imports)
+        print_row(f"  {package}{f' ({names})' if names else ''}", "", f"{seconds:.2f}")
 
 
 if __name__ == "__main__":

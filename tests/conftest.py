@@ -1,6 +1,7 @@
 """One thread for all tests (two on busy cores were 12 times slower), and a project to run as a user would."""
 
 import gzip
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels then run here, slowly; read when Triton is imported
 
 ROOT = Path(__file__).parents[1]
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

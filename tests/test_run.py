@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import logging
 import shutil
+import signal
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from collective_pipeline.config import MODEL_TYPES
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS
 from collective_pipeline.models.checkpoint import load_checkpoint
 from collective_pipeline.startup import quieten
+from collective_pipeline.training import train
 
 TINY = {"training.epochs": 2, "training.batch_size": 64, "seeds": "1 2", "comparison.resamples": 200}
 
@@ -202,7 +204,7 @@ def test_registry_lists_the_pipelines(project):
         ("training.batch_size=-1", "training.batch_size=-1"),
         ("training.learning_rate=-0.1", "training.learning_rate=-0.1"),
         ("collective.n_experts=8", "n_experts=8 leaves no analyst among n_total=8 members"),
-        ("baselines.target_params=1000,model_type=deep", "the nearest has 905"),
+        ("baselines.target_params=1000,model_type=deep", "the nearest has 843"),
         (
             "training.epochs=2,training.strategy=layerwise_autoencoding",
             "training.epochs=2 is too few for training.strategy",
@@ -269,10 +271,10 @@ def test_environment_may_change_arm_and_data_in_its_globals(tmp_path, new_projec
 def test_unmatched_budget_writes_nothing(tmp_path, new_project):
     """All arms are matched before any is trained, and nothing is left of those that matched."""
     project = new_project(tmp_path)
-    params = as_params(TINY | {"baselines.target_params": 4773})
+    params = as_params(TINY | {"baselines.target_params": 3189})
     result = kedro(project, "run", "--pipeline", "phase1", "--env", "debug", "--params", params)
 
-    assert result.exit_code == 1 and "network has 4,773 parameters within 0.1 %" in result.output
+    assert result.exit_code == 1 and "network has 3,189 parameters within 0.1 %" in result.output
     assert sorted(child.name for child in (project / "data").iterdir()) == ["01_raw"]
 
 
@@ -310,3 +312,65 @@ def test_full_disk_is_told_before_training(project, monkeypatch):
 
     assert result.exit_code == 1
     assert "has 10 MB of room and this run may write" in result.output
+
+
+def stop_at(patch: pytest.MonkeyPatch, model_type: str, epoch_number: int) -> None:
+    """Send SIGTERM at the end of this epoch, as a scheduler might."""
+    original = train._ArmTraining.tell
+
+    def tell(self, epoch):
+        original(self, epoch)
+        if (self.arm.model_type, epoch.number) == (model_type, epoch_number):
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(train._ArmTraining, "tell", tell)
+
+
+def results_of(project: Path) -> dict[str, pd.DataFrame]:
+    """All tables and histories, without what a clock says."""
+    clocks = ["train_seconds", "samples_per_second", "latency_ms", "seconds"]
+    tables = {path.name: pd.read_csv(path) for path in (project / "data/08_reporting/phase1").glob("*.csv")}
+    histories = {arm: pd.read_parquet(project / f"data/07_model_output/{arm}/history.parquet") for arm in MODEL_TYPES}
+    return {name: table.drop(columns=clocks, errors="ignore") for name, table in (tables | histories).items()}
+
+
+def test_a_stopped_run_goes_on_and_ends_like_an_unbroken_one(phase1, tmp_path, new_project):
+    """SIGTERM ends the command as the shell expects, says how to go on, and marks the tracked runs as killed."""
+    expected, project = results_of(phase1[0]), new_project(tmp_path)
+    command = ("run", "--pipeline", "phase1", "--env", "debug", "--params")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, "shallow", 1)
+        stopped = kedro(project, *command, as_params(TINY))
+
+    assert stopped.exit_code == 128 + signal.SIGTERM
+    told = "stopped by SIGTERM: shallow is saved after epoch 1 of 2; give the same command with --params resume=true"
+    assert told in stopped.output
+    assert set(runs_of(project)["status"]) == {"FINISHED", "KILLED"}
+    assert not (project / "data/08_reporting").exists()
+
+    other = kedro(project, *command, as_params(TINY | {"resume": "true", "training.epochs": 3}))
+    assert other.exit_code == 1 and "training.epochs was 2 and is 3; give the command that" in other.output
+
+    resumed = kedro(project, *command, as_params(TINY | {"resume": "true"}))
+    assert resumed.exit_code == 0, resumed.output
+    results = results_of(project)
+    assert results.keys() == expected.keys()
+    for name, table in expected.items():
+        pd.testing.assert_frame_equal(results[name], table, check_exact=True)
+    curves = runs_of(project)
+    curves = curves[(curves["tags.model_type"] == "shallow") & (curves["status"] == "FINISHED")]
+    (run_id,) = curves["run_id"]
+    assert len(mlflow.MlflowClient().get_metric_history(run_id, "val/accuracy")) == 2
+
+
+def test_seeds_that_diverge_are_reported(tmp_path, new_project):
+    """The run ends with tables and a report all the same; nothing of those seeds is taken for a result."""
+    project = new_project(tmp_path)
+    params = TINY | {"training.optimizer": "sgd", "training.learning_rate": "1e30", "training.clip_norm": "null"}
+    result = kedro(project, "run", "--env", "debug", "--params", as_params(params))
+    runs = pd.read_csv(project / "data/08_reporting/single/runs.csv")
+
+    assert result.exit_code == 0, result.output
+    assert "There is no result: collective diverged with every seed." in result.output
+    assert runs["diverged"].all() and runs["test_accuracy"].isna().all() and set(runs["best_epoch"]) == {0}
+    assert "2 diverged" in (project / "data/08_reporting/single/report.html").read_text()

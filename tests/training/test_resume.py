@@ -90,7 +90,7 @@ def assert_same(one, other) -> None:
     ids=["everything", "fp16", "pretrain", "autoencode", "early_stopping"],
 )
 def test_going_on_equals_never_stopping(tmp_path, run, parameters, changes, updates):
-    """Weights, moments, averages, scales, history, chosen epochs: in the middle of an epoch, at its end, in any phase."""
+    """Weights, moments, averages, scales, history, chosen epochs: in the middle of an epoch and at its end."""
     whole = run(tmp_path / "whole" / "last", parameters(**changes))
     path = tmp_path / "broken" / "last"
     with pytest.raises(Crash):

@@ -143,7 +143,7 @@ def answer(comparison: pd.DataFrame, config: ComparisonConfig, *, reference: str
     """Whether `reference` is better than the other arms, in one sentence for someone who knows no statistics."""
     arms = comparison.set_index("model_type")
     verdict = _answer(arms, config, reference)
-    diverged = [f"{arm['num_diverged']} of {name}'s" for name, arm in arms.iterrows() if arm["num_diverged"]]
+    diverged = [f"{number} of {name}'s" for name, number in arms["num_diverged"].items() if number]
     if not diverged:
         return verdict
     return f"{verdict} The loss of {_join(diverged)} seeds diverged: their last good weights count, if there are any."

@@ -25,8 +25,8 @@ from collective_pipeline.models.build import build_model
 # Matrix kernels are fast only where all widths are multiples of 8. Each attempt is a grid for all layers but one, and
 # one for the layer that is solved to meet the budget; the later ones are for budgets too small for the first.
 GRIDS = ((8, 8), (8, 1), (1, 1))
-# A layer whose width is off its regular place by less than this part counts as regular, so that the number of
-# layers does not jump from one budget to the next for the sake of a few features.
+# A layer may be off its regular width by this part before the network rather has more layers, so that their number
+# does not jump from one budget to the next for the sake of a few features.
 IRREGULARITY = 0.25
 # Beyond this the layer would be a bottleneck of its own, and the network no longer of its type.
 LARGEST_IRREGULARITY = 0.5
@@ -110,12 +110,9 @@ def match_baseline(
             "baselines.target_params or baselines.tolerance"
         )
 
-    def preference(candidate: _Candidate) -> tuple[float, int, float]:
-        return (
-            max(candidate.irregularity, IRREGULARITY),
-            len(candidate.hidden_dims),
-            error(candidate),
-        )
+    def preference(candidate: _Candidate) -> tuple[float, int, float, float]:
+        irregularity = candidate.irregularity
+        return max(irregularity, IRREGULARITY), len(candidate.hidden_dims), round(irregularity, 1), error(candidate)
 
     best = min(fitting, key=preference)
     return Arm(

@@ -23,6 +23,10 @@ from collective_pipeline.training.dropout_bits import DropoutBits
 # All images of a batch stand in one program's registers.
 MAX_BATCH = 2048
 COLUMNS = 16
+# Widths and strides are handed over in units of as many numbers, so that the compiler knows that rows start where wide
+# loads may; and as plain numbers, so that it compiles a kernel once and not for every kind of width (0.5 s each).
+UNIT = 8
+PLAIN = ("num_members", "batch", "dim", "stride_s", "stride_n", "stride_b")
 GOLDEN_RATIO = tl.constexpr(-7046029254386353131)  # 2^64 / golden ratio, the increment of SplitMix64
 
 
@@ -78,12 +82,12 @@ class _Finish(torch.autograd.Function):
         mean = torch.empty(num_seeds, num_members, dim, device=y.device)
         rstd = torch.empty_like(mean)
         skip = None if skip is None else skip.contiguous()
-        grid = (num_seeds * num_members, triton.cdiv(dim, COLUMNS))
+        grid, unit = (num_seeds * num_members, triton.cdiv(dim, COLUMNS)), _unit(y)
         _finish_forward[grid](
             y, bias, weight, shift, skip, bits, running_mean, running_var, out, mean, rstd,
-            num_members, batch, dim, *y.stride()[:3], 0 if bits is None else bits.stride(0),
+            num_members, batch, *_in_units(y, unit), 0 if bits is None else bits.stride(0),
             bits_below(rate), 1 / (1 - rate), BN_EPSILON, BN_MOMENTUM,
-            HAS_SKIP=skip is not None, HAS_BITS=bits is not None,
+            UNIT=unit, HAS_SKIP=skip is not None, HAS_BITS=bits is not None,
             ROWS=triton.next_power_of_2(batch), COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(y, bias, weight, mean, rstd, out)
@@ -98,21 +102,30 @@ class _Finish(torch.autograd.Function):
         grad_y = torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device)
         grad_bias, grad_weight, grad_shift = (torch.empty_like(tensor) for tensor in (bias, weight, weight))
         grad_skip = torch.empty_like(out) if ctx.has_skip else None
-        grid = (num_seeds * num_members, triton.cdiv(dim, COLUMNS))
+        grid, unit = (num_seeds * num_members, triton.cdiv(dim, COLUMNS)), _unit(y)
         _finish_backward[grid](
             y, bias, weight, mean, rstd, out, grad_out, grad_y, grad_bias, grad_weight, grad_shift, grad_skip,
-            num_members, batch, dim, *y.stride()[:3], ctx.scale,
-            HAS_SKIP=ctx.has_skip, ROWS=triton.next_power_of_2(batch), COLUMNS=COLUMNS, num_warps=4,
+            num_members, batch, *_in_units(y, unit), ctx.scale,
+            UNIT=unit, HAS_SKIP=ctx.has_skip, ROWS=triton.next_power_of_2(batch), COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
         return grad_y, grad_bias, grad_weight, grad_shift, grad_skip, None, None, None, None
 
 
-@triton.jit
+def _unit(y: Tensor) -> int:
+    return 1 if any(size % UNIT for size in (y.shape[-1], *y.stride()[:3])) else UNIT
+
+
+def _in_units(y: Tensor, unit: int) -> list[int]:
+    return [size // unit for size in (y.shape[-1], *y.stride()[:3])]
+
+
+@triton.jit(do_not_specialize=[*PLAIN, "bits_stride_s", "threshold"])
 def _finish_forward(
     y, bias, weight, shift, skip, bits, running_mean, running_var, out, mean, rstd,
     num_members, batch, dim, stride_s, stride_n, stride_b, bits_stride_s, threshold, scale, epsilon, momentum,
-    HAS_SKIP: tl.constexpr, HAS_BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    dim, stride_s, stride_n, stride_b = dim * UNIT, stride_s * UNIT, stride_n * UNIT, stride_b * UNIT
     pair = tl.program_id(0).to(tl.int64)
     seed, member = pair // num_members, pair % num_members
     rows, columns = tl.arange(0, ROWS)[:, None], tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -146,12 +159,13 @@ def _finish_forward(
     tl.store(out + place, z, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def _finish_backward(
     y, bias, weight, mean, rstd, out, grad_out, grad_y, grad_bias, grad_weight, grad_shift, grad_skip,
     num_members, batch, dim, stride_s, stride_n, stride_b, scale,
-    HAS_SKIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr, HAS_SKIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    dim, stride_s, stride_n, stride_b = dim * UNIT, stride_s * UNIT, stride_n * UNIT, stride_b * UNIT
     pair = tl.program_id(0).to(tl.int64)
     seed, member = pair // num_members, pair % num_members
     rows, columns = tl.arange(0, ROWS)[:, None], tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
