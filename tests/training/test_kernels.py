@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from collective_pipeline.data.batches import Batches  # noqa: E402
-from collective_pipeline.models.layers import FanOut, Linear, Stack  # noqa: E402
-from collective_pipeline.models.mlp import HiddenLayer  # noqa: E402
-from collective_pipeline.training import kernels  # noqa: E402
+from collective_pipeline.data.batches import Batches
+from collective_pipeline.models.layers import FanOut, Linear, Stack
+from collective_pipeline.models.mlp import HiddenLayer
+from collective_pipeline.training import kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
