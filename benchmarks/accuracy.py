@@ -1,19 +1,23 @@
 """Does this project's loop train as well as a plain PyTorch loop? One arm, the same plan, as many seeds each.
 
     python benchmarks/accuracy.py [--arm collective] [--size phase1] [--epochs 200] [--seeds 10] [--augmentation 0]
+    python benchmarks/accuracy.py [--arm collective] [--size phase1] --runs data/08_reporting/phase1/runs.csv
 
 The plain loop is torch's own modules, optimiser, initialisation, dropout and random generators, one network a seed, its
 batches gathered and moved by torch's own `affine_grid` and `grid_sample`. On a CUDA device each network's step is
 recorded in the way of torch's documentation, and all networks run side by side: eagerly it would take an hour. Both
 sides keep the epoch that is best on the same validation images and then read the test images. As no draw is shared, the
-difference is that of two independent samples, with Welch's interval and p value.
+difference is that of two independent samples, with Welch's interval and p value. With `--runs`, this project's side is
+what a run with the same plan has left, and only the plain loop trains.
 """
 
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy import stats
@@ -147,6 +151,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=MODEL_TYPES, default="collective")
     parser.add_argument("--epochs", type=int, help="as the size has them")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--runs", type=Path, help="runs.csv of a run with this plan, instead of training here")
     parser.add_argument("--augmentation", type=float, help="strength, as the size has it; 0: off")
     options = parser.parse_args()
 
@@ -172,6 +177,9 @@ def main() -> None:
         return values
 
     def ours() -> list[float]:
+        if options.runs:
+            runs = pd.read_csv(options.runs)
+            return [float(value) for value in runs.loc[runs["model_type"] == arm.model_type, "test_accuracy"]]
         checkpoint, _ = train_arm(arm, splits, config, seeds=range(options.seeds), device=device)
         return score(checkpoint, splits.test, splits, config, device=device)["accuracy"]
 

@@ -4,17 +4,20 @@
 
 The numbers are training images a second; where seeds are stacked, every seed's images count. `DataLoader` is the same
 network made of torch's own modules, each member by itself, fed by torchvision's dataset, its transforms on PIL images
-and worker processes, the way the originals did it; it is timed on a part of an epoch. `in memory` is that network fed
-with this project's batches. This project's loop is timed by its own clock over whole epochs after the first, with
-validation, which the plain loop is spared. Medians over the rounds; behind the ratio its smallest and largest.
+and worker processes, the way the originals did it; it is timed on some batches, and on a CPU with as many threads as
+its workers leave. `in memory` is that network fed with this project's batches. This project's loop is timed by its own
+clock over whole epochs after the first (on a CPU, of a quarter of all images), with validation, which the plain loop
+is spared. Medians over the rounds; behind the ratio its smallest and largest.
 """
 
+import contextlib
 import itertools
 import os
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +27,14 @@ from torchvision.datasets import MNIST
 
 from collective_pipeline.config import MODEL_TYPES, Arm, CollectiveConfig, MlpArchitecture, TrainingConfig
 from collective_pipeline.data.batches import Batches
-from collective_pipeline.data.splits import Splits
+from collective_pipeline.data.splits import Images, Splits
 from collective_pipeline.models.matching import match_arm
 from collective_pipeline.training.runtime import choose_device, set_matmul_precision
 from collective_pipeline.training.train import train_arm
 from conditions import describe, make_parser, settings_of, split_mnist
 
 WARM_UP_BATCHES = 10
-LOADER_BATCHES = 100
+PLAIN_BATCHES = 80
 
 
 class Residual(nn.Module):
@@ -115,7 +118,8 @@ def time_plain(
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
 
     def train(number: int) -> None:
-        for x, y in itertools.islice(batches, number):
+        for _ in range(number):
+            x, y = next(batches)
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x.to(device).flatten(1)), y.to(device))
             loss.backward()
@@ -157,11 +161,26 @@ def as_originally(
     return DataLoader(dataset, batch_size=batch_size, shuffle=True, num_workers=num_workers, drop_last=True)
 
 
+@contextlib.contextmanager
+def threads_beside(num_workers: int, device: torch.device) -> Iterator[None]:
+    """Leave the workers their cores: with all threads the DataLoader's loop took twice as long on two cores."""
+    usual = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, usual - num_workers))
+    yield
+    torch.set_num_threads(usual)
+
+
 def in_memory(splits: Splits, config: TrainingConfig) -> Iterator[tuple[Tensor, Tensor]]:
     """This project's batches of one seed, for as many epochs as are asked for."""
     batches = Batches(splits, [0], batch_size=config.batch_size, augmentation_strength=config.augmentation_strength)
     for epoch in itertools.count(1):
         yield from ((x_SBI[0], y_SB[0]) for x_SBI, y_SB in batches.epoch(epoch))
+
+
+def every_fourth(images: Images) -> Images:
+    """A quarter of them."""
+    return images[torch.arange(0, len(images), 4)]
 
 
 def print_row(name: str, params: str, speeds: Iterable[str], ratio: str) -> None:
@@ -173,8 +192,8 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--arms", default="collective shallow very_deep_resnet", help="names, or 'all'")
     parser.add_argument("--seeds", default="1 3", help="numbers of seeds stacked")
-    parser.add_argument("--augmentation", type=float, choices=[0, 1], default=1)
-    parser.add_argument("--epochs", type=int, help="of this project's loop, the first not timed; 2, on a GPU 20")
+    parser.add_argument("--augmentation", type=float, choices=[0, 1], default=1, help="0: none; 1: as in phase 1")
+    parser.add_argument("--epochs", type=int, help="of this project's loop, the first not timed; 3, on a GPU 20")
     parser.add_argument("--rounds", type=int, default=2, help="how often the two sides take turns")
     parser.add_argument(
         "--workers", type=int, default=min(6, os.cpu_count() or 1), help="of the DataLoader; the originals had 6 or 8"
@@ -183,19 +202,20 @@ def main() -> None:
 
     device = choose_device(options.device)
     settings = settings_of(options.size)
-    epochs = options.epochs or (20 if device.type == "cuda" else 2)
-    config = settings.training.model_copy(
-        update={"epochs": epochs, "augmentation_strength": float(options.augmentation)}
-    )
+    epochs = options.epochs or (20 if device.type == "cuda" else 3)
+    config = settings.training.model_copy(update={"epochs": epochs, "augmentation_strength": options.augmentation})
     arms = MODEL_TYPES if options.arms == "all" else options.arms.split()
     stacks = sorted(int(number) for number in options.seeds.split())
     splits = split_mnist(settings)
+    timed = splits
+    if device.type == "cpu":
+        timed = replace(splits, train=every_fourth(splits.train), val=every_fourth(splits.val))
     on_device = splits.to(device)
 
     print(
         f"{describe(device)}\nMNIST, {options.size} size, batch {config.batch_size}, "
-        f"{'with' if options.augmentation else 'without'} augmentation, {options.workers} DataLoader workers, "
-        f"{options.rounds} rounds"
+        f"{'with' if options.augmentation else 'without'} augmentation, {options.workers} DataLoader "
+        f"workers, {options.rounds} rounds"
     )
     print_row(
         "training images/s",
@@ -210,10 +230,11 @@ def main() -> None:
         speeds: dict[str | int, list[float]] = defaultdict(list)
         for _ in range(options.rounds):
             loader = as_originally(splits, config.batch_size, options.workers, augment=bool(options.augmentation))
-            speeds["loader"].append(time_plain(arm, iter(loader), LOADER_BATCHES, config, device))
-            speeds["memory"].append(time_plain(arm, in_memory(on_device, config), LOADER_BATCHES, config, device))
+            with threads_beside(options.workers, device):
+                speeds["loader"].append(time_plain(arm, iter(loader), PLAIN_BATCHES, config, device))
+            speeds["memory"].append(time_plain(arm, in_memory(on_device, config), PLAIN_BATCHES, config, device))
             for number in stacks:
-                speeds[number].append(time_ours(arm, splits, config, number, device))
+                speeds[number].append(time_ours(arm, timed, config, number, device))
         ratios = [ours / plain for ours, plain in zip(speeds[stacks[-1]], speeds["loader"], strict=True)]
         print_row(
             name,

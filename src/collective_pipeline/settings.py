@@ -27,6 +27,8 @@ class Session(KedroSession):
     def run(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         if type(options.get("runner") or SequentialRunner()) is SequentialRunner and self._has_cuda():
             options["runner"] = ThreadRunner()
+            # What is left for the CPU is small, and every arm's thread would bring a team of waiting threads along.
+            torch.set_num_threads(1)
         return super().run(*arguments, **options)
 
     def _has_cuda(self) -> bool:

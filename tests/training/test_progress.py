@@ -88,7 +88,7 @@ def test_busy_machine_is_told(clock, told, monkeypatch, share, warned):
 def test_long_epoch_shows_how_far_it_is(clock, told):
     """Within an epoch of minutes there is a line now and then."""
     report = Progress("shallow", num_epochs=5, num_arms=1, device_type="cuda")
-    for _ in report.watch(range(100)):
+    for _ in report.watch(range(1, 101)):
         clock["wall"] += 1
 
     assert [line.split()[3] for line in told.messages] == ["20", "40", "60", "80", "100"]
@@ -97,7 +97,7 @@ def test_long_epoch_shows_how_far_it_is(clock, told):
 def test_a_run_of_hours_says_so_after_a_minute(clock, told):
     """Not only once its first epoch is over, and not twice."""
     report = Progress("shallow", num_epochs=200, num_arms=7, device_type="cpu")
-    for _ in report.watch(range(1000)):
+    for _ in report.watch(range(1, 1001)):
         clock["wall"] += 1
         if clock["wall"] < 160:
             assert "will take" not in told.text
@@ -111,7 +111,7 @@ def test_a_resumed_run_says_where_it_goes_on(clock, told):
     report = Progress("shallow", num_epochs=10, num_arms=7, device_type="cpu")
     for number in range(1, 5):
         report(replace(epoch(number, 2.0 * number), restored=True))
-    for _ in report.watch(range(3)):
+    for _ in report.watch(range(1, 4)):
         pass
     for number in range(5, 11):
         report(replace(epoch(number, 2.0 * number), restored=True))

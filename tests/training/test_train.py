@@ -8,6 +8,7 @@ import torch
 from collective_pipeline.config import MODEL_TYPES, BaselineConfig, UserError, check_parameters
 from collective_pipeline.data.batches import Batches, Normalise
 from collective_pipeline.data.splits import Images
+from collective_pipeline.models.build import build_arm
 from collective_pipeline.models.layers import Linear, Stack
 from collective_pipeline.models.matching import match_arm
 from collective_pipeline.training import loop
@@ -334,3 +335,38 @@ def test_top_five_counts_the_five_likeliest(splits, training):
     assert scores["accuracy"].item() == pytest.approx(100 / 7)
     assert scores["top5_accuracy"].item() == pytest.approx(500 / 7)
     assert math.isfinite(scores["loss"].item())
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "first", "at_once", "stops"),
+    [
+        (1, 0, 1, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        (1, 0, 4, [4, 8, 9]),
+        (1, 6, 4, [8, 9]),
+        (2, 0, 4, [4, 5]),
+        (2, 0, 3, [3, 4, 5]),
+        (9, 0, 4, [1]),
+        (20, 0, 4, [1]),
+    ],
+)
+def test_stops_of_an_epoch(arm, splits, training, monkeypatch, accumulation, first, at_once, stops):
+    """On a GPU some updates are done at once, never across the last, smaller group; every update is done once."""
+    config = change(training, accumulation_steps=accumulation)
+    batches = Batches(splits, (1,), batch_size=32, augmentation_strength=0.0)
+    model = build_arm(arm, num_seeds=1)
+    phase = Phase("train", 4, model, weighted_sum({"cross_entropy": (1.0, cross_entropy())}), [model])
+    phase_training = loop._PhaseTraining(phase, batches, splits.val, config, first_epoch=0)
+    monkeypatch.setattr(loop.cuda, "UPDATES_AT_ONCE", at_once)
+    if at_once > 1:
+        phase_training.device = torch.device("cuda")
+
+    assert phase_training.stops(first) == stops
+
+
+def test_updates_at_once_are_updates_one_by_one(arm, splits, training, monkeypatch):
+    """However many the host starts together."""
+    expected, _ = train_arm(arm, splits, change(training, accumulation_steps=2), seeds=(1,), device=CPU)
+    monkeypatch.setattr(loop._PhaseTraining, "stops", lambda self, first: [3, 4, 5])
+    checkpoint, _ = train_arm(arm, splits, change(training, accumulation_steps=2), seeds=(1,), device=CPU)
+
+    assert all(torch.equal(checkpoint.weights[name], tensor) for name, tensor in expected.weights.items())

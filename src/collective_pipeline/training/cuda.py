@@ -19,10 +19,11 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 # One at a time: what a recording allocates must come from its own pool.
 _RECORDING = threading.Lock()
-WARM_UP_CALLS = 2
+# The fewer of its own steps the host takes, the less the arms beside each other wait for Python's one lock.
+UPDATES_AT_ONCE = 10
 # How many calls the host may be ahead of the card: enough that the card never waits. Without a bound, a full queue
 # blocks the driver for the arms beside, and being told to stop is noticed late.
-MAX_AHEAD = 16
+MAX_AHEAD = 2
 
 
 def load_kernels() -> ModuleType | None:
@@ -40,7 +41,7 @@ class Recorded(Generic[Result]):
 
     Args:
         body: Works on the device alone. What it returns is overwritten by the next call.
-        state: Every tensor that `body` changes, by name. Before recording it is called twice to make libraries and
+        state: Every tensor that `body` changes, by name. Before recording it is called once to make libraries and
             allocators ready; what it did then is undone, so that all calls that count are replays: a run that goes on
             after a pause rounds like one that was never stopped.
     """
@@ -71,8 +72,7 @@ class Recorded(Generic[Result]):
         graph = torch.cuda.CUDAGraph()
         try:
             with _RECORDING:
-                for _ in range(WARM_UP_CALLS):
-                    self.body(*arguments)
+                self.body(*arguments)
                 # Not `torch.cuda.graph`, which waits for all streams: other arms would stand still for every recording.
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:

@@ -265,10 +265,11 @@ class _Fitting:
             training.begin(number, goes_on=first_update > 0)
             if self.batches.device.type == "cuda" and number < self.config.epochs:
                 self.batches.prepare(number + 1)
-            for update in self.watch(range(first_update, training.num_updates)):
-                training.update(update)
-                if update + 1 < training.num_updates:
-                    self._pause(_Place(index, number - 1, update + 1), training)
+            for done in self.watch(training.stops(first_update)):
+                training.update(first_update, done)
+                first_update = done
+                if done < training.num_updates:
+                    self._pause(_Place(index, number - 1, done), training)
             first_update = 0
             self._end_epoch(number, phase, training, since=before)
             finished = self.result.epochs[-1].finished
@@ -347,7 +348,7 @@ class _PhaseTraining:
         self.steps_done += first_epoch * len(batches)
         self.totals: Metrics = {}
         self.bits = DropoutBits(batches.seeds, self.device)
-        self._update: Callable[[int], object] = self._run_update
+        self._update: Callable[[int, int], object] = self._run_updates
         self._validate: Callable[[], Metrics] = lambda: evaluate(self.validated, validation, batches.normalise, config)
         if self.device.type == "cuda":
             kernels = cuda.load_kernels()
@@ -355,7 +356,7 @@ class _PhaseTraining:
                 kernels.fuse(phase.network)
                 kernels.fuse_batches(batches)
                 self.bits = kernels.FusedBits(batches.seeds, self.device)
-            self._update = cuda.Recorded(self._run_update, self.state)
+            self._update = cuda.Recorded(self._run_updates, self.state)
             self._validate = cuda.Recorded(self._validate, dict)
         self.bits.attach(phase.network, batches.batch_size)
 
@@ -394,11 +395,18 @@ class _PhaseTraining:
             for tensor in (self.step, *self.totals.values()):
                 tensor.zero_()
 
-    def update(self, number: int) -> None:
-        """The epoch's update `number`, from 0."""
+    def stops(self, first: int) -> list[int]:
+        """After how many of the epoch's updates the host looks around again, if `first` of them are done."""
+        stride = cuda.UPDATES_AT_ONCE if self.device.type == "cuda" else 1
+        # The last group of batches in an epoch may be smaller than the others: its update is not like theirs.
+        whole = len(self.batches) // self.config.accumulation_steps
+        stops = {*range(stride, whole, stride), whole, self.num_updates}
+        return sorted(stop for stop in stops if stop > first)
+
+    def update(self, first: int, last: int) -> None:
+        """The epoch's updates from `first`, counted from 0, to before `last`, two of its `stops`."""
         group = self.config.accumulation_steps
-        # The last group of an epoch may be smaller than the others: its gradient is the mean of what it has.
-        self._update(min(group, len(self.batches) - number * group))
+        self._update(last - first, min(group, len(self.batches) - first * group))
 
     def metrics(self) -> Metrics:
         """The epoch's means of all losses and the accuracies in percent, on the device, each `(S,)`."""
@@ -407,6 +415,10 @@ class _PhaseTraining:
             metrics |= {f"val_{name}": values for name, values in self._validate().items()}
             self._set_modes()
         return metrics
+
+    def _run_updates(self, number: int, num_batches: int) -> None:
+        for _ in range(number):
+            self._run_update(num_batches)
 
     def _run_update(self, num_batches: int) -> None:
         for _ in range(num_batches):

@@ -42,22 +42,22 @@ class Progress:
         self.length_is_known = False
         self.goes_on = False
 
-    def watch(self, updates: Iterable[int]) -> Iterator[int]:
-        """The updates of an epoch, with a line now and then if it is a long one."""
-        numbers = list(updates)
+    def watch(self, stops: Iterable[int]) -> Iterator[int]:
+        """The numbers of updates of an epoch that are done at each stop, with a line now and then if it is long."""
+        numbers = list(stops)
         if self.goes_on:
             self._log(f"goes on after epoch {self.epochs_done}/{self.num_epochs}")
             self.goes_on = False
         started = time.perf_counter()
         for i, number in enumerate(numbers):
             yield number
-            if number == WARM_UP_STEPS:
+            if self.started is None and number >= WARM_UP_STEPS:
                 self.started = time.perf_counter(), time.process_time()
             elapsed = time.perf_counter() - started
             if elapsed > LONG_EPOCH_SECONDS and not self.length_is_known:
                 self._warn_if_long(elapsed / (i + 1) * len(numbers))
             if self._is_due(4 * SECONDS_BETWEEN_LINES):
-                self._log(f"epoch {self.epochs_done + 1}: {100 * (number + 1) / (numbers[-1] + 1):.0f} % of its steps")
+                self._log(f"epoch {self.epochs_done + 1}: {100 * number / numbers[-1]:.0f} % of its steps")
                 self._warn_if_busy()
 
     def __call__(self, epoch: Epoch) -> None:
