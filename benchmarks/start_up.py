@@ -1,6 +1,6 @@
 """Where the time of a short `kedro run` goes that is not training: until its first step, after its last, in imports.
 
-    python benchmarks/start_up.py [--size phase1] [--device cuda] [--repeats 3] [--params training.epochs=1,seeds=42]
+    python benchmarks/start_up.py [--size phase1] [--device cuda] [--repeats 3] [--params training.epochs=1]
 
 Runs the real command in a copy of the project with its embedded MNIST: once as after installing, when Python compiles
 every module and MLflow makes its database; then as all later runs are, and under `python -X importtime`, in turn.
@@ -165,7 +165,7 @@ def print_row(name: str, first: str, later: str) -> None:
 def main() -> None:
     """Print the table."""
     parser = make_parser(__doc__)
-    parser.add_argument("--params", default="training.epochs=1,seeds=42,data.val_fraction=0.9", help="of the run")
+    parser.add_argument("--params", default="training.epochs=1,seeds=42,data.val_fraction=0.9", help="of the run; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     environment = ["--env", "debug"] if options.size == "debug" else []

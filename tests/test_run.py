@@ -12,15 +12,16 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from kedro.framework.cli.cli import KedroCLI
 
 from collective_pipeline import hooks
-from collective_pipeline.config import MODEL_TYPES
+from collective_pipeline.config import MODEL_TYPES, UserError
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS
 from collective_pipeline.models.checkpoint import load_checkpoint
 from collective_pipeline.startup import quieten
-from collective_pipeline.training import train
+from collective_pipeline.training import loop, train
 
 TINY = {"training.epochs": 2, "training.batch_size": 64, "seeds": "1 2", "comparison.resamples": 200}
 
@@ -374,3 +375,78 @@ def test_seeds_that_diverge_are_reported(tmp_path, new_project):
     assert "There is no result: collective diverged with every seed." in result.output
     assert runs["diverged"].all() and runs["test_accuracy"].isna().all() and set(runs["best_epoch"]) == {0}
     assert "2 diverged" in (project / "data/08_reporting/single/report.html").read_text()
+
+
+def test_arms_side_by_side_are_arms_in_turn(phase1, tmp_path, new_project):
+    """In threads, as on a GPU: the same tables, and every arm's curves in the run of that arm."""
+    expected, project = results_of(phase1[0]), new_project(tmp_path)
+    command = ("run", "--pipeline", "phase1", "--env", "debug", "--runner", "ThreadRunner", "--params", as_params(TINY))
+    result = kedro(project, *command)
+    assert result.exit_code == 0, result.output
+
+    for name, table in results_of(project).items():
+        pd.testing.assert_frame_equal(table, expected[name], check_exact=True)
+    runs = runs_of(project)
+    nested = runs[runs["tags.mlflow.parentRunId"].notna()]
+    assert sorted(nested["tags.model_type"]) == sorted(MODEL_TYPES) and set(runs["status"]) == {"FINISHED"}
+    for _, run in nested.iterrows():
+        history = pd.read_parquet(project / f"data/07_model_output/{run['tags.model_type']}/history.parquet")
+        curve = mlflow.MlflowClient().get_metric_history(run["run_id"], "train/loss")
+        means = history.groupby("epoch")["train_loss"].mean()
+        assert {point.step: point.value for point in curve} == pytest.approx(means.to_dict())
+
+
+def test_an_arm_that_fails_stops_the_others(tmp_path, new_project, monkeypatch):
+    """Side by side, they save their state and end at once, and the error is the one that is told."""
+    project = new_project(tmp_path)
+    original = train.train_arm
+
+    def fail(arm, *arguments, **options):
+        if arm.model_type == "shallow":
+            raise UserError("shallow cannot be trained today")
+        return original(arm, *arguments, **options)
+
+    monkeypatch.setattr("collective_pipeline.pipelines.arm.nodes.train_arm", fail)
+    params = as_params(TINY | {"training.epochs": 2000})
+    command = ("run", "--pipeline", "phase1", "--env", "debug", "--runner", "ThreadRunner", "--params", params)
+    result = kedro(project, *command)
+
+    assert result.exit_code == 1 and "shallow cannot be trained today" in result.output
+    assert (project / "data/06_models/very_deep_resnet/last.safetensors").exists()
+    assert set(runs_of(project)["status"]) == {"FAILED", "KILLED"}
+
+
+def test_what_was_saved_stays_where_a_run_cannot_begin(tmp_path, new_project):
+    """A slip of the finger costs nothing: states are given up only once every arm may train."""
+    project = new_project(tmp_path)
+    command = ("run", "--pipeline", "phase1", "--env", "debug", "--params")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, "shallow", 1)
+        kedro(project, *command, as_params(TINY))
+    states = {path: path.read_bytes() for path in project.rglob("last.safetensors")}
+    refused = [{"device": "cuda:99"}, {"training.batch_size": 1000}, {"baselines.target_params": 3189}]
+    for change in refused:
+        assert kedro(project, *command, as_params(TINY | change)).exit_code == 1
+
+    assert len(states) == 2 and {path: path.read_bytes() for path in states} == states
+
+
+def test_one_seed_that_diverges_late_is_reported(tmp_path, new_project, monkeypatch):
+    """With its last good weights; NaN like infinity."""
+    project = new_project(tmp_path)
+    original = loop._PhaseTraining.begin
+
+    def begin(self, epoch, *, goes_on):
+        original(self, epoch, goes_on=goes_on)
+        if epoch == 2:
+            with torch.no_grad():
+                self.parameters[0][1] = torch.nan
+
+    monkeypatch.setattr(loop._PhaseTraining, "begin", begin)
+    result = kedro(project, "run", "--env", "debug", "--params", as_params(TINY))
+    runs = pd.read_csv(project / "data/08_reporting/single/runs.csv")
+
+    assert result.exit_code == 0, result.output
+    assert list(runs["diverged"]) == [False, True] and runs["best_epoch"].iloc[1] == 1
+    assert runs["test_accuracy"].notna().all()
+    assert "The loss of 1 of collective's seeds diverged" in result.output

@@ -25,7 +25,6 @@ from collective_pipeline.models.matching import parameter_budget
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.progress import duration
-from collective_pipeline.training.snapshots import discard_snapshots
 
 SYSTEM_METRICS_SECONDS = 2
 SPARE_BYTES = 64 * 2**20
@@ -66,22 +65,19 @@ class CheckBeforeRun:
                 check_writable(folder, needed)
         except UserError as error:
             raise _for_person(error) from error
-        if not self.settings.resume:
-            for name in pipeline.inputs():
-                if name.endswith(".last"):
-                    discard_snapshots(Path(_filepath(catalog, name) or ""))
 
     def _weight_bytes(self, pipeline: Pipeline) -> int:
         """A rough size of all checkpoints: 4 bytes a parameter, for every seed and arm.
 
-        The best weights; and twice the last state of training: they, the weights and two moments of each.
+        The best weights; and three states of training while the last is written: those, the weights and two moments.
         """
         in_dim, num_classes = (784, 10) if "mnist" in self.settings.dataset else (3072, 100)
         target = parameter_budget(
             self.settings.collective, self.settings.baselines, in_dim=in_dim, num_classes=num_classes
         )
         num_arms = sum("train" in node.tags for node in pipeline.nodes)
-        return 4 * target * (1 + 2 * 4) * len(self.settings.seeds) * num_arms
+        copies = 1 + 3 * (4 + (self.settings.training.ema_decay is not None))
+        return 4 * target * copies * len(self.settings.seeds) * num_arms
 
 
 def check_writable(folder: Path, num_bytes: int) -> None:
@@ -110,7 +106,8 @@ class StopCleanly:
     def __init__(self) -> None:
         self.listening = contextlib.ExitStack()
 
-    @hook_impl
+    # Kedro does not tell of an error in the hooks of this moment: no other may come after this one.
+    @hook_impl(trylast=True)
     def before_pipeline_run(self) -> None:
         """From now on."""
         self.listening.enter_context(interrupt.listen())
@@ -120,6 +117,11 @@ class StopCleanly:
         """No node begins any more; one that trains saves its state."""
         if interrupt.requested():
             raise Interrupted(f"{node.name} did not begin; give the same command with --params resume=true to go on")
+
+    @hook_impl
+    def on_node_error(self) -> None:
+        """Arms beside one that failed save their state and stop too, or the error would be told only after them."""
+        interrupt.request()
 
     @hook_impl(trylast=True)
     def after_pipeline_run(self) -> None:
@@ -253,7 +255,8 @@ class TellAnswer:
             training = runs.groupby("model_type")["train_seconds"].sum()
             # Arms that trained side by side took as long as the slowest.
             seconds = training.sum() if training.sum() < since_start else training.max()
-            click.echo(f"\n{duration(since_start)} in all, {duration(seconds)} of them training")
+            share = f", {duration(seconds)} of them training" if seconds < since_start else ""  # or it went on
+            click.echo(f"\n{duration(since_start)} in all{share}")
             click.echo(f"Report: {_relative(report)}\n")
 
 
@@ -294,7 +297,10 @@ class PlainErrors:
             if isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT}:
                 where = f" ({cause.filename})" if cause.filename else ""
                 raise _for_person(
-                    UserError(f"a result could not be written: {cause.strerror}{where}; mend that and run again")
+                    UserError(
+                        f"a result could not be written: {cause.strerror}{where}; mend that and give the same command "
+                        "with --params resume=true, which does not train again what is done"
+                    )
                 ) from error
             cause = cause.__cause__ or cause.__context__
 

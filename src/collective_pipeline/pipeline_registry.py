@@ -15,7 +15,7 @@ def make_experiment(name: str, arms: Mapping[str, ModelType | None]) -> Pipeline
             arm.create_pipeline(namespace, model_type=model_type, num_arms=len(arms))
             for namespace, model_type in arms.items()
         ),
-        start=data.create_pipeline() + comparison.create_pipeline(name, arms=list(arms)),
+        start=data.create_pipeline() + arm.create_gate(arms) + comparison.create_pipeline(name, arms=list(arms)),
     )
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from kedro.config import OmegaConfigLoader
 from kedro.framework.session import KedroSession
@@ -20,12 +21,14 @@ def project_root() -> str:
 class Session(KedroSession):
     """Arms side by side on a CUDA device, which one of them would leave idle; in turn anywhere else.
 
-    Each arm trains in a thread and a CUDA stream of its own. `--runner ThreadRunner --runner-params max_workers=1`
-    trains them in turn there as well.
+    Each arm trains in a thread and a CUDA stream of its own. `--runner SequentialRunner` trains them in turn there as
+    well.
     """
 
     def run(self, *arguments: Any, **options: Any) -> dict[str, Any]:
-        if type(options.get("runner") or SequentialRunner()) is SequentialRunner and self._has_cuda():
+        command = click.get_current_context(silent=True)
+        named = command is not None and command.params.get("runner")
+        if not named and type(options.get("runner") or SequentialRunner()) is SequentialRunner and self._has_cuda():
             options["runner"] = ThreadRunner()
             # What is left for the CPU is small, and every arm's thread would bring a team of waiting threads along.
             torch.set_num_threads(1)

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from collective_pipeline.data.batches import Batches
 from collective_pipeline.models.layers import FanOut, Linear, Stack
 from collective_pipeline.models.mlp import HiddenLayer
-from collective_pipeline.training import kernels
+from collective_pipeline.training import cuda, kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -107,3 +107,34 @@ def test_products_on_the_device(layer):
     x = torch.randn(2, 1 if layer is FanOut else 3, 4, 6, device=DEVICE)
 
     torch.testing.assert_close(made(x), made.product(x))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_not_a_number_stays_so():
+    """As through torch's own relu: or a network that diverged would look as if it had not."""
+    plain, fused = (make_layer(Stack(1), 4, 8) for _ in range(2))
+    kernels.fuse(fused)
+    x = torch.ones(1, 1, 4, 4, device=DEVICE)
+    x[0, 0, 0, 0] = torch.inf
+
+    assert plain(x).isnan().all() and fused(x).isnan().any(dim=2).all()
+
+
+def test_trying_out_is_quiet():
+    """Where kernels can be compiled."""
+    if DEVICE.type == "cuda":
+        kernels.try_out(DEVICE)
+        assert cuda.load_kernels(DEVICE) is kernels
+
+
+def test_a_machine_that_cannot_compile_is_told_once(monkeypatch, caplog):
+    """And works without kernels."""
+
+    def no_compiler(device):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(kernels, "try_out", no_compiler)
+    monkeypatch.setattr(cuda, "_told", set())
+
+    assert cuda.load_kernels(DEVICE) is None and cuda.load_kernels(DEVICE) is None
+    assert caplog.text.count("Triton cannot be used here (Failed to find C compiler)") == 1

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from collective_pipeline.config import Arm, UserError
-from collective_pipeline.files import replacing
+from collective_pipeline.files import replacing, write_tensors
 from collective_pipeline.models.build import build_arm
 
 
@@ -41,7 +40,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     }
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
     with replacing(path) as partial:
-        save_file(weights, partial, about)
+        write_tensors(partial, weights, about)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -26,11 +26,14 @@ UPDATES_AT_ONCE = 10
 MAX_AHEAD = 2
 
 
-def load_kernels() -> ModuleType | None:
+def load_kernels(device: torch.device) -> ModuleType | None:
     """`training.kernels`, or None, told once, where Triton is missing or cannot compile for this device."""
     try:
         from collective_pipeline.training import kernels  # noqa: PLC0415  # Triton comes with torch's CUDA builds only
-    except ImportError as error:
+
+        with _RECORDING:
+            kernels.try_out(device)
+    except Exception as error:  # Triton, its compiler and the driver each have errors of their own
         _tell_once("Triton cannot be used here (%s): training works with torch's own kernels, and slower.", error)
         return None
     return kernels

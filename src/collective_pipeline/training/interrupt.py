@@ -28,6 +28,11 @@ def requested() -> bool:
     return bool(_received)
 
 
+def request() -> None:
+    """Let everything stop as if SIGTERM had come."""
+    _received.append(signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def listen() -> Iterator[None]:
     """Notice SIGTERM and SIGINT; a second one ends the process at once. Only the main thread can listen."""

@@ -151,7 +151,7 @@ def _finish_forward(
     z = centred * gain[None, :] + tl.load(shift + channel, mask=in_columns, other=0.0)[None, :]
     if HAS_SKIP:
         z += tl.load(skip + place, mask=here, other=0.0).to(tl.float32)
-    z = tl.maximum(z, 0.0)
+    z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as relu does, or a loss that is NaN would go unseen
     if HAS_BITS:
         drawn = tl.load(bits + seed * bits_stride_s + member * batch * dim + rows * dim + columns[None, :],
                         mask=here, other=0)  # fmt: skip
@@ -207,6 +207,13 @@ class FusedBits(DropoutBits):
         if num_words:
             grid = (triton.cdiv(num_words, 1024), len(self.words_SW))
             _draw_bits[grid](self.words_SW, self.keys_S, step, num_words, BLOCK=1024, num_warps=4)
+
+
+def try_out(device: torch.device) -> None:
+    """Compile and run the smallest kernel, so that a machine that cannot is known before training begins."""
+    words = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    _draw_bits[(1, 1)](words, words.flatten(), words.flatten(), 1, BLOCK=1024, num_warps=4)
+    torch.accelerator.synchronize(device)
 
 
 @triton.jit

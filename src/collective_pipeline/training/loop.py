@@ -351,7 +351,7 @@ class _PhaseTraining:
         self._update: Callable[[int, int], object] = self._run_updates
         self._validate: Callable[[], Metrics] = lambda: evaluate(self.validated, validation, batches.normalise, config)
         if self.device.type == "cuda":
-            kernels = cuda.load_kernels()
+            kernels = cuda.load_kernels(self.device)
             if kernels is not None:
                 kernels.fuse(phase.network)
                 kernels.fuse_batches(batches)
@@ -410,7 +410,8 @@ class _PhaseTraining:
 
     def metrics(self) -> Metrics:
         """The epoch's means of all losses and the accuracies in percent, on the device, each `(S,)`."""
-        metrics = {f"train_{name}": total / len(self.batches) for name, total in self.totals.items()}
+        # In an order of their own, or a run that goes on would have another one than its first epochs.
+        metrics = {f"train_{name}": self.totals[name] / len(self.batches) for name in sorted(self.totals)}
         if self.phase.classifies:
             metrics |= {f"val_{name}": values for name, values in self._validate().items()}
             self._set_modes()
@@ -421,6 +422,7 @@ class _PhaseTraining:
             self._run_update(num_batches)
 
     def _run_update(self, num_batches: int) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
         for _ in range(num_batches):
             x, y = self.batches.take(self.step)
             self.bits.draw(self.steps_done)
@@ -448,7 +450,6 @@ class _PhaseTraining:
         for group in self.optimizer.param_groups:
             group["lr"].copy_(rate)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if self.averaged is not None:
             self.averaged.update(self.phase.network, self.updates_done)
         self.updates_done += 1

@@ -49,13 +49,13 @@ class Progress:
             self._log(f"goes on after epoch {self.epochs_done}/{self.num_epochs}")
             self.goes_on = False
         started = time.perf_counter()
-        for i, number in enumerate(numbers):
+        for number in numbers:
             yield number
             if self.started is None and number >= WARM_UP_STEPS:
                 self.started = time.perf_counter(), time.process_time()
             elapsed = time.perf_counter() - started
             if elapsed > LONG_EPOCH_SECONDS and not self.length_is_known:
-                self._warn_if_long(elapsed / (i + 1) * len(numbers))
+                self._warn_if_long(elapsed * numbers[-1] / (number - numbers[0] + 1))
             if self._is_due(4 * SECONDS_BETWEEN_LINES):
                 self._log(f"epoch {self.epochs_done + 1}: {100 * number / numbers[-1]:.0f} % of its steps")
                 self._warn_if_busy()
@@ -79,7 +79,7 @@ class Progress:
             time_left = f"done in {duration(epoch.seconds)}" if epoch.finished else f"{duration(left)} left"
             self._log(f"epoch {epoch.number}/{epoch.num_epochs}  {score}  {per_epoch:.1f} s/epoch  {time_left}")
         self._warn_if_busy()
-        if epoch.number == 1 and not self.length_is_known:
+        if not self.length_is_known:
             self._warn_if_long(per_epoch)
 
     def _warn_if_long(self, per_epoch: float) -> None:

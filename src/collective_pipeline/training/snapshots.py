@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from collective_pipeline.config import UserError
-from collective_pipeline.files import replacing
+from collective_pipeline.files import replacing, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +119,10 @@ class Snapshots:
         tensors = {name: tensor.cpu() for name, tensor in snapshot.tensors.items()}
         header = {"facts": snapshot.facts, "identity": self.identity, "circumstances": self.circumstances}
         about = {name: json.dumps(part) for name, part in header.items()}
-        with replacing(self.path) as partial:
-            save_file(tensors, partial, about | {"digest": _digest(tensors, about)})
-            if self.path.exists():
-                self.path.replace(_previous(self.path))
+        about["header_digest"] = _digest({}, about)
+        about["digest"] = _digest(tensors, about)
+        with replacing(self.path, keep=_previous(self.path)) as partial:
+            write_tensors(partial, tensors, about)
 
     def check(self) -> None:
         """Refuse what is there if a run cannot go on from it; reads no tensor, so that it can come early.
@@ -137,6 +136,20 @@ class Snapshots:
                 if header is not None:
                     self._compare(path, header)
                     return
+
+    def clear(self) -> None:
+        """Unless a run goes on from there, remove what is saved, so that no later run takes it for this one's."""
+        if self.resume:
+            return
+        header = _read_header(self.path)
+        if header is not None and not header["facts"]["place"]["finished"]:
+            logger.warning(
+                "%s: a run that was interrupted after epoch %d is replaced; resume=true would have gone on from there.",
+                self.name,
+                header["facts"]["place"]["epoch"],
+            )
+        for file in (self.path, _previous(self.path)):
+            file.unlink(missing_ok=True)
 
     def load(self) -> Snapshot | None:
         """The last snapshot that is whole, or None if there is none or none is wanted.
@@ -179,19 +192,6 @@ class Snapshots:
             )
 
 
-def discard_snapshots(path: Path) -> None:
-    """Remove what an earlier run saved at `path`, and say so if that run could have gone on from there."""
-    header = _read_header(path)
-    if header is not None and not header["facts"]["place"]["finished"]:
-        logger.warning(
-            "%s: a run that was interrupted after epoch %d is replaced; resume=true would have gone on from there.",
-            path.parent.name,
-            header["facts"]["place"]["epoch"],
-        )
-    for file in (path, _previous(path)):
-        file.unlink(missing_ok=True)
-
-
 def read_snapshot(path: Path) -> Snapshot:
     """Of whichever run it is.
 
@@ -212,6 +212,7 @@ def _read(path: Path) -> tuple[Snapshot, dict[str, Any]]:
     digest = about.pop("digest")
     if digest != _digest(tensors, about):
         raise ValueError("its digest is not that of its contents")
+    del about["header_digest"]
     header = {name: json.loads(text) for name, text in about.items()}
     return Snapshot(header["facts"], tensors), header
 
@@ -221,7 +222,10 @@ def _read_header(path: Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="pt") as file:
             about = dict(file.metadata())
-        return {name: json.loads(about[name]) for name in ("facts", "identity", "circumstances")}
+        about.pop("digest")
+        if about.pop("header_digest") != _digest({}, about):
+            return None
+        return {name: json.loads(text) for name, text in about.items()}
     except DAMAGE:
         return None
 

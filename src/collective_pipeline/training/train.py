@@ -1,5 +1,6 @@
 """From an arm and its data to trained weights: what a pipeline's node and a script both call."""
 
+import gc
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.matching import match_arm
 from collective_pipeline.randomness import make_generator
 from collective_pipeline.training.loop import Callback, Epoch, Fit, evaluate, fit, to_host
-from collective_pipeline.training.memory import advise, estimate_need, free_bytes, groups_that_fit, split
+from collective_pipeline.training.memory import Need, advise, estimate_need, free_bytes, groups_that_fit, split
 from collective_pipeline.training.runtime import choose_device, describe_device, set_matmul_precision, side_stream
 from collective_pipeline.training.snapshots import Snapshot, Snapshots
 from collective_pipeline.training.strategies import plan_phases
@@ -97,14 +98,9 @@ def train_arm(
     free = free_bytes(device) // num_beside
     groups = groups_that_fit(seeds, need, config, free=free) if saved is None else saved.facts["groups"]
     training = _ArmTraining(arm, splits, config, device, list(callbacks), watch, snapshots)
-    fits = training.run(groups, saved)
-    while fits is None:
-        if len(groups) == len(seeds):
-            raise UserError(f"{arm.model_type}: {advise(need, config, free=free_bytes(device))}")
-        groups = split(seeds, min(2 * len(groups), len(seeds)))
-        fits = training.run(groups, None)
+    fits = training.run(groups, need, saved)
     result = Fit.join(fits)
-    if len(groups) > 1:
+    if len(fits) > 1:
         for epoch in result.epochs:
             training.tell(epoch)
     _tell_diverged(arm, result)
@@ -123,30 +119,58 @@ class _ArmTraining:
     watch: Callable[[Iterable[int]], Iterable[int]]
     snapshots: Snapshots | None
 
-    def run(self, groups: Sequence[Sequence[int]], saved: Snapshot | None) -> list[Fit] | None:
-        """Train one group after another, but for those that `saved` has done; None if the memory was not enough."""
-        if len(groups) > 1:
-            logger.warning(
-                "%s: memory is too small for all %d seeds at once; they train in %d groups, one after another.",
-                self.arm.model_type,
-                sum(map(len, groups)),
-                len(groups),
-            )
+    def run(self, groups: Sequence[Sequence[int]], need: Need, saved: Snapshot | None) -> list[Fit]:
+        """Train one group after another, but for those that `saved` has done; halve those that do not fit."""
+        groups = [list(group) for group in groups]
         done = [] if saved is None else _restore_done(saved)
+        if len(groups) > 1:
+            self._tell_groups(groups)
+        while len(done) < len(groups):
+            if self.snapshots is not None:
+                self.snapshots.before = _describe_done(groups, done)
+            group = groups[len(done)]
+            epochs: list[int] = []
+            trained = self._try(group, saved, epochs, partial=len(groups) > 1)
+            if trained is not None:
+                done.append(trained)
+            elif saved is not None or epochs:
+                raise UserError(
+                    f"{self.arm.model_type}: memory was enough when training began and is not any more: end what else "
+                    "uses it and give the same command with --params resume=true"
+                )
+            elif len(group) == 1:
+                raise UserError(f"{self.arm.model_type}: {advise(need, self.config, free=free_bytes(self.device))}")
+            else:
+                groups[len(done) : len(done) + 1] = split(group, 2)
+                self._tell_groups(groups)
+            saved = None
+        return done
+
+    def _tell_groups(self, groups: Sequence[Sequence[int]]) -> None:
+        logger.warning(
+            "%s: memory is too small for all %d seeds at once; they train in %d groups, one after another.",
+            self.arm.model_type,
+            sum(map(len, groups)),
+            len(groups),
+        )
+
+    def _try(self, seeds: Sequence[int], saved: Snapshot | None, epochs: list[int], *, partial: bool) -> Fit | None:
+        """Train these seeds, noting each of their `epochs`; None if the memory was not enough."""
+
+        def note(epoch: Epoch) -> None:
+            epochs.append(epoch.number)
+            self.tell(replace(epoch, partial=partial))
+
         try:
-            for group in groups[len(done) :]:
-                if self.snapshots is not None:
-                    self.snapshots.before = _describe_done(groups, done)
-                done.append(self._train(group, saved, partial=len(groups) > 1))
-                saved = None
+            return self._train(seeds, saved, note)
         except torch.OutOfMemoryError:
             return None
         finally:
             if self.device.type == "cuda":
+                gc.collect()  # recorded steps and what they work on refer to each other
                 torch.cuda.empty_cache()
-        return done
 
-    def _train(self, seeds: Sequence[int], saved: Snapshot | None, *, partial: bool) -> Fit:
+    def _train(self, seeds: Sequence[int], saved: Snapshot | None, callback: Callback) -> Fit:
         config = self.config
         with side_stream(self.device, depth=count_products(self.arm)):
             splits = self.splits.to(self.device)
@@ -160,13 +184,13 @@ class _ArmTraining:
             batches = Batches(
                 splits, seeds, batch_size=config.batch_size, augmentation_strength=config.augmentation_strength
             )
-            callbacks = [lambda epoch: self.tell(replace(epoch, partial=partial))]
             result = fit(
                 phases, batches, splits.val, config,
-                callbacks=callbacks, watch=self.watch, snapshots=self.snapshots, going_on=saved,
+                callbacks=[callback], watch=self.watch, snapshots=self.snapshots, going_on=saved,
             )  # fmt: skip
-            weights = result.weights or model.state_dict()
-            return replace(result, weights={name: tensor.cpu() for name, tensor in weights.items()})
+            # Without any epoch to choose from there are no weights, whichever the network has now.
+            none = {name: torch.full_like(tensor, torch.nan) for name, tensor in model.state_dict().items()}
+            return replace(result, weights={name: tensor.cpu() for name, tensor in (result.weights or none).items()})
 
     def tell(self, epoch: Epoch) -> None:
         """Every callback."""

@@ -29,15 +29,26 @@ def find_saved(arm: Arm, splits: Splits, settings: Parameters, device: torch.dev
     return snapshots
 
 
+def clear_for_training(*snapshots: Snapshots) -> bool:
+    """No arm begins before nothing is left that could refuse another; what an earlier run saved is given up here."""
+    for saved in snapshots:
+        saved.clear()
+    return True
+
+
 def train(
     arm: Arm,
     splits: Splits,
     settings: Parameters,
     device: torch.device,
     snapshots: Snapshots,
+    is_clear: bool,
     num_arms: int = 1,
 ) -> tuple[Checkpoint, pd.DataFrame]:
-    """Train the arm with every seed; return the weights that validation chose, and the history."""
+    """Train the arm with every seed; return the weights that validation chose, and the history.
+
+    `is_clear` is only waited for.
+    """
     # A thread of its own means that all arms train at the same time.
     is_alone = threading.current_thread() is threading.main_thread()
     progress = Progress(
@@ -71,7 +82,7 @@ def evaluate(
     """
     arm, seeds = checkpoint.arm, checkpoint.seeds
     test = score(checkpoint, splits.test, splits, settings.training, device=device)
-    last = history.groupby("seed")[["epoch", "train_loss"]].last().loc[list(seeds)]
+    last = history.groupby("seed").tail(1).set_index("seed").loc[list(seeds)]
     seconds = float(history["seconds"].max())
     steps = len(splits.train) // settings.training.batch_size
     images = steps * settings.training.batch_size * int(last["epoch"].sum())

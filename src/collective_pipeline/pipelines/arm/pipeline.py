@@ -1,11 +1,12 @@
 """Match, train, evaluate: the same nodes for every arm."""
 
+from collections.abc import Iterable
 from functools import partial, update_wrapper
 
 from kedro.pipeline import Node, Pipeline
 
 from collective_pipeline.config import ModelType
-from collective_pipeline.pipelines.arm.nodes import evaluate, find_saved, match_size, train
+from collective_pipeline.pipelines.arm.nodes import clear_for_training, evaluate, find_saved, match_size, train
 
 
 def create_pipeline(namespace: str, *, model_type: ModelType | None = None, num_arms: int = 1) -> Pipeline:
@@ -32,7 +33,7 @@ def create_pipeline(namespace: str, *, model_type: ModelType | None = None, num_
             ),
             Node(
                 update_wrapper(partial(train, num_arms=num_arms), train),
-                inputs=["arm", "splits", "settings", "device", "snapshots"],
+                inputs=["arm", "splits", "settings", "device", "snapshots", "is_clear"],
                 outputs=["checkpoint", "history"],
                 name="train",
                 tags=["train"],
@@ -46,5 +47,11 @@ def create_pipeline(namespace: str, *, model_type: ModelType | None = None, num_
             ),
         ],
         namespace=namespace,
-        inputs={"settings", "splits", "device"},
+        inputs={"settings", "splits", "device", "is_clear"},
     )
+
+
+def create_gate(arms: Iterable[str]) -> Pipeline:
+    """What stands between the checks of all arms and the training of any."""
+    snapshots = [f"{arm}.snapshots" for arm in arms]
+    return Pipeline([Node(clear_for_training, inputs=snapshots, outputs="is_clear", name="clear_for_training")])

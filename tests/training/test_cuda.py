@@ -1,0 +1,125 @@
+"""A recorded step does what the step does; with stand-ins for CUDA's parts where there is no CUDA device."""
+
+import pytest
+import torch
+
+from collective_pipeline.training import cuda, loop
+from collective_pipeline.training.train import train_arm
+
+CPU = torch.device("cpu")
+
+
+class Graph:
+    """Replays what was called while it recorded."""
+
+    recording: "list[Graph]" = []
+
+    def capture_begin(self, **options) -> None:
+        Graph.recording.append(self)
+
+    def capture_end(self) -> None:
+        Graph.recording.remove(self)
+
+    def replay(self) -> None:
+        self.body()
+
+
+class Event:
+    """Of a device that is never behind."""
+
+    def __init__(self, *, blocking: bool) -> None:
+        assert blocking
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Recorded(cuda.Recorded):
+    """Hands its body to the graph that records, which then does not run it, as on a CUDA device."""
+
+    def __init__(self, body, state) -> None:
+        super().__init__(self._run, state)
+        self.wrapped = body
+
+    def _run(self, *arguments):
+        for graph in Graph.recording:
+            graph.body = lambda: self.wrapped(*arguments)
+        return None if Graph.recording else self.wrapped(*arguments)
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Steps go through `Recorded`, some at once; everything else is as on a CPU."""
+    monkeypatch.setattr(cuda.torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(cuda.torch.cuda, "Event", Event)
+    original = loop._PhaseTraining.__init__
+
+    def init(self, *arguments, **options):
+        original(self, *arguments, **options)
+        self._update = Recorded(self._run_updates, self.state)
+
+    monkeypatch.setattr(loop._PhaseTraining, "__init__", init)
+    whole = loop._PhaseTraining.stops
+
+    def stops(self, first):
+        return [stop for stop in whole(self, first) if stop % 3 == 0 or stop >= self.num_updates - 1]
+
+    monkeypatch.setattr(loop._PhaseTraining, "stops", stops)
+
+
+def change(config, **changes):
+    return type(config).model_validate(config.model_dump() | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"accumulation_steps": 2, "schedule": "cosine"},
+        {"accumulation_steps": 4, "ema_decay": 0.9, "clip_norm": 1.0},
+        {"batch_size": 200},
+        {"strategy": "pretrain_freeze_finetune"},
+    ],
+    ids=["plain", "remainder", "averaged", "one_step", "phases"],
+)
+def test_recording_changes_nothing(arm, splits, training, as_on_cuda, changes):
+    """What the calls before the first replay did is undone, whenever that is; no step is lost or done twice."""
+    config = change(training, **changes)
+    recorded, _ = train_arm(arm, splits, config, seeds=(1, 2), device=CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorded, "__call__", lambda self, *arguments: self.wrapped(*arguments))
+        expected, _ = train_arm(arm, splits, config, seeds=(1, 2), device=CPU)
+
+    assert all(torch.equal(recorded.weights[name], tensor) for name, tensor in expected.weights.items())
+
+
+def test_what_cannot_be_recorded_runs_unrecorded(arm, splits, training, as_on_cuda, monkeypatch, caplog):
+    """With one sentence, and the same result."""
+    expected, _ = train_arm(arm, splits, training, seeds=(1,), device=CPU)
+
+    def refuse(self, **options):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(Graph, "capture_begin", refuse)
+    monkeypatch.setattr(cuda, "_told", set())
+    checkpoint, _ = train_arm(arm, splits, training, seeds=(1,), device=CPU)
+
+    assert (
+        caplog.text.count("cannot be recorded as a CUDA graph (operation not permitted when stream is capturing)") == 1
+    )
+    assert all(torch.equal(checkpoint.weights[name], tensor) for name, tensor in expected.weights.items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("changes", [{}, {"accumulation_steps": 2}, {"strategy": "pretrain_freeze_finetune"}])
+def test_training_on_a_gpu_is_training(arm, splits, training, changes):
+    """The first losses are those of a CPU, up to what is drawn for dropout and how products are rounded."""
+    config = change(training, precision="fp32", **changes)
+    _, on_gpu = train_arm(arm, splits, config, seeds=(1, 2), device=torch.device("cuda"))
+    _, on_cpu = train_arm(arm, splits, config, seeds=(1, 2), device=CPU)
+
+    for one, other in zip(on_gpu.history[:2], on_cpu.history[:2], strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.1)
