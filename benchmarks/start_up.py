@@ -165,7 +165,9 @@ def print_row(name: str, first: str, later: str) -> None:
 def main() -> None:
     """Print the table."""
     parser = make_parser(__doc__)
-    parser.add_argument("--params", default="training.epochs=1,seeds=42,data.val_fraction=0.9", help="of the run; default: %(default)s")
+    parser.add_argument(
+        "--params", default="training.epochs=1,seeds=42,data.val_fraction=0.9", help="of the run; default: %(default)s"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     environment = ["--env", "debug"] if options.size == "debug" else []

@@ -143,14 +143,16 @@ class TrackArms:
     def __init__(self) -> None:
         self.runs: dict[str, str] = {}
         self.source_tags: dict[str, str] = {}
+        self.command_run: str | None = None
 
     @hook_impl
     def before_pipeline_run(self) -> None:
         """Name the code that runs."""
-        self.runs, self.source_tags = {}, {}
+        self.runs, self.source_tags, self.command_run = {}, {}, None
         run = mlflow.active_run()
         if run is None:
             return
+        self.command_run = run.info.run_id
         # Without it MLflow's pages open in their view for language models.
         mlflow.MlflowClient().set_experiment_tag(
             run.info.experiment_id, "mlflow.experimentKind", "custom_model_development"
@@ -208,8 +210,10 @@ class TrackArms:
 
     @hook_impl(trylast=True)
     def on_pipeline_error(self, error: Exception) -> None:
-        """End the run of this command as failed, or as stopped."""
+        """End the run of this command as failed, or as stopped: to kedro-mlflow all errors are failures."""
         _end_runs(_status(error))
+        if self.command_run is not None:
+            mlflow.MlflowClient().set_terminated(self.command_run, _status(error))
 
 
 def _status(error: Exception) -> str:

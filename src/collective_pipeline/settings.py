@@ -10,6 +10,7 @@ from kedro.framework.session import KedroSession
 from kedro.runner import SequentialRunner, ThreadRunner
 from kedro.utils import find_kedro_project
 
+from collective_pipeline.config import MODEL_TYPES
 from collective_pipeline.hooks import CheckBeforeRun, PlainErrors, StopCleanly, TellAnswer, TrackArms
 
 
@@ -29,7 +30,7 @@ class Session(KedroSession):
         command = click.get_current_context(silent=True)
         named = command is not None and command.params.get("runner")
         if not named and type(options.get("runner") or SequentialRunner()) is SequentialRunner and self._has_cuda():
-            options["runner"] = ThreadRunner()
+            options["runner"] = ThreadRunner(max_workers=len(MODEL_TYPES))
             # What is left for the CPU is small, and every arm's thread would bring a team of waiting threads along.
             torch.set_num_threads(1)
         return super().run(*arguments, **options)

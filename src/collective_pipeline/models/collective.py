@@ -100,7 +100,9 @@ class Members(nn.Module):
         )
         # Where each member stands among the groups, so that outputs come in the members' own order.
         grouped = [position for where in self.positions for position in where]
-        self.register_buffer("order", torch.tensor(grouped).argsort(), persistent=False)
+        self.register_buffer(
+            "order", torch.tensor(sorted(range(len(grouped)), key=grouped.__getitem__)), persistent=False
+        )
 
     def forward(self, x_SNBI: Tensor) -> Tensor:
         """`(S, 1, B, I)`, or `(S, N, B, I)` where the input is not shared, to `(S, N, B, E)`."""

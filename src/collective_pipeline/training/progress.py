@@ -40,6 +40,7 @@ class Progress:
         self.started: tuple[float, float] | None = None
         self.share_is_known = False
         self.length_is_known = False
+        self.first: Epoch | None = None
         self.goes_on = False
 
     def watch(self, stops: Iterable[int]) -> Iterator[int]:
@@ -68,7 +69,7 @@ class Progress:
                 self._log(f"epoch {epoch.number}/{epoch.num_epochs}  is done")
             self.goes_on = not epoch.finished
             return
-        per_epoch = epoch.seconds / epoch.number
+        per_epoch = self._pace(epoch)
         left = per_epoch * (epoch.num_epochs - epoch.number)
         if epoch.number == 1 or epoch.finished or self._is_due(SECONDS_BETWEEN_LINES):
             score = (
@@ -79,8 +80,16 @@ class Progress:
             time_left = f"done in {duration(epoch.seconds)}" if epoch.finished else f"{duration(left)} left"
             self._log(f"epoch {epoch.number}/{epoch.num_epochs}  {score}  {per_epoch:.1f} s/epoch  {time_left}")
         self._warn_if_busy()
-        if not self.length_is_known:
+        if not self.length_is_known and (self.device_type != "cuda" or epoch.number > 1):
             self._warn_if_long(per_epoch)
+
+    def _pace(self, epoch: Epoch) -> float:
+        """Seconds an epoch, without the first one that is told: on a GPU it also compiles and records."""
+        if self.first is None:
+            self.first = epoch
+        if epoch.number == self.first.number:
+            return epoch.seconds / epoch.number
+        return (epoch.seconds - self.first.seconds) / (epoch.number - self.first.number)
 
     def _warn_if_long(self, per_epoch: float) -> None:
         """Tell once, as soon as it can be known."""
