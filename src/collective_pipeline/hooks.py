@@ -54,7 +54,8 @@ class CheckBeforeRun:
                     "the environment's globals.yml, which the catalog reads as well, or with --params"
                 )
 
-    @hook_impl
+    # Before kedro-mlflow opens a run, which nobody would close.
+    @hook_impl(tryfirst=True)
     def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
         """All folders that the run writes to can be written to and have room."""
         needed = SPARE_BYTES + self._weight_bytes(pipeline)
@@ -116,12 +117,12 @@ class StopCleanly:
     def before_node_run(self, node: Node) -> None:
         """No node begins any more; one that trains saves its state."""
         if interrupt.requested():
-            raise Interrupted(f"{node.name} did not begin; give the same command with --params resume=true to go on")
+            interrupt.stop(f"{node.name} did not begin; give the same command with --params resume=true to go on")
 
     @hook_impl
-    def on_node_error(self) -> None:
+    def on_node_error(self, error: Exception) -> None:
         """Arms beside one that failed save their state and stop too, or the error would be told only after them."""
-        interrupt.request()
+        interrupt.request(error)
 
     @hook_impl(trylast=True)
     def after_pipeline_run(self) -> None:

@@ -6,12 +6,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 from collective_pipeline.config import UserError
 
 logger = logging.getLogger(__name__)
 
 _received: list[signal.Signals] = []
+_causes: list[BaseException] = []
 
 
 class Interrupted(UserError):
@@ -28,9 +30,20 @@ def requested() -> bool:
     return bool(_received)
 
 
-def request() -> None:
-    """Let everything stop as if SIGTERM had come."""
+def request(cause: BaseException) -> None:
+    """Let everything else stop because of this error, as if SIGTERM had come."""
+    if not isinstance(cause, Interrupted):
+        _causes.append(cause)
     _received.append(signal.SIGTERM)
+
+
+def stop(what: str) -> NoReturn:
+    """End what was stopped, after its work is saved.
+
+    Raises:
+        Interrupted: Or the error because of which everything stops: whoever is first tells of it.
+    """
+    raise _causes[0] if _causes else Interrupted(what)
 
 
 @contextlib.contextmanager
@@ -49,6 +62,7 @@ def listen() -> Iterator[None]:
             signal.signal(each, before[each])
 
     _received.clear()
+    _causes.clear()
     for number in signals:
         signal.signal(number, notice)
     try:
@@ -57,3 +71,4 @@ def listen() -> Iterator[None]:
         for number in signals:
             signal.signal(number, before[number])
         _received.clear()
+        _causes.clear()

@@ -303,7 +303,7 @@ class _Fitting:
         self.snapshots.save(Snapshot(facts, training.state() | best), wait=stops or place.finished)
         if stops:
             part = f" and {100 * place.update / training.num_updates:.0f} % of the next" if place.update else ""
-            raise interrupt.Interrupted(
+            interrupt.stop(
                 f"{self.snapshots.name} is saved after epoch {place.epoch} of {self.config.epochs}{part}; "
                 "give the same command with --params resume=true to go on from there"
             )
