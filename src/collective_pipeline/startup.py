@@ -1,7 +1,5 @@
 """What happens around a command of Kedro, before it loads a project; `pyproject.toml` names both entry points."""
 
-import atexit
-import gc
 import logging
 import os
 import sys
@@ -30,8 +28,6 @@ def prepare() -> None:
     # `kedro mlflow ui` looks for mlflow on the PATH, where it is only if this environment is activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     quieten()
-    # At exit Python would look through all objects of torch and MLflow for cycles, which takes 3 s.
-    atexit.register(gc.freeze)
 
 
 def quieten() -> None:
