@@ -1,5 +1,7 @@
 """The fused kernels compute what the modules define; interpreted on a CPU where there is no CUDA device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -71,7 +73,7 @@ def test_a_fused_layer_that_is_evaluated_is_the_layer():
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_fused_batches_are_the_batches(splits, strength, name):
     """Gathered, moved and normalised alike."""
-    moved = type(splits)(**vars(splits) | {"name": name}).to(DEVICE)
+    moved = replace(splits, name=name).to(DEVICE)
     plain, fused = (Batches(moved, (1, 2), batch_size=16, augmentation_strength=strength) for _ in range(2))
     kernels.fuse_batches(fused)
 

@@ -1,6 +1,8 @@
 """An interrupted run that goes on ends as one that nobody interrupted: to the last bit, whatever had a state."""
 
 import signal
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,8 +185,8 @@ def test_another_architecture_data_set_or_code_is_refused(tmp_path, arm, splits,
     architecture = arm.architecture.model_copy(update={"head_dropout": 0.5})
     others = [
         (arm.model_copy(update={"architecture": architecture}), splits, "architecture.head_dropout was 0.2 and is 0.5"),
-        (arm, type(splits)(**vars(splits) | {"name": "fashion_mnist"}), "dataset was 'mnist' and is 'fashion_mnist'"),
-        (arm, type(splits)(**vars(splits) | {"test": splits.val}), "images was "),
+        (arm, replace(splits, name="fashion_mnist"), "dataset was 'mnist' and is 'fashion_mnist'"),
+        (arm, replace(splits, test=splits.val), "images was "),
     ]
     for other_arm, other_splits, named in others:
         with pytest.raises(UserError, match=named.replace(".", r"\.")):
@@ -271,6 +273,20 @@ def test_nothing_listens_afterwards():
         assert interrupt.requested() and signal.getsignal(signal.SIGTERM) is before  # a second one ends at once
 
     assert not interrupt.requested() and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_error_stops_no_later_run():
+    """Also where signals cannot be noticed, in a thread other than the main one."""
+
+    def fail_once() -> None:
+        with interrupt.listen():
+            interrupt.request(ValueError("of this run"))
+
+    thread = threading.Thread(target=fail_once)
+    thread.start()
+    thread.join()
+
+    assert not interrupt.requested()
 
 
 @pytest.mark.parametrize("updates", [5, 20, 30])

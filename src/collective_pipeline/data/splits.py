@@ -3,6 +3,7 @@
 import hashlib
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -63,6 +64,15 @@ class Splits:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all images and labels; every arm asks for it."""
+        digest = hashlib.sha256()
+        for images in (self.train, self.val, self.test):
+            for tensor in (images.images, images.labels):
+                digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
     def to(self, device: torch.device | str) -> Self:
         return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
 
@@ -97,15 +107,6 @@ def make_splits(raw: RawImages, *, val_fraction: float, split_seed: int) -> Spli
             f"all training pixels of channel {std.index(0)} of {raw.name} are alike: replace its files with fresh ones"
         )
     return Splits(raw.name, train, raw.train[is_val], raw.test, raw.class_names, mean, std)
-
-
-def digest_images(splits: Splits) -> str:
-    """SHA-256 of all images and labels."""
-    digest = hashlib.sha256()
-    for images in (splits.train, splits.val, splits.test):
-        for tensor in (images.images, images.labels):
-            digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def _apportion(counts: list[int], fraction: float) -> list[int]:

@@ -49,26 +49,25 @@ def stop(what: str) -> NoReturn:
 @contextlib.contextmanager
 def listen() -> Iterator[None]:
     """Notice SIGTERM and SIGINT; a second one ends the process at once. Only the main thread can listen."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in signals}
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if is_main else {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def notice(number: int, frame: FrameType | None) -> None:
         _received.append(signal.Signals(number))
         logger.warning("%s: training stops at the next step and saves its state.", _received[-1].name)
-        for each in signals:
-            signal.signal(each, before[each])
+        restore()
 
     _received.clear()
     _causes.clear()
-    for number in signals:
+    for number in before:
         signal.signal(number, notice)
     try:
         yield
     finally:
-        for number in signals:
-            signal.signal(number, before[number])
+        restore()
         _received.clear()
         _causes.clear()

@@ -203,7 +203,7 @@ def fit(
         validation: Images on the same device.
         config: What all arms share.
         callbacks: Called with an `Epoch` after each one, and for those before an interruption that is resumed.
-        watch: A wrapper around the updates of an epoch, for progress within it.
+        watch: A wrapper around the stops of an epoch, the numbers of updates done, for progress within it.
         snapshots: Where to save the state of training now and then.
         going_on: From where to go on.
 

@@ -13,7 +13,7 @@ import collective_pipeline
 from collective_pipeline.config import Arm, ModelType, Parameters, TrainingConfig, UserError, flatten
 from collective_pipeline.data.batches import Batches, Normalise
 from collective_pipeline.data.small_images import load_images
-from collective_pipeline.data.splits import Images, Splits, digest_images, make_splits
+from collective_pipeline.data.splits import Images, Splits, make_splits
 from collective_pipeline.models.build import build_arm, count_products, initialise
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.matching import match_arm
@@ -84,7 +84,7 @@ def train_arm(
         seeds: Each a training of its own.
         device: Where.
         callbacks: Called with a `training.loop.Epoch` after each epoch.
-        watch: A wrapper around the updates of an epoch, for progress within it.
+        watch: A wrapper around the stops of an epoch, the numbers of updates done, for progress within it.
         snapshots: Where to save the state of training now and then, and where to go on from.
         num_beside: How many arms share the device at the same time, this one included.
 
@@ -227,7 +227,7 @@ def _tell_diverged(arm: Arm, result: Fit) -> None:
 def snapshots_at(path: Path, arm: Arm, splits: Splits, settings: Parameters, device: torch.device) -> Snapshots:
     """Where this arm's training is saved, and what must be the same for another run to go on from there."""
     identity = {f"architecture.{name}": value for name, value in flatten(arm.architecture).items()}
-    identity |= {"model_type": arm.model_type, "dataset": splits.name, "images": digest_images(splits)}
+    identity |= {"model_type": arm.model_type, "dataset": splits.name, "images": splits.digest}
     identity |= {"seeds": settings.seeds, "code version": _code_version()}
     identity |= {f"data.{name}": value for name, value in flatten(settings.data).items()}
     identity |= {f"training.{name}": value for name, value in flatten(settings.training).items()}
