@@ -137,6 +137,7 @@ def test_a_machine_that_cannot_compile_is_told_once(monkeypatch, caplog):
 
     monkeypatch.setattr(kernels, "try_out", no_compiler)
     monkeypatch.setattr(cuda, "_told", set())
+    monkeypatch.setattr(cuda, "_tried", set())
 
     assert cuda.load_kernels(DEVICE) is None and cuda.load_kernels(DEVICE) is None
     assert caplog.text.count("Triton cannot be used here (Failed to find C compiler)") == 1

@@ -32,7 +32,9 @@ def load_kernels(device: torch.device) -> ModuleType | None:
         from collective_pipeline.training import kernels  # noqa: PLC0415  # Triton comes with torch's CUDA builds only
 
         with _RECORDING:
-            kernels.try_out(device)
+            if device not in _tried:  # trying out waits for all that the device has to do
+                kernels.try_out(device)
+                _tried.add(device)
     except Exception as error:  # Triton, its compiler and the driver each have errors of their own
         _tell_once("Triton cannot be used here (%s): training works with torch's own kernels, and slower.", error)
         return None
@@ -98,6 +100,7 @@ class Recorded(Generic[Result]):
                 tensor.zero_()
 
 
+_tried: set[torch.device] = set()
 _told: set[str] = set()
 
 
