@@ -11,11 +11,8 @@ from collective_pipeline.pipelines import arm, comparison, data
 def make_experiment(name: str, arms: Mapping[str, ModelType | None]) -> Pipeline:
     """Shared data, one namespaced copy of the arm's pipeline for each of `arms`, and their comparison."""
     return sum(
-        (
-            arm.create_pipeline(namespace, model_type=model_type, num_arms=len(arms))
-            for namespace, model_type in arms.items()
-        ),
-        start=data.create_pipeline() + arm.create_gate(arms) + comparison.create_pipeline(name, arms=list(arms)),
+        (arm.create_pipeline(namespace, num_arms=len(arms)) for namespace in arms),
+        start=data.create_pipeline() + arm.create_preparation(arms) + comparison.create_pipeline(name, arms=list(arms)),
     )
 
 

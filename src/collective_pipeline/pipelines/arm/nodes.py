@@ -1,6 +1,7 @@
 """The life of one arm."""
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +18,30 @@ from collective_pipeline.training.tracking import Curves
 from collective_pipeline.training.train import match_to_splits, score, snapshots_at, train_arm
 
 
-def match_size(settings: Parameters, splits: Splits, model_type: ModelType | None = None) -> Arm:
-    """The architecture of this arm at the comparison's parameter budget; by default of `settings.model_type`."""
-    return match_to_splits(settings, splits, model_type)
+def match_sizes(settings: Parameters, splits: Splits, model_types: Sequence[ModelType | None]) -> list[Arm]:
+    """Each architecture at the comparison's parameter budget; None: that of `settings.model_type`."""
+    return [match_to_splits(settings, splits, model_type) for model_type in model_types]
 
 
-def find_saved(arm: Arm, splits: Splits, settings: Parameters, device: torch.device, last: Path) -> Snapshots:
-    """Where training saves its state; with `resume`, what is there is refused here if it is of another run."""
-    snapshots = snapshots_at(last, arm, splits, settings, device)
-    snapshots.check()
-    return snapshots
+def clear_for_training(
+    splits: Splits, settings: Parameters, device: torch.device, *arms_and_files: Arm | Path
+) -> list[Snapshots]:
+    """Where each arm's training saves its state; with `resume`, what is there is refused here if it is of another run.
 
+    No arm trains before nothing is left that could refuse another, and what an earlier run saved is given up only then.
 
-def clear_for_training(*snapshots: Snapshots) -> bool:
-    """No arm begins before nothing is left that could refuse another; what an earlier run saved is given up here."""
+    Args:
+        splits, settings, device: Of all arms.
+        arms_and_files: The arms, and the file of each one's state in the same order.
+    """
+    arms = [item for item in arms_and_files if isinstance(item, Arm)]
+    files = [item for item in arms_and_files if isinstance(item, Path)]
+    snapshots = [snapshots_at(file, arm, splits, settings, device) for arm, file in zip(arms, files, strict=True)]
+    for saved in snapshots:
+        saved.check()
     for saved in snapshots:
         saved.clear()
-    return True
+    return snapshots
 
 
 def train(
@@ -42,13 +50,9 @@ def train(
     settings: Parameters,
     device: torch.device,
     snapshots: Snapshots,
-    is_clear: bool,
     num_arms: int = 1,
 ) -> tuple[Checkpoint, pd.DataFrame]:
-    """Train the arm with every seed; return the weights that validation chose, and the history.
-
-    `is_clear` is only waited for.
-    """
+    """Train the arm with every seed; return the weights that validation chose, and the history."""
     # A thread of its own means that all arms train at the same time.
     is_alone = threading.current_thread() is threading.main_thread()
     progress = Progress(

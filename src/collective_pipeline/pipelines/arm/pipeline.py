@@ -1,39 +1,52 @@
 """Match, train, evaluate: the same nodes for every arm."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import partial, update_wrapper
 
 from kedro.pipeline import Node, Pipeline
 
 from collective_pipeline.config import ModelType
-from collective_pipeline.pipelines.arm.nodes import clear_for_training, evaluate, find_saved, match_size, train
+from collective_pipeline.pipelines.arm.nodes import clear_for_training, evaluate, match_sizes, train
 
 
-def create_pipeline(namespace: str, *, model_type: ModelType | None = None, num_arms: int = 1) -> Pipeline:
+def create_preparation(arms: Mapping[str, ModelType | None]) -> Pipeline:
+    """What all arms pass before any trains.
+
+    It is in no arm's namespace: Kedro warns where a path leaves one and enters it again.
+
+    Args:
+        arms: What each namespace's arm is; None: what the parameter `model_type` says.
+    """
+    return Pipeline(
+        [
+            Node(
+                update_wrapper(partial(match_sizes, model_types=list(arms.values())), match_sizes),
+                inputs=["settings", "splits"],
+                outputs=[f"{arm}.arm" for arm in arms],
+                name="match_sizes",
+            ),
+            Node(
+                clear_for_training,
+                inputs=["splits", "settings", "device", *(f"{arm}.{part}" for part in ("arm", "last") for arm in arms)],
+                outputs=[f"{arm}.snapshots" for arm in arms],
+                name="clear_for_training",
+            ),
+        ]
+    )
+
+
+def create_pipeline(namespace: str, *, num_arms: int) -> Pipeline:
     """One arm in its namespace; data, settings and device are shared with the others.
 
     Args:
         namespace: Of the arm's own datasets, and its box in Kedro-Viz.
-        model_type: What it is; None: what the parameter `model_type` says.
         num_arms: Of the comparison, so that the first epoch can tell how long all of it takes.
     """
     return Pipeline(
         [
             Node(
-                update_wrapper(partial(match_size, model_type=model_type), match_size),
-                inputs=["settings", "splits"],
-                outputs="arm",
-                name="match_size",
-            ),
-            Node(
-                find_saved,
-                inputs=["arm", "splits", "settings", "device", "last"],
-                outputs="snapshots",
-                name="find_saved",
-            ),
-            Node(
                 update_wrapper(partial(train, num_arms=num_arms), train),
-                inputs=["arm", "splits", "settings", "device", "snapshots", "is_clear"],
+                inputs=["arm", "splits", "settings", "device", "snapshots"],
                 outputs=["checkpoint", "history"],
                 name="train",
                 tags=["train"],
@@ -47,11 +60,5 @@ def create_pipeline(namespace: str, *, model_type: ModelType | None = None, num_
             ),
         ],
         namespace=namespace,
-        inputs={"settings", "splits", "device", "is_clear"},
+        inputs={"settings", "splits", "device"},
     )
-
-
-def create_gate(arms: Iterable[str]) -> Pipeline:
-    """What stands between the checks of all arms and the training of any."""
-    snapshots = [f"{arm}.snapshots" for arm in arms]
-    return Pipeline([Node(clear_for_training, inputs=snapshots, outputs="is_clear", name="clear_for_training")])
