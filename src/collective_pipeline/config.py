@@ -10,7 +10,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 BaselineName = Literal["shallow", "balanced", "deep", "very_deep", "deep_resnet", "very_deep_resnet"]
 ModelType = Literal["collective", "shallow", "balanced", "deep", "very_deep", "deep_resnet", "very_deep_resnet"]
@@ -233,6 +242,109 @@ class ComparisonConfig(Config):
     resamples: int = Field(10_000, ge=100, description="of the bootstrap")
 
 
+class Range(Config):
+    """Where a hyperparameter is searched; of whole numbers if both ends are."""
+
+    low: int | float
+    high: int | float
+    log: bool = Field(False, description="equal chances for equal factors")
+    step: Positive | None = None
+
+    @model_validator(mode="after")
+    def _check_ends(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low={self.low:g} is not below high={self.high:g}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log=true needs a positive low and no step")
+        return self
+
+
+def _kind_of_values(values: Any) -> str:
+    return "range" if isinstance(values, Mapping | Range) else "choices"
+
+
+Space = dict[
+    str,
+    Annotated[
+        Annotated[Range, Tag("range")] | Annotated[tuple[Any, ...], Tag("choices")], Discriminator(_kind_of_values)
+    ],
+]
+
+# The sweep of the seed documents. What is of the collective or of the single networks is searched for those alone.
+SPACE: Space = {
+    "training.batch_size": (256, 512),
+    "training.learning_rate": Range(low=5e-4, high=2e-3, log=True),
+    "training.optimizer": ("adam", "adamw"),
+    "training.weight_decay": (0.0, 1e-4, 1e-3),
+    "training.augmentation_strength": (0.0, 1.0),
+    "collective.n_total": (6, 8, 10, 12),
+    "collective.expert_ratio": Range(low=0.1, high=0.4),
+    "collective.expert_output": (64, 128, 256),
+    "collective.analyst_output": (32, 64, 128),
+    "collective.c_expert": Range(low=0.125, high=0.5),
+    "collective.collective_hidden_scale": Range(low=0.5, high=2.0),
+    "collective.expert_diversity.weight": (0.0, 0.005, 0.01, 0.02),
+    "collective.expert_diversity.temperature": Range(low=0.5, high=2.0),
+    "collective.analyst_diversity.weight": (0.0, 0.005, 0.01, 0.02),
+    "collective.analyst_diversity.temperature": Range(low=0.5, high=2.0),
+    "collective.vary_expert_architectures": (False, True),
+    "collective.vary_analyst_architectures": (False, True),
+    "baselines.target_params": (1_800_000, 2_850_000, 3_950_000, 5_000_000, 6_100_000, 7_150_000),
+    "baselines.dropout": Range(low=0.0, high=0.3),
+}
+
+
+class SweepConfig(Config):
+    """Parameter efficiency over sizes (`grid`), or over hyperparameters (`search`)."""
+
+    mode: Literal["grid", "search"] = Field(
+        "grid", description="grid: every model type at every size; search: Optuna, then the best trained anew"
+    )
+    study: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = Field(
+        None, description="its name; null: made of the mode and the data set"
+    )
+    storage: str | None = Field(
+        None, description="a file, sqlite:///file or postgresql://user@host/database; null: a file in data/"
+    )
+    fork: bool = Field(False, description="where the study is of other settings, begin another beside it")
+    workers: Annotated[int, Field(ge=1, le=64)] = Field(1, description="processes that this command starts")
+    side_by_side: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None, description="trainings at once in a worker; null: 7 on CUDA, 1 elsewhere"
+    )
+    model_types: Annotated[tuple[ModelType, ...], Field(min_length=1)] = MODEL_TYPES
+    sizes: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = Field(
+        (1_800_000, 2_850_000, 3_950_000, 5_000_000, 6_100_000, 7_150_000), description="grid: trainable parameters"
+    )
+    trials: int = Field(40, ge=1, description="search: of each model type")
+    trial_epochs: int = Field(60, ge=1, description="search: at most")
+    trial_seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = Field(
+        (0,), description="search: of every trial; what is tested has the other `seeds`"
+    )
+    objective: Literal["accuracy", "accuracy_and_params"] = Field(
+        "accuracy", description="search: validation accuracy; accuracy_and_params looks for the Pareto front, unpruned"
+    )
+    retrain: int = Field(1, ge=1, description="search: the best of each model type that are trained anew and tested")
+    space: Space = Field(SPACE, min_length=1, description="search: a list of choices, or {low, high, log, step}")
+
+    @field_validator("model_types", "sizes", "trial_seeds", mode="before")
+    @classmethod
+    def _one_or_several(cls, values: Any) -> Any:
+        return _as_list(values)
+
+    @field_validator("model_types", "sizes", "trial_seeds")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _once_each(values)
+
+    @field_validator("space")
+    @classmethod
+    def _some_choices(cls, space: Space) -> Space:
+        empty = [name for name, values in space.items() if values == ()]
+        if empty:
+            raise ValueError(f"{empty[0]} has no choices: give some, or leave it out")
+        return space
+
+
 class Parameters(Config):
     """All parameters of a run, as `conf/` and `--params` give them."""
 
@@ -246,14 +358,12 @@ class Parameters(Config):
     baselines: BaselineConfig = BaselineConfig()
     training: TrainingConfig = TrainingConfig()
     comparison: ComparisonConfig = ComparisonConfig()
+    sweep: SweepConfig = SweepConfig()
 
     @field_validator("seeds", mode="before")
     @classmethod
     def _one_or_several(cls, seeds: Any) -> Any:
-        """`--params seeds=7` and `--params seeds="7 8 9"` as well: the command line has no lists."""
-        if isinstance(seeds, str):
-            return seeds.split()
-        return [seeds] if isinstance(seeds, int) else seeds
+        return _as_list(seeds)
 
     @field_validator("device")
     @classmethod
@@ -277,10 +387,31 @@ class Parameters(Config):
     @field_validator("seeds")
     @classmethod
     def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        repeated = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-        if repeated:
-            raise ValueError(f"{', '.join(map(str, repeated))} repeated: name every seed once")
-        return seeds
+        return _once_each(seeds)
+
+    @model_validator(mode="after")
+    def _check_sweep(self) -> Self:
+        both = sorted(set(self.seeds) & set(self.sweep.trial_seeds))
+        if both and self.sweep.mode == "search":
+            raise ValueError(
+                f"sweep.trial_seeds and seeds share {', '.join(map(str, both))}: what is tested is to have seeds that "
+                "the search has not seen"
+            )
+        return self
+
+
+def _as_list(values: Any) -> Any:
+    """`--params seeds=7` and `--params seeds="7 8 9"` as well: the command line has no lists."""
+    if isinstance(values, str):
+        return values.split()
+    return [values] if isinstance(values, int) else values
+
+
+def _once_each(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(map(str, repeated))} repeated: name each once")
+    return values
 
 
 PHASE1 = Parameters()
@@ -288,6 +419,7 @@ DEBUG = Parameters(
     seeds=(42, 43, 44),
     collective=CollectiveConfig(expert_hidden=(128, 64), expert_output=32, analyst_hidden=(64, 32), analyst_output=16),
     training=TrainingConfig(epochs=5, batch_size=128, eval_batch_size=512, weight_decay=0.0, augmentation_strength=0.0),
+    sweep=SweepConfig(sizes=(300_000, 560_000), trials=6, trial_epochs=5),
 )
 
 
@@ -312,8 +444,26 @@ def check_parameters(raw: Mapping[str, Any]) -> Parameters:
         raise UserError("; ".join(_sentence(problem) for problem in told)) from None
 
 
+def with_values(settings: Parameters, values: Mapping[str, Any]) -> Parameters:
+    """`settings` with other values under these dotted names.
+
+    Raises:
+        UserError: If there is no such parameter, or it cannot have the value.
+    """
+    raw = settings.model_dump()
+    for name, value in values.items():
+        section: Any = raw
+        *sections, leaf = name.split(".")
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or leaf not in section:
+            raise UserError(f"unknown parameter '{name}'{_nearest(name)}")
+        section[leaf] = value
+    return check_parameters(raw)
+
+
 def _sentence(problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+    path = ".".join(str(part) for part in problem["loc"] if part not in {"range", "choices"})
     match problem["type"]:
         case "extra_forbidden":
             return f"unknown parameter '{path}'{_nearest(path)}"
@@ -374,6 +524,9 @@ def flatten(config: Config) -> dict[str, Any]:
         value = getattr(config, name)
         if isinstance(value, Config):
             values |= {f"{name}.{inner}": leaf for inner, leaf in flatten(value).items()}
+        elif isinstance(value, dict):
+            for key, entry in value.items():
+                values[f"{name}.{key}"] = entry.model_dump_json() if isinstance(entry, Config) else list(entry)
         else:
             values[name] = list(value) if isinstance(value, tuple) else value
     return values

@@ -15,6 +15,7 @@ from collective_pipeline.models.matching import (
     match_arm,
     match_baseline,
     match_baselines,
+    match_collective,
 )
 
 BUDGETS = (
@@ -275,3 +276,37 @@ def test_the_collective_keeps_its_size_whatever_the_budget_of_the_others():
     arm = match_arm("collective", DEBUG.collective, BaselineConfig(target_params=1_800_000), in_dim=784, num_classes=10)
 
     assert arm.params == 559_738
+
+
+SIZES = (300_000, 1_800_000, 2_850_000, 3_950_000, 5_000_000, 6_100_000, 7_150_000)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_collective_meets_any_size_and_keeps_its_proportions(size):
+    """Within 0.1 %, really counted; experts and analysts scaled alike, the head at most twice or half as wide."""
+    arm = match_collective(size, PHASE1.collective, tolerance=0.001, in_dim=784, num_classes=10)
+    scaled, own = arm.architecture, PHASE1.collective
+
+    assert arm.target_params == size
+    assert arm.params == really_built(arm)
+    assert abs(arm.params - size) <= 0.001 * size
+    factors = [
+        new / old
+        for name in ("expert_hidden", "analyst_hidden")
+        for new, old in zip(getattr(scaled, name), getattr(own, name), strict=True)
+    ]
+    assert max(factors) <= 1.2 * min(factors)
+    assert 0.5 <= scaled.collective_hidden_scale <= 2.01
+    assert scaled.n_total == own.n_total and scaled.num_experts == own.num_experts
+
+
+def test_a_collective_of_its_own_size_stays_as_it_is():
+    arm = match_collective(2_884_042, PHASE1.collective, tolerance=0.001, in_dim=784, num_classes=10)
+
+    assert arm.params == 2_884_042
+    assert arm.architecture.expert_hidden == PHASE1.collective.expert_hidden
+
+
+def test_a_size_out_of_a_collectives_reach_is_refused():
+    with pytest.raises(UserError, match="no collective of these proportions has 1,000 parameters"):
+        match_collective(1000, PHASE1.collective, tolerance=0.001, in_dim=784, num_classes=10)

@@ -1,6 +1,7 @@
-"""Single networks as large as a parameter budget: widths in closed form, numbers of layers searched.
+"""Networks as large as a parameter budget.
 
-Nothing is built here: a network is its list of hidden widths, and its parameters are a sum over neighbouring widths.
+Single networks: widths in closed form, numbers of layers searched; nothing is built, since their parameters are a sum
+over neighbouring widths. Collectives: all members scaled alike, and the head's hidden layer takes up the rest.
 """
 
 import math
@@ -24,7 +25,11 @@ from collective_pipeline.models.build import build_model
 
 # Matrix kernels are fast only where all widths are multiples of 8. Each attempt is a grid for all layers but one, and
 # one for the layer that is solved to meet the budget; the later ones are for budgets too small for the first.
-GRIDS = ((8, 8), (8, 1), (1, 1))
+GRID = 8
+GRIDS = ((GRID, GRID), (GRID, 1), (1, 1))
+# How far the members of a collective may be from the configured ones, and then its head from theirs.
+SCALES = (1 / 32, 32.0)
+HEAD_SCALES = (0.5, 2.0)
 # A layer may be off its regular width by this part before the network rather has more layers, so that their number
 # does not jump from one budget to the next for the sake of a few features.
 IRREGULARITY = 0.25
@@ -125,6 +130,81 @@ def match_baseline(
     )
 
 
+def match_collective(
+    target_params: int, config: CollectiveConfig, *, tolerance: float, in_dim: int, num_classes: int
+) -> Arm:
+    """The collective of this many parameters whose proportions are nearest to those of `config`.
+
+    All widths of experts and analysts are scaled by one factor; what their steps leave over goes to the hidden layer
+    of the head, whose width relative to its input (`collective_hidden_scale`) stays as near as it can.
+
+    Raises:
+        UserError: If no such collective is within `tolerance`; it names the nearest.
+    """
+
+    def count(candidate: CollectiveConfig) -> int:
+        return count_collective(candidate, in_dim=in_dim, num_classes=num_classes)
+
+    candidates: list[tuple[CollectiveConfig, int]] = []
+    for grid in (GRID, 1):  # the finer one for budgets too small for the coarse
+        if not any(abs(params - target_params) <= tolerance * target_params for _, params in candidates):
+            factor = _solve_scale(target_params, lambda scale, grid=grid: count(_scale(config, scale, grid)))
+            members = {_scale(config, factor * part / 100, grid) for part in range(85, 116)}
+            candidates += [
+                (candidate, count(candidate))
+                for scaled in members
+                for head_grid in {grid, 1}
+                for candidate in _solve_head(scaled, target_params, head_grid, count)
+            ]
+
+    def preference(candidate: tuple[CollectiveConfig, int]) -> tuple[float, float]:
+        error = abs(candidate[1] - target_params) / target_params
+        changed = abs(math.log(candidate[0].collective_hidden_scale / config.collective_hidden_scale))
+        return max(error, tolerance), changed
+
+    if not candidates:
+        smallest = count(_scale(config, SCALES[0], 1))
+        raise UserError(
+            f"no collective of these proportions has {target_params:,} parameters (the smallest has about "
+            f"{smallest:,}): change the size, or collective.*"
+        )
+    best, params = min(candidates, key=preference)
+    if abs(params - target_params) > tolerance * target_params:
+        raise UserError(
+            f"no collective has {target_params:,} parameters within {100 * tolerance:g} %: the nearest has {params:,}; "
+            "change the size, collective.* or baselines.tolerance"
+        )
+    return Arm(
+        model_type="collective",
+        in_dim=in_dim,
+        num_classes=num_classes,
+        params=params,
+        target_params=target_params,
+        architecture=best,
+    )
+
+
+def match_size(
+    model_type: ModelType,
+    target_params: int,
+    collective: CollectiveConfig,
+    baselines: BaselineConfig,
+    *,
+    in_dim: int,
+    num_classes: int,
+) -> Arm:
+    """The arm of this type and size; a collective keeps the proportions of `collective`.
+
+    Raises:
+        UserError: If there is none within `baselines.tolerance`.
+    """
+    if model_type == "collective":
+        return match_collective(
+            target_params, collective, tolerance=baselines.tolerance, in_dim=in_dim, num_classes=num_classes
+        )
+    return match_baseline(model_type, target_params, baselines, in_dim=in_dim, num_classes=num_classes)
+
+
 def match_arm(
     model_type: ModelType, collective: CollectiveConfig, baselines: BaselineConfig, *, in_dim: int, num_classes: int
 ) -> Arm:
@@ -165,6 +245,53 @@ def count_collective(collective: CollectiveConfig, *, in_dim: int, num_classes: 
     with torch.device("meta"):
         model = build_model(collective, in_dim=in_dim, num_classes=num_classes)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _scale(config: CollectiveConfig, factor: float, grid: int) -> CollectiveConfig:
+    """All widths of the members times `factor`, in steps that keep the encoder's width a multiple of 8 as well."""
+
+    def scaled(width: int, grid: int = grid) -> int:
+        return max(1, round(width * factor / grid)) * grid
+
+    return config.model_copy(
+        update={
+            "expert_hidden": tuple(map(scaled, config.expert_hidden)),
+            "expert_output": scaled(config.expert_output, 2 * grid),
+            "analyst_hidden": tuple(map(scaled, config.analyst_hidden)),
+            "analyst_output": scaled(config.analyst_output),
+        }
+    )
+
+
+def _solve_scale(target: int, count: Callable[[float], int]) -> float:
+    """The factor at which a count that grows with it meets the target, or the end of the range nearest to that."""
+    low, high = SCALES
+    while high / low > 1.02:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if count(middle) < target else (low, middle)
+    return math.sqrt(low * high)
+
+
+def _solve_head(
+    config: CollectiveConfig, target: int, grid: int, count: Callable[[CollectiveConfig], int]
+) -> list[CollectiveConfig]:
+    """The same members with the widths of the head's hidden layer next to where the budget is met."""
+    width = config.head_input_dim
+
+    def with_hidden(hidden: int) -> CollectiveConfig:
+        # The width is truncated: half a feature keeps clear of what division rounds.
+        return config.model_copy(update={"collective_hidden_scale": round((hidden + 0.5) / width, 6)})
+
+    # Below twice the classes the head's hidden layer does not become smaller.
+    low, high = 4 * width, 5 * width
+    per_feature = (count(with_hidden(high)) - count(with_hidden(low))) / (high - low)
+    solved = low + (target - count(with_hidden(low))) / per_feature
+    bounds = (
+        HEAD_SCALES[0] * config.collective_hidden_scale * width,
+        HEAD_SCALES[1] * config.collective_hidden_scale * width,
+    )
+    hidden = [step * grid for step in _near(solved / grid, steps=1)]
+    return [with_hidden(h) for h in hidden if bounds[0] <= h <= bounds[1]]
 
 
 def _shapes(
