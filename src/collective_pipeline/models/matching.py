@@ -6,6 +6,7 @@ over neighbouring widths. Collectives: all members scaled alike, and the head's 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -148,7 +149,7 @@ def match_collective(
     candidates: list[tuple[CollectiveConfig, int]] = []
     for grid in (GRID, 1):  # the finer one for budgets too small for the coarse
         if not any(abs(params - target_params) <= tolerance * target_params for _, params in candidates):
-            factor = _solve_scale(target_params, lambda scale, grid=grid: count(_scale(config, scale, grid)))
+            factor = _solve_scale(target_params, partial(_count_scaled, config, grid, count))
             members = {_scale(config, factor * part / 100, grid) for part in range(85, 116)}
             candidates += [
                 (candidate, count(candidate))
@@ -261,6 +262,10 @@ def _scale(config: CollectiveConfig, factor: float, grid: int) -> CollectiveConf
             "analyst_output": scaled(config.analyst_output),
         }
     )
+
+
+def _count_scaled(config: CollectiveConfig, grid: int, count: Callable[[CollectiveConfig], int], factor: float) -> int:
+    return count(_scale(config, factor, grid))
 
 
 def _solve_scale(target: int, count: Callable[[float], int]) -> float:

@@ -28,9 +28,11 @@ class Progress:
         num_epochs: That it is to train.
         num_arms: Of the whole comparison, for the estimate of its time.
         device_type: On a `cpu`, a comparison that takes long names the quick test.
+        brief: No line after the first epoch and the last: for one of very many short trainings.
     """
 
-    def __init__(self, arm: str, *, num_epochs: int, num_arms: int, device_type: str) -> None:
+    def __init__(self, arm: str, *, num_epochs: int, num_arms: int, device_type: str, brief: bool = False) -> None:
+        self.brief = brief
         self.arm = arm
         self.num_epochs = num_epochs
         self.num_arms = num_arms
@@ -65,13 +67,14 @@ class Progress:
         """Tell what this epoch gave, and after the first what all of it will take."""
         self.epochs_done = epoch.number
         if epoch.restored:
-            if epoch.finished and not epoch.partial:
+            if epoch.finished and not epoch.partial and not self.brief:
                 self._log(f"epoch {epoch.number}/{epoch.num_epochs}  is done")
             self.goes_on = not epoch.finished
             return
         per_epoch = self._pace(epoch)
         left = per_epoch * (epoch.num_epochs - epoch.number)
-        if epoch.number == 1 or epoch.finished or self._is_due(SECONDS_BETWEEN_LINES):
+        is_end = epoch.number == 1 or epoch.finished
+        if self._is_due(4 * SECONDS_BETWEEN_LINES) if self.brief else is_end or self._is_due(SECONDS_BETWEEN_LINES):
             score = (
                 f"validation accuracy {epoch.mean('val_accuracy'):5.2f} %"
                 if "val_accuracy" in epoch.metrics

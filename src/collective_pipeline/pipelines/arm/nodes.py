@@ -4,13 +4,12 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
 from collective_pipeline.config import Arm, ModelType, Parameters
 from collective_pipeline.data.splits import Splits
-from collective_pipeline.evaluation.cost import count_macs
+from collective_pipeline.evaluation.results import tabulate
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.progress import Progress
 from collective_pipeline.training.snapshots import Snapshots
@@ -80,34 +79,6 @@ def train(
 def evaluate(
     checkpoint: Checkpoint, history: pd.DataFrame, splits: Splits, settings: Parameters, device: torch.device
 ) -> pd.DataFrame:
-    """Read the test set, once, with the chosen weights; one row for each seed.
-
-    A seed that diverged before it had good weights has no accuracies and no loss.
-    """
-    arm, seeds = checkpoint.arm, checkpoint.seeds
+    """Read the test set, once, with the chosen weights; one row for each seed."""
     test = score(checkpoint, splits.test, splits, settings.training, device=device)
-    last = history.groupby("seed").tail(1).set_index("seed").loc[list(seeds)]
-    seconds = float(history["seconds"].max())
-    steps = len(splits.train) // settings.training.batch_size
-    images = steps * settings.training.batch_size * int(last["epoch"].sum())
-    results = pd.DataFrame(
-        {
-            "model_type": arm.model_type,
-            "seed": seeds,
-            "params": arm.params,
-            "target_params": arm.target_params,
-            "param_error_pct": arm.param_error_pct,
-            "macs": count_macs(arm),
-            "epochs": last["epoch"].to_numpy(),
-            "best_epoch": checkpoint.best_epochs,
-            "test_accuracy": test["accuracy"],
-            "test_loss": test["loss"],
-            "train_seconds": seconds / len(seeds),
-            "samples_per_second": images / seconds,
-            "diverged": ~np.isfinite(last["train_loss"].to_numpy()),
-            "test_top5_accuracy": test["top5_accuracy"],
-        }
-    )
-    results.loc[results["best_epoch"] == 0, ["test_accuracy", "test_loss", "test_top5_accuracy"]] = np.nan
-    chosen = history[["seed", "epoch", "val_accuracy"]].rename(columns={"epoch": "best_epoch"})
-    return results.merge(chosen, on=["seed", "best_epoch"], how="left")
+    return tabulate(checkpoint, history, test, settings.training, num_images=len(splits.train))

@@ -1,0 +1,56 @@
+"""What a trained arm did: one row for each seed."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from collective_pipeline.config import TrainingConfig
+from collective_pipeline.evaluation.cost import count_macs
+from collective_pipeline.models.checkpoint import Checkpoint
+
+
+def tabulate(
+    checkpoint: Checkpoint,
+    history: pd.DataFrame,
+    test: Mapping[str, Sequence[float]],
+    config: TrainingConfig,
+    *,
+    num_images: int,
+) -> pd.DataFrame:
+    """`comparison.RUN_COLUMNS` and `test_top5_accuracy`, a row for each seed.
+
+    A seed that diverged before it had good weights has no accuracies and no loss.
+
+    Args:
+        checkpoint: The weights that validation chose.
+        history: A row per seed and epoch.
+        test: Accuracies in percent and loss on the test set, one for each seed.
+        config: How it was trained.
+        num_images: Of the training set.
+    """
+    arm, seeds = checkpoint.arm, checkpoint.seeds
+    last = history.groupby("seed").tail(1).set_index("seed").loc[list(seeds)]
+    seconds = float(history["seconds"].max())
+    images = num_images // config.batch_size * config.batch_size * int(last["epoch"].sum())
+    results = pd.DataFrame(
+        {
+            "model_type": arm.model_type,
+            "seed": seeds,
+            "params": arm.params,
+            "target_params": arm.target_params,
+            "param_error_pct": arm.param_error_pct,
+            "macs": count_macs(arm),
+            "epochs": last["epoch"].to_numpy(),
+            "best_epoch": checkpoint.best_epochs,
+            "test_accuracy": test["accuracy"],
+            "test_loss": test["loss"],
+            "train_seconds": seconds / len(seeds),
+            "samples_per_second": images / seconds,
+            "diverged": ~np.isfinite(last["train_loss"].to_numpy()),
+            "test_top5_accuracy": test["top5_accuracy"],
+        }
+    )
+    results.loc[results["best_epoch"] == 0, ["test_accuracy", "test_loss", "test_top5_accuracy"]] = np.nan
+    chosen = history[["seed", "epoch", "val_accuracy"]].rename(columns={"epoch": "best_epoch"})
+    return results.merge(chosen, on=["seed", "best_epoch"], how="left")

@@ -1,0 +1,1 @@
+"""Studies of many trainings, shared by any number of workers."""

@@ -1,0 +1,249 @@
+"""A study: units of work in an Optuna storage that any number of workers share, each done exactly once.
+
+Who takes a unit holds a lock that all workers know, reads what there is, and marks the unit as taken by itself before
+it lets go. A unit that is taken by a worker that is no longer alive is taken again, with the same hyperparameters.
+"""
+
+import contextlib
+import logging
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import sqlalchemy
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from collective_pipeline.config import ModelType, Space, SweepConfig, UserError
+from collective_pipeline.randomness import key
+from collective_pipeline.tuning.locks import KEEP_ALIVE, FileLocks, Locks, PostgresLocks
+from collective_pipeline.tuning.space import suggest
+
+logger = logging.getLogger(__name__)
+
+Stage = Literal["grid", "search", "final"]
+Direction = Literal["maximize", "minimize"]
+
+# Trials at random before the sampler has something to learn from; TPE's own default.
+STARTUP_TRIALS = 10
+# Hyperband's smallest budget, as a part of the largest: four brackets that differ by a factor of three.
+SMALLEST_BUDGET = 1 / 27
+REDUCTION_FACTOR = 3
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is trained and told as one: an arm of this type with all its seeds.
+
+    Attributes:
+        stage: Of the sweep.
+        model_type: Of the arm.
+        name: A size in the grid, a number in the search, a rank among the best after it.
+    """
+
+    stage: Stage
+    model_type: ModelType
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.model_type} {int(self.name):,}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A unit that this worker has taken, its trial in Optuna, and the trial's values of what is searched."""
+
+    unit: Unit
+    study: optuna.Study
+    trial: optuna.Trial
+    values: dict[str, Any]
+
+
+class Study:
+    """The trials of all units, in one Optuna study for each stage and model type.
+
+    Args:
+        name: Of the study in its storage.
+        storage: Optuna's.
+        locks: Of all its workers.
+        config: What is searched, and for what.
+    """
+
+    def __init__(self, name: str, storage: BaseStorage, locks: Locks, config: SweepConfig) -> None:
+        self.name = name
+        self.storage = storage
+        self.locks = locks
+        self.config = config
+        self.worker = uuid.uuid4().hex
+        self.root = self._study(name, ["maximize"])
+        self._parts: dict[tuple[Stage, ModelType], optuna.Study] = {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is kept about the study as a whole."""
+        return dict(self.root.user_attrs)
+
+    def keep(self, name: str, fact: Any) -> Any:
+        """Keep a fact about the whole study unless there is one of this name; return the one that is kept."""
+        with self.locks.hold(f"{self.name}.facts"):
+            if name not in self.facts:
+                self.root.set_user_attr(name, fact)
+            return self.facts[name]
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While this lasts, what this worker has taken is its own."""
+        with self.locks.hold(self.worker):
+            yield
+
+    def claim(self, units: Iterable[Unit], space: Mapping[ModelType, Space]) -> Claim | None:
+        """Take the first unit that nobody has done or is doing; None if there is none.
+
+        What is searched is chosen here, so that a sampler knows of everything that was chosen before.
+        """
+        with self.locks.hold(f"{self.name}.claims"):
+            for unit, attempts in self.attempts(units).items():
+                if any(is_done(trial) or self._is_alive(trial) for trial in attempts):
+                    continue
+                study = self.part(unit.stage, unit.model_type)
+                for attempt in attempts:
+                    if attempt.state == TrialState.RUNNING:
+                        study.tell(attempt.number, state=TrialState.FAIL)
+                        logger.info("%s was left unfinished by another worker: it is taken again", unit)
+                if attempts:
+                    study.enqueue_trial(attempts[-1].params)
+                study.sampler = self._sampler(unit)
+                trial = study.ask()
+                trial.set_user_attr("unit", unit.name)
+                trial.set_user_attr("worker", self.worker)
+                values = suggest(trial, space[unit.model_type]) if unit.stage == "search" else {}
+                return Claim(unit, study, trial, values)
+        return None
+
+    def attempts(self, units: Iterable[Unit]) -> dict[Unit, list[FrozenTrial]]:
+        """All trials of each unit, the first one first."""
+        attempts: dict[Unit, list[FrozenTrial]] = {unit: [] for unit in units}
+        for stage, model_type in dict.fromkeys((unit.stage, unit.model_type) for unit in attempts):
+            for trial in self.part(stage, model_type).get_trials(deepcopy=False):
+                unit = Unit(stage, model_type, trial.user_attrs.get("unit", ""))
+                if unit in attempts:
+                    attempts[unit].append(trial)
+        return attempts
+
+    def outcomes(self, units: Iterable[Unit]) -> dict[Unit, FrozenTrial]:
+        """The trial that is the result of each unit that is done."""
+        return {
+            unit: trial for unit, attempts in self.attempts(units).items() for trial in attempts[-1:] if is_done(trial)
+        }
+
+    def part(self, stage: Stage, model_type: ModelType) -> optuna.Study:
+        """Optuna's study of this stage and model type."""
+        part = stage, model_type
+        if part not in self._parts:
+            both = stage == "search" and self.config.objective == "accuracy_and_params"
+            directions: list[Direction] = ["maximize", "minimize"] if both else ["maximize"]
+            self._parts[part] = self._study(f"{self.name}/{stage}/{model_type}", directions)
+        return self._parts[part]
+
+    def _study(self, name: str, directions: list[Direction]) -> optuna.Study:
+        epochs = self.config.trial_epochs
+        pruner = optuna.pruners.HyperbandPruner(
+            min_resource=max(1, round(epochs * SMALLEST_BUDGET)), max_resource=epochs, reduction_factor=REDUCTION_FACTOR
+        )
+        return optuna.create_study(
+            storage=self.storage, study_name=name, directions=directions, pruner=pruner, load_if_exists=True
+        )
+
+    def _sampler(self, unit: Unit) -> optuna.samplers.BaseSampler:
+        """Seeded by the unit: workers that begin together do not begin with the same values."""
+        return optuna.samplers.TPESampler(
+            n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True, seed=key(0, str(unit)) % 2**32
+        )
+
+    def _is_alive(self, trial: FrozenTrial) -> bool:
+        if trial.state != TrialState.RUNNING:
+            return False
+        worker = trial.user_attrs.get("worker")
+        return worker == self.worker or (worker is not None and self.locks.is_held(worker))
+
+
+def is_done(trial: FrozenTrial) -> bool:
+    """Whether this trial is the result of its unit; one that its worker left is not."""
+    return trial.state in {TrialState.COMPLETE, TrialState.PRUNED} or "failure" in trial.user_attrs
+
+
+def open_study(config: SweepConfig, name: str, identity: Mapping[str, Any], default: Path) -> Study:
+    """The study of this name, made if there is none.
+
+    Args:
+        config: Its storage, and what is searched.
+        name: Of the study; with `config.fork` that of another beside it, if it is of other settings.
+        identity: The settings that all its results have in common, by the names that a user knows.
+        default: The file that it is kept in if the configuration names none.
+
+    Raises:
+        UserError: If the storage cannot be reached, or the study is of other settings, naming what differs.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage, locks = _connect(config.storage or str(default), name)
+    for number in range(1, 1000):
+        study = Study(name if number == 1 else f"{name}-{number}", storage, locks, config)
+        kept = study.keep("identity", dict(identity))
+        differing = [part for part in kept | identity if kept.get(part) != identity.get(part)]
+        if not differing:
+            return study
+        if not config.fork:
+            was = "; ".join(f"{part} was {kept.get(part)!r} and is {identity.get(part)!r}" for part in differing)
+            raise UserError(
+                f"the study '{study.name}' is of other settings: {was}; give the command that began it, another name "
+                "(sweep.study), or sweep.fork=true to begin another beside it"
+            )
+    raise UserError(f"there are a thousand studies beside '{name}': choose another name (sweep.study)")
+
+
+def _connect(place: str, study: str) -> tuple[BaseStorage, Locks]:
+    scheme, separator, rest = place.partition("://")
+    if not separator:
+        path = Path(place)
+        locks = _file_locks(path)
+        with locks.hold("storage"):
+            return JournalStorage(JournalFileBackend(str(path))), locks
+    if scheme == "sqlite":
+        locks = _file_locks(Path(rest.removeprefix("/")))
+        with locks.hold("storage"):
+            # Workers that write at the same time wait for each other.
+            return RDBStorage(place, engine_kwargs={"connect_args": {"timeout": 60}}), locks
+    if scheme.split("+")[0] in {"postgresql", "postgres"}:
+        return _connect_postgres(f"postgresql+psycopg://{rest}", study)
+    raise UserError(
+        f"sweep.storage={place!r}: choose a file for the processes of one machine, sqlite:///file, or "
+        "postgresql://user@host/database for several machines"
+    )
+
+
+def _file_locks(path: Path) -> FileLocks:
+    try:
+        return FileLocks(path.with_name(f"{path.name}.locks"))
+    except OSError as error:
+        raise UserError(f"sweep.storage: {path} cannot be made ({error.strerror}): choose another place") from error
+
+
+def _connect_postgres(url: str, study: str) -> tuple[BaseStorage, Locks]:
+    try:
+        engine = sqlalchemy.create_engine(url)
+        locks = PostgresLocks(engine, study)
+        with locks.hold("storage"):  # the first worker makes the tables
+            arguments = {"connect_args": KEEP_ALIVE, "pool_pre_ping": True}
+            return RDBStorage(url, engine_kwargs=arguments), locks
+    except ModuleNotFoundError as error:
+        raise UserError("sweep.storage: PostgreSQL needs psycopg: install collective-pipeline[postgres]") from error
+    except (sqlalchemy.exc.OperationalError, sqlalchemy.exc.ArgumentError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"sweep.storage={sqlalchemy.make_url(url).render_as_string(hide_password=True)} cannot be reached "
+            f"({reason}): start the server, or mend the address"
+        ) from error

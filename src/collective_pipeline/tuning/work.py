@@ -1,0 +1,402 @@
+"""The work of a study: claim a unit, train it, tell what came of it, until all of them are done."""
+
+import contextlib
+import logging
+import math
+import multiprocessing
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+import torch
+from optuna.trial import TrialState
+
+from collective_pipeline.config import MODEL_TYPES, Arm, Parameters, UserError, flatten, with_values
+from collective_pipeline.data.splits import Splits
+from collective_pipeline.evaluation.comparison import efficiency
+from collective_pipeline.evaluation.results import tabulate
+from collective_pipeline.models.matching import match_arm, match_size
+from collective_pipeline.training import interrupt
+from collective_pipeline.training.loop import Epoch
+from collective_pipeline.training.progress import Progress, duration
+from collective_pipeline.training.runtime import choose_device
+from collective_pipeline.training.snapshots import Snapshots
+from collective_pipeline.training.tracking import Curves
+from collective_pipeline.training.train import score, snapshots_at, train_arm
+from collective_pipeline.tuning.space import space_of
+from collective_pipeline.tuning.study import Claim, Study, Unit, open_study
+from collective_pipeline.tuning.tracking import Tracking, log_outcome
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LOOKS = 1.0
+# What may differ between the commands that share a study.
+OWN = ("device", "resume", "model_type", "comparison.", "sweep.")
+# What of the sweep may not.
+SHARED = ("sweep.mode", "sweep.trial_epochs", "sweep.trial_seeds", "sweep.objective", "sweep.space.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that a worker needs, on this machine or as a process of its own.
+
+    Attributes:
+        settings: Of the run.
+        splits: The images.
+        file: The study's, if the settings name no storage.
+        folder: For the state of trials that are interrupted.
+        tracking: Where the trials are tracked, if they are.
+    """
+
+    settings: Parameters
+    splits: Splits
+    file: Path
+    folder: Path
+    tracking: Tracking | None = None
+
+    def open(self) -> Study:
+        """The study; see `open_study`."""
+        settings = self.settings
+        name = settings.sweep.study or f"{settings.sweep.mode}-{settings.dataset}"
+        return open_study(settings.sweep, name, identify(settings, self.splits), self.file)
+
+
+def identify(settings: Parameters, splits: Splits) -> dict[str, Any]:
+    """The settings that all results of a study have in common.
+
+    More sizes, model types or trials only add to a study, so they are not among them.
+    """
+    shared = {
+        name: value for name, value in flatten(settings).items() if not name.startswith(OWN) or name.startswith(SHARED)
+    }
+    if settings.sweep.mode == "grid":
+        shared = {name: value for name, value in shared.items() if name in {"sweep.mode"} or "sweep." not in name}
+    return shared | {"images": splits.digest}
+
+
+def list_units(settings: Parameters) -> list[Unit]:
+    """The units of the sweep's first stage, all model types of a size or number before the next."""
+    sweep = settings.sweep
+    if sweep.mode == "grid":
+        return [Unit("grid", model_type, str(size)) for size in sorted(sweep.sizes) for model_type in sweep.model_types]
+    return [Unit("search", model_type, str(n)) for n in range(sweep.trials) for model_type in sweep.model_types]
+
+
+def list_finals(study: Study, settings: Parameters) -> list[tuple[Unit, optuna.trial.FrozenTrial]]:
+    """The best trials of each model type, which are trained anew; nothing unless the search is all done.
+
+    Of several objectives the Pareto front counts, the most accurate first.
+    """
+    units = list_units(settings)
+    if settings.sweep.mode == "grid" or len(study.outcomes(units)) < len(units):
+        return []
+    finals = []
+    for model_type in settings.sweep.model_types:
+        part = study.part("search", model_type)
+        done = [trial for trial in part.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
+        if settings.sweep.objective == "accuracy_and_params":
+            front = {trial.number for trial in part.best_trials}
+            done = [trial for trial in done if trial.number in front]
+        done.sort(key=lambda trial: (-trial.values[0], trial.number))
+        finals += [
+            (Unit("final", model_type, str(rank)), trial)
+            for rank, trial in enumerate(done[: settings.sweep.retrain], start=1)
+        ]
+    return finals
+
+
+def check_sizes(settings: Parameters, splits: Splits) -> None:
+    """Every size of the grid can be met by every model type.
+
+    Raises:
+        UserError: Naming the first that cannot.
+    """
+    if settings.sweep.mode == "grid":
+        for unit in list_units(settings):
+            _arm_of(unit, settings, splits)
+
+
+def run_workers(task: Task, device: torch.device) -> None:
+    """Work until the study is done, with as many processes as `sweep.workers` says, this one included.
+
+    Each takes a CUDA device of its own as long as there are enough.
+    """
+    num_workers = task.settings.sweep.workers
+    context = multiprocessing.get_context("spawn")  # a fork would share what torch and the locks hold
+    others = [context.Process(target=_work_as_process, args=(task, i)) for i in range(1, num_workers)]
+    for other in others:
+        other.start()
+    try:
+        work(task, _device_of(device, 0, num_workers), share=1 / num_workers)
+    except BaseException:
+        for other in others:
+            other.terminate()  # SIGTERM: they save what they have
+        raise
+    finally:
+        for other in others:
+            other.join()
+            if other.exitcode:
+                logger.warning("A worker ended early (exit status %d): the others have done its work", other.exitcode)
+
+
+def _work_as_process(task: Task, index: int) -> None:
+    num_workers = task.settings.sweep.workers
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s  worker {index}  %(message)s", datefmt="%H:%M:%S")
+    for name in ("mlflow", "alembic", "optuna"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with interrupt.listen():
+        try:
+            device = _device_of(choose_device(task.settings.device), index, num_workers)
+            work(task, device, share=1 / num_workers)
+        except interrupt.Interrupted as stopped:
+            raise SystemExit(stopped.exit_code) from None
+        except UserError as error:
+            raise SystemExit(str(error)) from None
+
+
+def _device_of(device: torch.device, index: int, num_workers: int) -> torch.device:
+    if device.type == "cuda" and num_workers > 1:
+        return torch.device("cuda", index % torch.cuda.device_count())
+    return device
+
+
+def work(task: Task, device: torch.device, *, share: float = 1.0) -> None:
+    """Work as one worker until all units are done, whoever does them.
+
+    Args:
+        task: What is to be done.
+        device: Where.
+        share: Of this machine's cores and of the device's memory that this worker may take.
+    """
+    side_by_side = task.settings.sweep.side_by_side or (len(MODEL_TYPES) if device.type == "cuda" else 1)
+    with _threads(device, share, side_by_side):
+        worker = Worker(task, task.open(), device, round(side_by_side / share))
+        with worker.study.at_work(), ThreadPoolExecutor(side_by_side) as pool:
+            running = [pool.submit(worker.run) for _ in range(side_by_side)]
+            for future in running:
+                future.result()
+
+
+@contextlib.contextmanager
+def _threads(device: torch.device, share: float, side_by_side: int) -> Iterator[None]:
+    """Cores are divided: torch's threads of several workers would wait for each other."""
+    usual = torch.get_num_threads()
+    own = 1 if device.type == "cuda" else max(1, int(usual * share / side_by_side))
+    torch.set_num_threads(own)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
+
+
+class Worker:
+    """One process's part of the work; its threads share it.
+
+    Args:
+        task: What is to be done.
+        study: Where it is shared.
+        device: Where to train.
+        num_beside: How many trainings share the device at the same time.
+    """
+
+    def __init__(self, task: Task, study: Study, device: torch.device, num_beside: int) -> None:
+        self.task = task
+        self.settings = task.settings
+        self.study = study
+        self.device = device
+        self.num_beside = num_beside
+        self.started = time.perf_counter()
+        self.num_done_before = self.num_done()
+        model_types = self.settings.sweep.model_types
+        self.space = {model_type: space_of(self.settings.sweep.space, model_type) for model_type in model_types}
+
+    def run(self) -> None:
+        """Claim and do units until all are done; wait for those of others, which may be left to this one."""
+        while not interrupt.requested():
+            units = self.units()
+            claim = self.study.claim(units, self.space)
+            if claim is not None:
+                self._do(claim)
+            elif len(self.study.outcomes(units)) == len(units) == self.num_units():
+                return
+            else:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        interrupt.stop("the study is saved; give the same command again to go on from there")
+
+    def units(self) -> list[Unit]:
+        """All that are known by now."""
+        return list_units(self.settings) + [unit for unit, _ in list_finals(self.study, self.settings)]
+
+    def num_done(self) -> int:
+        """How many units have a result, whoever has found it."""
+        return len(self.study.outcomes(self.units()))
+
+    def num_units(self) -> int:
+        """How many there are in all, once all are known."""
+        sweep = self.settings.sweep
+        if sweep.mode == "grid":
+            return len(list_units(self.settings))
+        return len(list_units(self.settings)) + len(list_finals(self.study, self.settings))
+
+    def _do(self, claim: Claim) -> None:
+        """Train a unit, and tell what came of it: a result, that it was pruned, or why there is none."""
+        unit = claim.unit
+        try:
+            settings = self._settings_of(claim)
+            arm = _arm_of(unit, settings, self.task.splits)
+            chosen = {"params": arm.params, "target_params": arm.target_params}
+            tracked = flatten(settings) | {f"arm.{name}": value for name, value in flatten(arm).items()} | chosen
+            run = self.task.tracking.trial(unit, tracked) if self.task.tracking else contextlib.nullcontext()
+            with run:
+                self._train(claim, arm, settings)
+        except interrupt.Interrupted:
+            raise
+        except UserError as error:  # these hyperparameters cannot be used; others can
+            if unit.stage != "search":
+                interrupt.request(error)
+                raise
+            self._fail(claim, str(error))
+        except BaseException as error:
+            interrupt.request(error)
+            raise
+
+    def _settings_of(self, claim: Claim) -> Parameters:
+        """What this unit is trained with."""
+        settings, unit = self.settings, claim.unit
+        if unit.stage == "search":
+            tried = with_values(settings, claim.values | {"training.epochs": settings.sweep.trial_epochs})
+            return tried.model_copy(update={"seeds": settings.sweep.trial_seeds})
+        if unit.stage == "final":
+            best = dict(list_finals(self.study, settings))[unit]
+            return with_values(settings, best.user_attrs["values"])
+        return settings
+
+    def _train(self, claim: Claim, arm: Arm, settings: Parameters) -> None:
+        unit, splits = claim.unit, self.task.splits
+        claim.trial.set_user_attr("values", claim.values)
+        claim.trial.set_user_attr("params", arm.params)
+        search = unit.stage == "search"
+        pruner = _Pruner(claim, prunes=search and self.settings.sweep.objective == "accuracy")
+        name = str(unit)
+        progress = Progress(
+            name, num_epochs=settings.training.epochs, num_arms=1, device_type=self.device.type, brief=search
+        )
+        snapshots = self._snapshots(unit, arm, settings)
+        try:
+            checkpoint, fit = train_arm(
+                arm,
+                splits,
+                settings.training,
+                seeds=settings.seeds,
+                device=self.device,
+                callbacks=[progress, Curves(), pruner],
+                watch=progress.watch,
+                snapshots=snapshots,
+                num_beside=self.num_beside,
+            )
+        except optuna.TrialPruned:
+            log_outcome(TrialState.PRUNED, {"final/val_accuracy": pruner.best})
+            self._tell(claim, pruner, state=TrialState.PRUNED)
+            return
+        finite = [value for value, epoch in zip(fit.best_accuracies, fit.best_epochs, strict=True) if epoch]
+        if not finite:
+            self._fail(claim, "the loss of every seed diverged", rows=[])
+        elif search:
+            accuracy = sum(finite) / len(finite)
+            values = [accuracy, arm.params] if self.settings.sweep.objective == "accuracy_and_params" else [accuracy]
+            log_outcome(TrialState.COMPLETE, {"final/val_accuracy": accuracy, "final/model_params": arm.params})
+            self._tell(claim, pruner, values=values)
+        else:
+            test = score(checkpoint, splits.test, splits, settings.training, device=self.device)
+            history = pd.DataFrame(fit.history)
+            rows = tabulate(checkpoint, history, test, settings.training, num_images=len(splits.train))
+            accuracy = float(rows["test_accuracy"].mean())
+            metrics = {"final/test_accuracy": accuracy, "final/val_accuracy": float(rows["val_accuracy"].mean())}
+            metrics |= {"final/test_loss": float(rows["test_loss"].mean()), "final/model_params": arm.params}
+            metrics |= {f"final/{key}": float(value) for key, value in efficiency(accuracy, arm.params).items()}
+            log_outcome(TrialState.COMPLETE, metrics)
+            claim.trial.set_user_attr("arm", arm.model_dump(mode="json"))
+            claim.trial.set_user_attr("rows", _as_json(rows))
+            self._tell(claim, pruner, values=[metrics["final/val_accuracy"]])
+
+    def _snapshots(self, unit: Unit, arm: Arm, settings: Parameters) -> Snapshots:
+        """Where the unit's state is saved; what another code or other values left there is given up."""
+        folder = self._folder(unit)
+        resuming = settings.model_copy(update={"resume": folder.exists()})
+        snapshots = snapshots_at(folder / "last.safetensors", arm, self.task.splits, resuming, self.device)
+        try:
+            snapshots.check()
+        except UserError:
+            shutil.rmtree(folder)
+            return self._snapshots(unit, arm, settings)
+        return snapshots
+
+    def _folder(self, unit: Unit) -> Path:
+        return self.task.folder / self.study.name / unit.stage / unit.model_type / unit.name
+
+    def _fail(self, claim: Claim, reason: str, **facts: Any) -> None:
+        logger.warning("%s has no result: %s", claim.unit, reason)
+        log_outcome(TrialState.FAIL, {}, reason)
+        claim.trial.set_user_attr("failure", reason)
+        for name, fact in facts.items():
+            claim.trial.set_user_attr(name, fact)
+        claim.study.tell(claim.trial, state=TrialState.FAIL)
+
+    def _tell(self, claim: Claim, pruner: "_Pruner", **outcome: Any) -> None:
+        claim.trial.set_user_attr("epochs", pruner.epochs)
+        claim.trial.set_user_attr("seconds", pruner.seconds)
+        claim.study.tell(claim.trial, **outcome)
+        shutil.rmtree(self._folder(claim.unit), ignore_errors=True)
+        done, all_units = self.num_done(), self.num_units()
+        elapsed = time.perf_counter() - self.started
+        left = elapsed / max(1, done - self.num_done_before) * (all_units - done)
+        what = "pruned at" if outcome.get("state") == TrialState.PRUNED else "done,"
+        logger.info(
+            "%s %s %.2f %% validation accuracy; %d of %d units, about %s left",
+            claim.unit,
+            what,
+            pruner.best,
+            done,
+            all_units,
+            duration(left),
+        )
+
+
+class _Pruner:
+    """A callback that reports the best mean accuracy so far, and stops a trial that Hyperband gives up."""
+
+    def __init__(self, claim: Claim, *, prunes: bool) -> None:
+        self.claim = claim
+        self.prunes = prunes
+        self.best = 0.0
+        self.epochs = 0
+        self.seconds = 0.0
+
+    def __call__(self, epoch: Epoch) -> None:
+        if epoch.partial:
+            return
+        accuracy = epoch.mean("val_accuracy") if "val_accuracy" in epoch.metrics else math.nan
+        self.best = max(self.best, accuracy) if math.isfinite(accuracy) else self.best
+        self.epochs, self.seconds = epoch.number, epoch.seconds
+        if not self.prunes:
+            return
+        self.claim.trial.report(self.best, epoch.number)
+        if not epoch.finished and self.claim.trial.should_prune():
+            raise optuna.TrialPruned
+
+
+def _arm_of(unit: Unit, settings: Parameters, splits: Splits) -> Arm:
+    about = {"in_dim": splits.in_dim, "num_classes": splits.num_classes}
+    if unit.stage == "grid":
+        return match_size(unit.model_type, int(unit.name), settings.collective, settings.baselines, **about)
+    return match_arm(unit.model_type, settings.collective, settings.baselines, **about)
+
+
+def _as_json(rows: pd.DataFrame) -> list[Any]:
+    return rows.astype(object).where(rows.notna(), None).to_dict(orient="records")
