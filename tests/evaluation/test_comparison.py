@@ -10,11 +10,10 @@ from collective_pipeline.config import MODEL_TYPES, ComparisonConfig
 from collective_pipeline.evaluation.comparison import (
     COMPARISON_COLUMNS,
     RUN_COLUMNS,
-    answer,
     compare_arms,
     holm,
-    seeds_needed,
 )
+from collective_pipeline.evaluation.verdict import answer, seeds_needed
 
 CONFIG = ComparisonConfig(resamples=1000)
 DIFFERENCES = ["difference_to_reference", "difference_ci_low", "difference_ci_high", "p_value_holm"]
@@ -70,11 +69,11 @@ def test_columns_and_order_are_as_promised():
     assert comparison["model_type"].tolist() == ["deep", "collective", "shallow"]
 
 
-def test_everything_but_the_references_p_value_is_a_number():
+def test_everything_but_what_would_compare_the_reference_with_itself_is_a_number():
     comparison = by_arm(noisy(3))
     missing = comparison.isna()
-    assert missing.loc["collective", "p_value_holm"]
-    assert missing.to_numpy().sum() == 1
+    assert missing.loc["collective", ["p_value_holm", "probability_of_improvement"]].all()
+    assert missing.to_numpy().sum() == 2
     assert comparison.loc["collective", DIFFERENCES[:3]].tolist() == [0, 0, 0]
 
 

@@ -5,6 +5,7 @@ intervals and tests therefore speak about training again with other seeds, not a
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
-from collective_pipeline.config import BASELINES, ComparisonConfig
+from collective_pipeline.config import ComparisonConfig
 
 RUN_COLUMNS = (
     "model_type",
@@ -50,6 +51,28 @@ COMPARISON_COLUMNS = (
     "difference_ci_high",
     "p_value_holm",
     "num_diverged",
+    "probability_of_improvement",
+)
+COSTS = ("params", "macs", "latency_ms", "train_seconds")
+SIZE_COLUMNS = (
+    "target_params",
+    *COMPARISON_COLUMNS,
+    "test_loss_mean",
+    "test_loss_ci_low",
+    "test_loss_ci_high",
+    *(f"on_front_{cost}" for cost in COSTS),
+)
+OVERALL_COLUMNS = (
+    "model_type",
+    "num_seeds",
+    "num_pairs",
+    "test_accuracy_mean",
+    "difference_to_reference",
+    "difference_ci_low",
+    "difference_ci_high",
+    "p_value_holm",
+    "num_diverged",
+    "probability_of_improvement",
 )
 
 Floats = npt.NDArray[np.float64]
@@ -76,20 +99,75 @@ def compare_arms(results: pd.DataFrame, config: ComparisonConfig, *, reference: 
     Raises:
         ValueError: If an arm has a seed twice, or lacks one that another arm has.
     """
+    table = _compare(results, config, reference)
+    return table.assign(p_value_holm=_holm_column(table["p_value"]))[list(COMPARISON_COLUMNS)]
+
+
+def compare_sizes(results: pd.DataFrame, config: ComparisonConfig, *, reference: str = "collective") -> pd.DataFrame:
+    """`compare_arms` at every size, the smallest first; Holm corrects over all arms and sizes.
+
+    Args:
+        results: As for `compare_arms`, a row per size, arm and seed; `target_params` is the size.
+        config: How sure the intervals are to be.
+        reference: The arm that the others are compared to at each size.
+
+    Returns:
+        `SIZE_COLUMNS`. Whether an arm of a size is on the Pareto front of accuracy and a cost is judged by the means,
+        over all arms and sizes.
+    """
+    sizes = []
+    for size, at_size in results.groupby("target_params", sort=True):
+        table = _compare(at_size, config, reference)
+        losses = at_size.pivot(index="seed", columns="model_type", values="test_loss")[table["model_type"].tolist()]
+        low, high = _intervals(losses, config)
+        loss = {"test_loss_mean": losses.mean(), "test_loss_ci_low": low, "test_loss_ci_high": high}
+        sizes.append(table.assign(target_params=size, **{name: column.to_numpy() for name, column in loss.items()}))
+    table = pd.concat(sizes, ignore_index=True)
+    fronts = {f"on_front_{cost}": pareto_front(table["test_accuracy_mean"], table[cost]) for cost in COSTS}
+    return table.assign(p_value_holm=_holm_column(table["p_value"]), **fronts)[list(SIZE_COLUMNS)]
+
+
+def compare_overall(results: pd.DataFrame, config: ComparisonConfig, *, reference: str = "collective") -> pd.DataFrame:
+    """One row per arm over all sizes: its difference to `reference`, a pair for each size and seed.
+
+    The test's null hypothesis is that there is no difference at any size; the interval is of the mean over sizes.
+
+    Args:
+        results: As for `compare_sizes`.
+        config: How sure the intervals are to be.
+        reference: The arm that the others are compared to.
+
+    Returns:
+        `OVERALL_COLUMNS`, in order of first appearance.
+    """
+    pairs = results.pivot(index=["target_params", "seed"], columns="model_type", values="test_accuracy")
+    pairs = pairs[results["model_type"].unique().tolist()].round(DECIMALS)
+    table = _differences(pairs, config, reference)
+    table["test_accuracy_mean"] = pairs.mean().round(DECIMALS)
+    table["num_pairs"] = pairs.sub(pairs.get(reference, np.nan), axis=0).notna().sum()
+    table["num_seeds"] = results.groupby("model_type")["seed"].nunique()
+    table["num_diverged"] = results.groupby("model_type")["diverged"].sum().astype(int)
+    table = table.rename_axis("model_type").reset_index()
+    return table.assign(p_value_holm=_holm_column(table["p_value"]))[list(OVERALL_COLUMNS)]
+
+
+def pareto_front(accuracy: pd.Series, cost: pd.Series) -> pd.Series:
+    """Whether nothing else is at least as accurate at no more cost, and better in one of the two."""
+    front = []
+    for own_accuracy, own_cost in zip(accuracy, cost, strict=True):
+        no_worse = (accuracy >= own_accuracy) & (cost <= own_cost)
+        better = (accuracy > own_accuracy) | (cost < own_cost)
+        front.append(not math.isnan(own_accuracy) and not (no_worse & better).any())
+    return pd.Series(front, index=accuracy.index, dtype=bool)
+
+
+def _compare(results: pd.DataFrame, config: ComparisonConfig, reference: str) -> pd.DataFrame:
+    """The comparison without the corrected p values, with those that are to be corrected."""
     accuracy = _accuracy_by_seed(results)
     arms = results.groupby("model_type", sort=False)
     params = arms["params"].first()
     mean = accuracy.mean().round(DECIMALS)
     low, high = _intervals(accuracy, config)
-
-    has_reference = reference in accuracy
-    differences = accuracy.sub(accuracy[reference] if has_reference else np.nan, axis=0).round(DECIMALS)
-    difference_low, difference_high = _intervals(differences, config)
-    if has_reference:
-        difference_low[reference] = difference_high[reference] = 0.0
-    others = [arm for arm in accuracy if arm != reference] if has_reference else []
-    tested = [arm for arm in others if differences[arm].notna().any()]
-    p_values = holm([_sign_flip_p_value(differences[arm].dropna().to_numpy()) for arm in tested])
 
     table = pd.DataFrame(
         {
@@ -103,15 +181,51 @@ def compare_arms(results: pd.DataFrame, config: ComparisonConfig, *, reference: 
             "macs": arms["macs"].first(),
             "latency_ms": arms["latency_ms"].mean(),
             "train_seconds": arms["train_seconds"].mean(),
-            "difference_to_reference": differences.mean().round(DECIMALS),
-            "difference_ci_low": difference_low,
-            "difference_ci_high": difference_high,
-            "p_value_holm": pd.Series(p_values, index=tested, dtype=float),
             "num_diverged": arms["diverged"].sum().astype(int),
         },
         index=accuracy.columns,
     )
-    return table.rename_axis("model_type").reset_index()[list(COMPARISON_COLUMNS)]
+    table = table.join(_differences(accuracy, config, reference))
+    return table.rename_axis("model_type").reset_index()
+
+
+def _differences(accuracy: pd.DataFrame, config: ComparisonConfig, reference: str) -> pd.DataFrame:
+    """Every arm minus `reference`, a row per arm, from a column per arm and a row per pair."""
+    has_reference = reference in accuracy
+    differences = accuracy.sub(accuracy[reference] if has_reference else np.nan, axis=0).round(DECIMALS)
+    low, high = _intervals(differences, config)
+    if has_reference:
+        low[reference] = high[reference] = 0.0
+    others = [arm for arm in accuracy if arm != reference] if has_reference else []
+    tested = [arm for arm in others if differences[arm].notna().any()]
+    p_values = [_sign_flip_p_value(differences[arm].dropna().to_numpy()) for arm in tested]
+    improvement = [probability_of_improvement(accuracy[arm], accuracy[reference]) for arm in tested]
+    return pd.DataFrame(
+        {
+            "difference_to_reference": differences.mean().round(DECIMALS),
+            "difference_ci_low": low,
+            "difference_ci_high": high,
+            "p_value": pd.Series(p_values, index=tested, dtype=float),
+            "probability_of_improvement": pd.Series(improvement, index=tested, dtype=float),
+        },
+        index=accuracy.columns,
+    )
+
+
+def probability_of_improvement(arm: pd.Series, reference: pd.Series) -> float:
+    """How probable it is that a training of `arm` ends with a higher accuracy than one of `reference`.
+
+    Over all pairs of seeds, ties as one half (Agarwal et al. 2021, from Mann and Whitney's U).
+    """
+    own, other = arm.dropna().to_numpy(), reference.dropna().to_numpy()
+    if not len(own) or not len(other):
+        return math.nan
+    return float(stats.mannwhitneyu(own, other).statistic / (len(own) * len(other)))
+
+
+def _holm_column(p_values: pd.Series) -> pd.Series:
+    tested = p_values.dropna()
+    return pd.Series(holm(tested.tolist()), index=tested.index, dtype=float).reindex(p_values.index)
 
 
 def efficiency(accuracy: Any, params: Any) -> dict[str, Any]:
@@ -129,51 +243,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     scaled = (p_values[i] * (len(p_values) - rank) for rank, i in enumerate(order))
     adjusted = dict(zip(order, itertools.accumulate(scaled, max), strict=True))
     return [min(1.0, adjusted[i]) for i in range(len(p_values))]
-
-
-def seeds_needed(num_comparisons: int, alpha: float) -> int:
-    """The fewest seeds with which the corrected sign-flip test can reach `alpha` at all.
-
-    With n seeds the smallest two-sided p value is 2 / 2^n, and Holm multiplies it by `num_comparisons`.
-    """
-    return next(n for n in itertools.count(1) if 2 / 2**n * num_comparisons <= alpha)
-
-
-def answer(comparison: pd.DataFrame, config: ComparisonConfig, *, reference: str = "collective") -> str:
-    """Whether `reference` is better than the other arms, in one sentence for someone who knows no statistics."""
-    arms = comparison.set_index("model_type")
-    verdict = _answer(arms, config, reference)
-    diverged = [f"{number} of {name}'s" for name, number in arms["num_diverged"].items() if number]
-    if not diverged:
-        return verdict
-    return f"{verdict} The loss of {_join(diverged)} seeds diverged: their last good weights count, if there are any."
-
-
-def _answer(arms: pd.DataFrame, config: ComparisonConfig, reference: str) -> str:
-    failed = arms.index[arms["num_seeds"] == 0].tolist()
-    arms = arms.drop(index=failed)
-    if reference in failed or arms.empty:
-        return f"There is no result: {_join(failed)} diverged with every seed."
-    if failed:
-        return f"{_answer(arms, config, reference)} There is no result of {_join(failed)}."
-    if len(arms) == 1:
-        return f"{_describe(arms.iloc[0], config)}."
-    best = arms.drop(index=reference, errors="ignore").sort_values("test_accuracy_mean", kind="stable").iloc[-1]
-    if reference not in arms.index:
-        return f"There is no {reference} to compare the {len(arms)} arms to; observed best, {_describe(best, config)}."
-
-    others = arms.drop(index=reference)
-    alpha = 1 - config.confidence
-    num_seeds, needed = int(arms["num_seeds"].min()), seeds_needed(len(others), alpha)
-    group = f"{_group(others.index.tolist())} at {_param_range(arms)}"
-    if num_seeds >= needed:
-        verdict = _verdict(others, alpha, num_seeds, group, reference)
-    else:
-        verdict = (
-            f"With {_seeds(num_seeds)} it cannot be told whether the {reference} is better than {group}: at least "
-            f"{needed} seeds are needed; what was observed is no verdict yet:"
-        )
-    return f"{verdict} {_observe(arms.loc[[reference]].iloc[0], best, len(others), config)}."
 
 
 def _accuracy_by_seed(results: pd.DataFrame) -> pd.DataFrame:
@@ -229,81 +298,3 @@ def _sign_flip_p_value(differences: Floats) -> float:
 
 def _rounded_mean(values: Floats, axis: int = -1) -> Floats:
     return np.asarray(values.mean(axis=axis)).round(DECIMALS)
-
-
-def _verdict(others: pd.DataFrame, alpha: float, num_seeds: int, group: str, reference: str) -> str:
-    sure = others["p_value_holm"] <= alpha
-    worse, better = ((sure & (sign * others["difference_to_reference"] > 0)) for sign in (1, -1))
-    by_chance = f"by more than chance between {num_seeds} seeds explains"
-    each = group if len(others) == 1 else f"each of {group}"
-    if better.all():
-        return f"Yes: the {reference} is better than {each}, {by_chance};"
-    if worse.all():
-        return f"No: the {reference} is worse than {each}, {by_chance};"
-    if not sure.any():
-        return (
-            f"With {num_seeds} seeds no difference was found between the {reference} and {each}, "
-            "which does not show that they are equal;"
-        )
-    findings = [
-        f"{word} than {_join(others.index[which].tolist())}"
-        for word, which in (("better", better), ("worse", worse))
-        if which.any()
-    ]
-    verdict = f"Of {group}, the {reference} is {' but '.join(findings)}, {by_chance}"
-    if sure.all():
-        return f"{verdict};"
-    unclear = _join(others.index[~sure].tolist())
-    return f"{verdict}, and no difference was found to {unclear}, which does not show that they are equal;"
-
-
-def _observe(own: pd.Series, best: pd.Series, num_others: int, config: ComparisonConfig) -> str:
-    """The reference's accuracy beside that of the best other arm, seen from the reference."""
-    lead = -best["difference_to_reference"]
-    if f"{abs(lead):.2f}" == "0.00":
-        relation = "equals, to two decimals,"
-    else:
-        relation = f"is {abs(lead):.2f} percentage points {'above' if lead > 0 else 'below'}"
-    if np.isnan(best["difference_ci_low"]):
-        interval = "one seed gives no interval"
-    else:
-        interval = (
-            f"{_percent(config)} interval of this one difference {-best['difference_ci_high']:+z.2f} "
-            f"to {-best['difference_ci_low']:+z.2f}"
-        )
-    return (
-        f"its test accuracy of {own['test_accuracy_mean']:.2f} % {relation} the {best['test_accuracy_mean']:.2f} % "
-        f"of {best.name}{', the best of the others' if num_others > 1 else ''} ({interval})"
-    )
-
-
-def _describe(arm: pd.Series, config: ComparisonConfig) -> str:
-    if arm["num_seeds"] == 1:
-        how = " with one seed, which gives no interval"
-    else:
-        low, high = arm["test_accuracy_ci_low"], arm["test_accuracy_ci_high"]
-        how = f", mean of {_seeds(arm['num_seeds'])}, {_percent(config)} interval {low:.2f} to {high:.2f}"
-    reached = f"{arm['test_accuracy_mean']:.2f} % test accuracy"
-    return f"{arm.name} with {arm['params']:,.0f} parameters reaches {reached}{how}"
-
-
-def _group(names: Sequence[str]) -> str:
-    noun = "single network" if set(names) <= set(BASELINES) else "other arm"
-    return f"the {noun} {names[0]}" if len(names) == 1 else f"the {len(names)} {noun}s"
-
-
-def _join(names: Sequence[str]) -> str:
-    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
-
-
-def _param_range(arms: pd.DataFrame) -> str:
-    fewest, most = arms["params"].min(), arms["params"].max()
-    return f"{most:,} parameters" if fewest == most else f"{fewest:,} to {most:,} parameters"
-
-
-def _seeds(count: float) -> str:
-    return "1 seed" if count == 1 else f"{count:.0f} seeds"
-
-
-def _percent(config: ComparisonConfig) -> str:
-    return f"{100 * config.confidence:g} %"

@@ -1,0 +1,185 @@
+"""What a comparison says, in sentences for someone who knows no statistics."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from collective_pipeline.config import BASELINES, ComparisonConfig
+
+
+def answer(comparison: pd.DataFrame, config: ComparisonConfig, *, reference: str = "collective") -> str:
+    """Whether `reference` is better than the other arms, in one sentence for someone who knows no statistics."""
+    arms = comparison.set_index("model_type")
+    verdict = _answer(arms, config, reference)
+    diverged = [f"{number} of {name}'s" for name, number in arms["num_diverged"].items() if number]
+    if not diverged:
+        return verdict
+    return f"{verdict} The loss of {_join(diverged)} seeds diverged: their last good weights count, if there are any."
+
+
+def answer_sizes(
+    overall: pd.DataFrame,
+    comparison: pd.DataFrame,
+    config: ComparisonConfig,
+    *,
+    near: int,
+    reference: str = "collective",
+) -> str:
+    """Whether `reference` is better than the other arms over all sizes, and by how much at the size nearest to `near`.
+
+    Args:
+        overall: As `compare_overall` returns it.
+        comparison: As `compare_sizes` returns it.
+        config: How sure it is to be.
+        near: A number of parameters.
+        reference: The arm that the others are compared to.
+    """
+    sizes = sorted(comparison["target_params"].unique())
+    if len(sizes) == 1 or reference not in set(overall["model_type"]) or len(overall) == 1:
+        return " ".join(answer(part, config, reference=reference) for _, part in comparison.groupby("target_params"))
+    others = overall.set_index("model_type").drop(index=reference)
+    group = (
+        f"{_group(others.index.tolist())} over {len(sizes)} sizes from {_millions(sizes[0])} to {_millions(sizes[-1])}"
+    )
+    alpha = 1 - config.confidence
+    num_pairs, needed = int(others["num_pairs"].min()), seeds_needed(len(others), alpha)
+    if num_pairs >= needed:
+        # Not a seed alone is the unit here, but a seed at a size.
+        verdict = _verdict(others, alpha, f"{num_pairs} pairs of a size and a seed", group, reference)
+    else:
+        verdict = (
+            f"With {num_pairs} pairs of a size and a seed it cannot be told whether the {reference} is better than "
+            f"{group}: at least {needed} are needed; what was observed is no verdict yet:"
+        )
+    size = min(sizes, key=lambda size: abs(size - near))
+    arms = comparison[comparison["target_params"] == size].set_index("model_type")
+    told = arms[arms["num_seeds"] > 0]
+    if reference not in told.index or len(told) == 1:
+        observed = f"at {_millions(size)} there is no result of the {reference} or of any other"
+    else:
+        best = told.drop(index=reference).sort_values("test_accuracy_mean", kind="stable").iloc[-1]
+        observed = f"at {_millions(size)} {_observe(told.loc[[reference]].iloc[0], best, len(told) - 1, config)}"
+    diverged = [
+        f"{number} of {name}'s" for name, number in overall.set_index("model_type")["num_diverged"].items() if number
+    ]
+    ending = f" The loss of {_join(diverged)} trainings diverged: their last good weights count." if diverged else ""
+    return f"{verdict} {observed}.{ending}"
+
+
+def seeds_needed(num_comparisons: int, alpha: float) -> int:
+    """The fewest seeds with which the corrected sign-flip test can reach `alpha` at all.
+
+    With n seeds the smallest two-sided p value is 2 / 2^n, and Holm multiplies it by `num_comparisons`.
+    """
+    return next(n for n in itertools.count(1) if 2 / 2**n * num_comparisons <= alpha)
+
+
+def _answer(arms: pd.DataFrame, config: ComparisonConfig, reference: str) -> str:
+    failed = arms.index[arms["num_seeds"] == 0].tolist()
+    arms = arms.drop(index=failed)
+    if reference in failed or arms.empty:
+        return f"There is no result: {_join(failed)} diverged with every seed."
+    if failed:
+        return f"{_answer(arms, config, reference)} There is no result of {_join(failed)}."
+    if len(arms) == 1:
+        return f"{_describe(arms.iloc[0], config)}."
+    best = arms.drop(index=reference, errors="ignore").sort_values("test_accuracy_mean", kind="stable").iloc[-1]
+    if reference not in arms.index:
+        return f"There is no {reference} to compare the {len(arms)} arms to; observed best, {_describe(best, config)}."
+
+    others = arms.drop(index=reference)
+    alpha = 1 - config.confidence
+    num_seeds, needed = int(arms["num_seeds"].min()), seeds_needed(len(others), alpha)
+    group = f"{_group(others.index.tolist())} at {_param_range(arms)}"
+    if num_seeds >= needed:
+        verdict = _verdict(others, alpha, f"{num_seeds} seeds", group, reference)
+    else:
+        verdict = (
+            f"With {_seeds(num_seeds)} it cannot be told whether the {reference} is better than {group}: at least "
+            f"{needed} seeds are needed; what was observed is no verdict yet:"
+        )
+    return f"{verdict} {_observe(arms.loc[[reference]].iloc[0], best, len(others), config)}."
+
+
+def _verdict(others: pd.DataFrame, alpha: float, units: str, group: str, reference: str) -> str:
+    sure = others["p_value_holm"] <= alpha
+    worse, better = ((sure & (sign * others["difference_to_reference"] > 0)) for sign in (1, -1))
+    by_chance = f"by more than chance between {units} explains"
+    each = group if len(others) == 1 else f"each of {group}"
+    if better.all():
+        return f"Yes: the {reference} is better than {each}, {by_chance};"
+    if worse.all():
+        return f"No: the {reference} is worse than {each}, {by_chance};"
+    if not sure.any():
+        return (
+            f"With {units} no difference was found between the {reference} and {each}, "
+            "which does not show that they are equal;"
+        )
+    findings = [
+        f"{word} than {_join(others.index[which].tolist())}"
+        for word, which in (("better", better), ("worse", worse))
+        if which.any()
+    ]
+    verdict = f"Of {group}, the {reference} is {' but '.join(findings)}, {by_chance}"
+    if sure.all():
+        return f"{verdict};"
+    unclear = _join(others.index[~sure].tolist())
+    return f"{verdict}, and no difference was found to {unclear}, which does not show that they are equal;"
+
+
+def _observe(own: pd.Series, best: pd.Series, num_others: int, config: ComparisonConfig) -> str:
+    """The reference's accuracy beside that of the best other arm, seen from the reference."""
+    lead = -best["difference_to_reference"]
+    if f"{abs(lead):.2f}" == "0.00":
+        relation = "equals, to two decimals,"
+    else:
+        relation = f"is {abs(lead):.2f} percentage points {'above' if lead > 0 else 'below'}"
+    if np.isnan(best["difference_ci_low"]):
+        interval = "one seed gives no interval"
+    else:
+        interval = (
+            f"{_percent(config)} interval of this one difference {-best['difference_ci_high']:+z.2f} "
+            f"to {-best['difference_ci_low']:+z.2f}"
+        )
+    return (
+        f"its test accuracy of {own['test_accuracy_mean']:.2f} % {relation} the {best['test_accuracy_mean']:.2f} % "
+        f"of {best.name}{', the best of the others' if num_others > 1 else ''} ({interval})"
+    )
+
+
+def _describe(arm: pd.Series, config: ComparisonConfig) -> str:
+    if arm["num_seeds"] == 1:
+        how = " with one seed, which gives no interval"
+    else:
+        low, high = arm["test_accuracy_ci_low"], arm["test_accuracy_ci_high"]
+        how = f", mean of {_seeds(arm['num_seeds'])}, {_percent(config)} interval {low:.2f} to {high:.2f}"
+    reached = f"{arm['test_accuracy_mean']:.2f} % test accuracy"
+    return f"{arm.name} with {arm['params']:,.0f} parameters reaches {reached}{how}"
+
+
+def _group(names: Sequence[str]) -> str:
+    noun = "single network" if set(names) <= set(BASELINES) else "other arm"
+    return f"the {noun} {names[0]}" if len(names) == 1 else f"the {len(names)} {noun}s"
+
+
+def _join(names: Sequence[str]) -> str:
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+
+def _param_range(arms: pd.DataFrame) -> str:
+    fewest, most = arms["params"].min(), arms["params"].max()
+    return f"{most:,} parameters" if fewest == most else f"{fewest:,} to {most:,} parameters"
+
+
+def _seeds(count: float) -> str:
+    return "1 seed" if count == 1 else f"{count:.0f} seeds"
+
+
+def _percent(config: ComparisonConfig) -> str:
+    return f"{100 * config.confidence:g} %"
+
+
+def _millions(params: float) -> str:
+    return f"{params / 1e6:.2f} million parameters"
