@@ -257,10 +257,11 @@ class TellAnswer:
             click.echo(f"\n{catalog.load(f'{box}.summary')['answer']}\n")
             click.echo(format_comparison(catalog.load(f"{box}.comparison")))
             runs = catalog.load(f"{box}.runs")
-            training = runs.groupby("model_type")["train_seconds"].sum()
-            # Arms that trained side by side took as long as the slowest.
+            training = runs.groupby(["model_type", "target_params"])["train_seconds"].sum()
+            # Arms that trained side by side took as long as the slowest; those of a study, as long as they took.
             seconds = training.sum() if training.sum() < since_start else training.max()
-            share = f", {duration(seconds)} of them training" if seconds < since_start else ""  # or it went on
+            known = box != "sweep" and seconds < since_start  # or it went on, or others have worked as well
+            share = f", {duration(seconds)} of them training" if known else ""
             click.echo(f"\n{duration(since_start)} in all{share}")
             click.echo(f"Report: {_relative(report)}\n")
 

@@ -19,6 +19,7 @@ DIFFERENCE: Columns = ("difference_to_reference", "difference_ci_low", "differen
 
 # Okabe and Ito's colours, which stay apart for the colour-blind, without the two that vanish on white or on black.
 COLORS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C8C", "#A6761D")
+PANELS = {"val_accuracy": "Validation accuracy", "val_loss": "Validation loss", "train_loss": "Training loss"}
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 GRID = "#E3E3E3"
 
@@ -27,7 +28,7 @@ def plot_accuracy(comparison: pd.DataFrame, *, reference: str = "collective") ->
     """Mean test accuracy of every arm with its interval, the best on top."""
     arms = comparison.sort_values("test_accuracy_mean", kind="stable")
     figure = _dot_plot(arms, ACCURACY, reference)
-    return _finish(
+    return finish(
         figure, f"Test accuracy, {_mean_of_seeds(comparison)}", "Test accuracy (%)", None, height=_height(arms)
     )
 
@@ -38,7 +39,7 @@ def plot_differences(comparison: pd.DataFrame, *, reference: str = "collective")
     arms = arms.sort_values("difference_to_reference", kind="stable")
     figure = _dot_plot(arms, DIFFERENCE, reference)
     figure.add_vline(x=0, line={"color": COLORS[0], "width": 2, "dash": "dot"})
-    return _finish(
+    return finish(
         figure,
         f"Difference in test accuracy to the {reference}, {_mean_of_seeds(comparison)}",
         f"Percentage points<br>← {reference} better · arm better →",
@@ -52,7 +53,7 @@ def plot_accuracy_against_params(
 ) -> go.Figure:
     """Test accuracy against parameters: every seed as a faint point, every arm's mean with its interval."""
     figure = go.Figure()
-    colors = _colors(comparison["model_type"])
+    colors = colors_of(comparison["model_type"])
     for name in comparison["model_type"]:
         arm = comparison[comparison["model_type"] == name]
         runs = results[results["model_type"] == name]
@@ -69,9 +70,9 @@ def plot_accuracy_against_params(
         figure.add_scatter(
             x=arm["params"].tolist(),
             y=arm["test_accuracy_mean"].tolist(),
-            error_y=_error_bars(arm, ACCURACY, colors[name]),
+            error_y=error_bars(arm, ACCURACY, colors[name]),
             mode="markers",
-            marker=_marker(name, colors[name], reference),
+            marker=marker_of(name, colors[name], reference),
             name=name,
             legendgroup=name,
             hovertemplate=f"{name}, mean<br>%{{x:,}} parameters<br>%{{y:.2f}} %<extra></extra>",
@@ -80,33 +81,32 @@ def plot_accuracy_against_params(
     # Arms of one size would otherwise get an axis of half parameters.
     pad = max(0.06 * (most - fewest), 0.0005 * most)
     figure.update_xaxes(range=[fewest - pad, most + pad], tickformat=",d", nticks=6)
-    return _finish(figure, "Test accuracy against size", "Trainable parameters", "Test accuracy (%)", height=480)
+    return finish(figure, "Test accuracy against size", "Trainable parameters", "Test accuracy (%)", height=480)
 
 
 def plot_training_curves(history: pd.DataFrame) -> go.Figure:
     """Validation accuracy and both losses against the epoch: mean over seeds, and the band from lowest to highest."""
-    panels = {"val_accuracy": "Validation accuracy", "val_loss": "Validation loss", "train_loss": "Training loss"}
     figure = make_subplots(
-        rows=len(panels),
+        rows=len(PANELS),
         shared_xaxes=True,
         vertical_spacing=0.08,
         row_heights=[0.44, 0.28, 0.28],
-        subplot_titles=list(panels.values()),
+        subplot_titles=list(PANELS.values()),
     )
-    colors = _colors(history["model_type"].unique())
+    colors = colors_of(history["model_type"].unique())
     num_epochs = int(history["epoch"].max())
     mode = "lines" if num_epochs > 1 else "markers"
     for name in history["model_type"].unique():
         epochs = history[history["model_type"] == name].groupby("epoch")
-        for row, column in enumerate(panels, start=1):
+        for row, column in enumerate(PANELS, start=1):
             curve = epochs[column].agg(["mean", "min", "max"])
             x = curve.index.tolist()
             figure.add_scatter(
                 x=x + x[::-1],
                 y=curve["max"].tolist() + curve["min"].tolist()[::-1],
                 fill="toself",
-                fillcolor=_fade(colors[name], 0.15),
-                line={"color": _fade(colors[name], 0.2), "width": 1},
+                fillcolor=fade(colors[name], 0.15),
+                line={"color": fade(colors[name], 0.2), "width": 1},
                 mode="lines",
                 hoverinfo="skip",
                 legendgroup=name,
@@ -140,22 +140,29 @@ def plot_training_curves(history: pd.DataFrame) -> go.Figure:
         col=1,
     )
     figure.update_xaxes(dtick=1 if num_epochs <= 10 else None)
-    figure.update_xaxes(title_text="Epoch", row=len(panels), col=1)
-    return _finish(figure, "Training curves", None, None, height=900)
+    figure.update_xaxes(title_text="Epoch", row=len(PANELS), col=1)
+    return finish(figure, "Training curves", None, None, height=900)
+
+
+def curve_points(history: pd.DataFrame) -> pd.DataFrame:
+    """What the training curves show: mean, lowest and highest over seeds of each arm and epoch."""
+    values = history.groupby(["model_type", "epoch"], sort=False)[list(PANELS)].agg(["mean", "min", "max"])
+    values.columns = ["_".join(name) for name in values.columns]
+    return values.reset_index()
 
 
 def _dot_plot(arms: pd.DataFrame, columns: Columns, reference: str) -> go.Figure:
     """One row per arm, the first at the bottom."""
     figure = go.Figure()
-    colors = _colors(arms["model_type"])
+    colors = colors_of(arms["model_type"])
     for name in arms["model_type"]:
         arm = arms[arms["model_type"] == name]
         figure.add_scatter(
             x=arm[columns[0]].tolist(),
             y=[f"<b>{name}</b>" if name == reference else name],
-            error_x=_error_bars(arm, columns, colors[name]),
+            error_x=error_bars(arm, columns, colors[name]),
             mode="markers",
-            marker=_marker(name, colors[name], reference),
+            marker=marker_of(name, colors[name], reference),
             showlegend=False,
             hovertemplate="%{y}: %{x:.2f}<extra></extra>",
         )
@@ -166,7 +173,7 @@ def _height(arms: pd.DataFrame) -> int:
     return 140 + 44 * len(arms)
 
 
-def _error_bars(arm: pd.DataFrame, columns: Columns, color: str) -> dict[str, object]:
+def error_bars(arm: pd.DataFrame, columns: Columns, color: str) -> dict[str, object]:
     """From the bounds to Plotly's lengths, 0 where there is no interval."""
     mean, low, high = (arm[column] for column in columns)
     return {
@@ -180,18 +187,20 @@ def _error_bars(arm: pd.DataFrame, columns: Columns, color: str) -> dict[str, ob
     }
 
 
-def _marker(name: str, color: str, reference: str) -> dict[str, object]:
+def marker_of(name: str, color: str, reference: str) -> dict[str, object]:
+    """A diamond for the reference, dots for the others."""
     is_reference = name == reference
     return {"color": color, "size": 15 if is_reference else 11, "symbol": "diamond" if is_reference else "circle"}
 
 
-def _colors(arms: Iterable[str]) -> dict[str, str]:
+def colors_of(arms: Iterable[str]) -> dict[str, str]:
     """The arms' colours; arms that the configuration names have theirs whichever others are shown."""
     names = dict.fromkeys([*MODEL_TYPES, *arms])
     return {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
 
 
-def _fade(color: str, opacity: float) -> str:
+def fade(color: str, opacity: float) -> str:
+    """The colour, so that what is behind shows."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity})"
 
@@ -209,7 +218,8 @@ def _mean_of_seeds(comparison: pd.DataFrame) -> str:
     return "one seed" if num_seeds == 1 else f"mean and interval over {num_seeds} seeds"
 
 
-def _finish(figure: go.Figure, title: str, x_title: str | None, y_title: str | None, *, height: int) -> go.Figure:
+def finish(figure: go.Figure, title: str, x_title: str | None, y_title: str | None, *, height: int) -> go.Figure:
+    """Title, axes, font and margins as in all figures."""
     has_legend = any(trace.showlegend is not False for trace in figure.data)
     figure.update_layout(
         template="none",

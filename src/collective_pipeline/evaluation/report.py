@@ -1,7 +1,7 @@
 """The report: one page that says the answer first, then shows what it rests on, and opens without a network."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped,unused-ig
 
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS
 from collective_pipeline.evaluation.figures import (
+    curve_points,
     plot_accuracy,
     plot_accuracy_against_params,
     plot_differences,
@@ -40,6 +41,8 @@ class Figure:
     title: str
     description: str
     json: Markup
+    file_name: str
+    csv: str
 
 
 def write_report(
@@ -64,6 +67,70 @@ def write_report(
         reference: The arm that the others are compared to.
     """
     compared = bool(comparison["p_value_holm"].notna().any())
+    return render(
+        title=title,
+        answer=answer,
+        key_figures=_key_figures(comparison, reference) if compared else _key_figures_of_best(comparison),
+        heading="Comparison" if compared else "Result",
+        tables=_comparison_tables(comparison, reference, compared),
+        notes=[INTERVALS, *([difference_note(reference), P_VALUES] if compared else []), TEST_SET],
+        figures=list(_figures(results, comparison, history, reference, compared)),
+        details=[make_table("Every run, one row per arm and seed", RUNS, results, RUN_COLUMNS, "runs.csv")],
+        facts=facts,
+        highlighted=reference if compared else "",
+    )
+
+
+INTERVALS = (
+    "The interval is where the mean would plausibly lie if the training were repeated with other seeds. From few "
+    "seeds it is too narrow: one that is meant to hold the true mean 95 times in 100 does so about 73 times from three "
+    "seeds, 90 times from ten."
+)
+P_VALUES = (
+    "p says how often chance alone would make a difference at least as large if the two were equally good, corrected "
+    "(Holm) for comparing several arms; the verdict above rests on p, not on the intervals."
+)
+TEST_SET = (
+    "The test set was read once, with the checkpoint that validation chose. The intervals are over seeds; they do not "
+    "include that other test images would give somewhat other numbers."
+)
+
+
+def difference_note(reference: str) -> str:
+    """What a paired difference is."""
+    return (
+        f"The paired difference is the arm minus the {reference}, averaged over equal seeds, in percentage points: a "
+        f"negative one means that the {reference} was better."
+    )
+
+
+def render(
+    *,
+    title: str,
+    answer: str,
+    key_figures: Mapping[str, tuple[str, str]],
+    heading: str,
+    tables: Sequence[Table],
+    notes: Sequence[str],
+    figures: Sequence[Figure],
+    details: Sequence[Table],
+    facts: Mapping[str, Mapping[str, str]],
+    highlighted: str = "",
+) -> str:
+    """The page as HTML, with everything that it shows inside.
+
+    Args:
+        title: What was run.
+        answer: One sentence or two.
+        key_figures: Name to value and note.
+        heading: Of the tables.
+        tables: What the answer rests on.
+        notes: How to read them.
+        figures: In their order.
+        details: Tables that are folded up.
+        facts: Section, name and value of everything needed to run it again.
+        highlighted: The first cell of the rows that stand out.
+    """
     environment = Environment(
         loader=PackageLoader(__package__, ""),
         autoescape=True,
@@ -74,55 +141,59 @@ def write_report(
     return environment.get_template("report.html.jinja").render(
         title=title,
         answer=answer,
-        key_figures=_key_figures(comparison, reference) if compared else _key_figures_of_best(comparison),
-        compared=compared,
-        tables=_comparison_tables(comparison, reference, compared),
-        runs=_table("Every run", RUNS, results, RUN_COLUMNS, "runs.csv"),
-        figures=list(_figures(results, comparison, history, reference, compared)),
+        key_figures=key_figures,
+        heading=heading,
+        tables=tables,
+        notes=notes,
+        figures=figures,
+        details=details,
         facts=facts,
-        reference=reference,
+        highlighted=highlighted,
         plotly_js=Markup(get_plotlyjs()),
     )
 
 
-def _number(spec: str, value: float) -> str:
+def number(spec: str, value: float) -> str:
+    """Formatted, or nothing for NaN."""
     return "" if pd.isna(value) else format(value, spec)
 
 
-def _range(spec: str, low: float, high: float) -> str:
+def span(spec: str, low: float, high: float) -> str:
+    """From bound to bound, or nothing for NaN."""
     return "" if pd.isna(low) else f"{low:{spec}} to {high:{spec}}"
 
 
-def _p_value(value: float) -> str:
-    return "< 0.001" if value < 0.001 else _number(".3f", value)
+def p_value(value: float) -> str:
+    """To three decimals."""
+    return "< 0.001" if value < 0.001 else number(".3f", value)
 
 
 def _if_compared(arm: Any, text: str) -> str:
     """The reference is not compared with itself: its p value is empty, and so is what stands beside it."""
-    return _number("", math.nan) if math.isnan(arm.p_value_holm) else text
+    return number("", math.nan) if math.isnan(arm.p_value_holm) else text
 
 
 ACCURACY: Columns = {
     "Arm": lambda arm: arm.model_type,
     "Seeds": lambda arm: f"{arm.num_seeds}, {arm.num_diverged} diverged" if arm.num_diverged else f"{arm.num_seeds}",
     "Parameters": lambda arm: f"{arm.params:,}",
-    "Test accuracy (%)": lambda arm: _number(".2f", arm.test_accuracy_mean),
-    "Interval (%)": lambda arm: _range(".2f", arm.test_accuracy_ci_low, arm.test_accuracy_ci_high),
+    "Test accuracy (%)": lambda arm: number(".2f", arm.test_accuracy_mean),
+    "Interval (%)": lambda arm: span(".2f", arm.test_accuracy_ci_low, arm.test_accuracy_ci_high),
 }
 DIFFERENCE: Columns = {
-    "Paired difference (points)": lambda arm: _if_compared(arm, _number("+z.2f", arm.difference_to_reference)),
-    "Interval (points)": lambda arm: _if_compared(arm, _range("+z.2f", arm.difference_ci_low, arm.difference_ci_high)),
-    "p, corrected": lambda arm: _p_value(arm.p_value_holm),
+    "Paired difference (points)": lambda arm: _if_compared(arm, number("+z.2f", arm.difference_to_reference)),
+    "Interval (points)": lambda arm: _if_compared(arm, span("+z.2f", arm.difference_ci_low, arm.difference_ci_high)),
+    "p, corrected": lambda arm: p_value(arm.p_value_holm),
 }
 COST: Columns = {
     "Arm": lambda arm: arm.model_type,
-    "Parameters off target (%)": lambda arm: _number("+z.3f", arm.param_error_pct),
-    "Accuracy per 100,000 parameters": lambda arm: _number(".2f", arm.param_efficiency),
-    "Accuracy per million parameters": lambda arm: _number(".1f", arm.accuracy_per_million_params),
-    "Accuracy per log10 of parameters": lambda arm: _number(".3f", arm.accuracy_per_log10_params),
+    "Parameters off target (%)": lambda arm: number("+z.3f", arm.param_error_pct),
+    "Accuracy per 100,000 parameters": lambda arm: number(".2f", arm.param_efficiency),
+    "Accuracy per million parameters": lambda arm: number(".1f", arm.accuracy_per_million_params),
+    "Accuracy per log10 of parameters": lambda arm: number(".3f", arm.accuracy_per_log10_params),
     "Multiply-adds per image": lambda arm: f"{arm.macs:,.0f}",
-    "Latency (ms)": lambda arm: _number(".3g", arm.latency_ms),
-    "Training time per seed (s)": lambda arm: _number(",.1f", arm.train_seconds),
+    "Latency (ms)": lambda arm: number(".3g", arm.latency_ms),
+    "Training time per seed (s)": lambda arm: number(",.1f", arm.train_seconds),
 }
 RUNS: Columns = {
     "Arm": lambda run: run.model_type,
@@ -130,15 +201,16 @@ RUNS: Columns = {
     "Parameters": lambda run: f"{run.params:,}",
     "Epochs": lambda run: f"{run.epochs}, diverged" if run.diverged else f"{run.epochs}",
     "Best epoch": lambda run: str(run.best_epoch or ""),
-    "Validation accuracy (%)": lambda run: _number(".2f", run.val_accuracy),
-    "Test accuracy (%)": lambda run: _number(".2f", run.test_accuracy),
-    "Test loss": lambda run: _number(".4f", run.test_loss),
-    "Training time (s)": lambda run: _number(",.1f", run.train_seconds),
-    "Images per second": lambda run: _number(",.0f", run.samples_per_second),
+    "Validation accuracy (%)": lambda run: number(".2f", run.val_accuracy),
+    "Test accuracy (%)": lambda run: number(".2f", run.test_accuracy),
+    "Test loss": lambda run: number(".4f", run.test_loss),
+    "Training time (s)": lambda run: number(",.1f", run.train_seconds),
+    "Images per second": lambda run: number(",.0f", run.samples_per_second),
 }
 
 
-def _table(caption: str, columns: Columns, data: pd.DataFrame, csv_columns: Iterable[str], file_name: str) -> Table:
+def make_table(caption: str, columns: Columns, data: pd.DataFrame, csv_columns: Iterable[str], file_name: str) -> Table:
+    """What `columns` make of each row, and of the same rows these columns as a file."""
     return Table(
         caption=caption,
         headers=list(columns),
@@ -152,8 +224,8 @@ def _comparison_tables(comparison: pd.DataFrame, reference: str, compared: bool)
     columns = {**ACCURACY, **DIFFERENCE} if compared else ACCURACY
     caption = f"Accuracy, and difference to the {reference}" if compared else "Accuracy"
     return [
-        _table(caption, columns, comparison, COMPARISON_COLUMNS, "comparison.csv"),
-        _table("Parameter efficiency and cost", COST, comparison, COMPARISON_COLUMNS, "comparison.csv"),
+        make_table(caption, columns, comparison, COMPARISON_COLUMNS, "comparison.csv"),
+        make_table("Parameter efficiency and cost", COST, comparison, COMPARISON_COLUMNS, "comparison.csv"),
     ]
 
 
@@ -162,7 +234,7 @@ def _key_figures(comparison: pd.DataFrame, reference: str) -> dict[str, tuple[st
     arms = comparison.sort_values("test_accuracy_mean", ascending=False, kind="stable")
     own = next(arms[arms["model_type"] == reference].itertuples())
     best: Any = next(arms[arms["model_type"] != reference].itertuples())
-    lead = _range("+z.2f", -best.difference_ci_high, -best.difference_ci_low)
+    lead = span("+z.2f", -best.difference_ci_high, -best.difference_ci_low)
     return {
         f"Test accuracy, {reference}": _accuracy(own),
         f"Best of the others, {best.model_type}": _accuracy(best),
@@ -185,7 +257,7 @@ def _key_figures_of_best(comparison: pd.DataFrame) -> dict[str, tuple[str, str]]
 
 
 def _accuracy(arm: Any) -> tuple[str, str]:
-    interval = _range(".2f", arm.test_accuracy_ci_low, arm.test_accuracy_ci_high)
+    interval = span(".2f", arm.test_accuracy_ci_low, arm.test_accuracy_ci_high)
     return f"{arm.test_accuracy_mean:.2f} %", f"interval {interval}" if interval else "one seed, no interval"
 
 
@@ -196,30 +268,45 @@ def _size(arm: Any) -> tuple[str, str]:
 def _figures(
     results: pd.DataFrame, comparison: pd.DataFrame, history: pd.DataFrame, reference: str, compared: bool
 ) -> Iterable[Figure]:
-    yield _figure(
+    yield make_figure(
         plot_accuracy(comparison, reference=reference),
-        "Points are means over seeds, bars their intervals. The numbers stand in the table of accuracies.",
+        "Points are means over seeds, bars their intervals.",
+        comparison[list(COMPARISON_COLUMNS)],
+        "comparison.csv",
     )
     if compared:
-        yield _figure(
+        yield make_figure(
             plot_differences(comparison, reference=reference),
             f"Arm minus {reference}, seed by seed. The dotted line is no difference; the intervals are not corrected "
             "for comparing several arms, the p values in the table are.",
+            comparison[list(COMPARISON_COLUMNS)],
+            "comparison.csv",
         )
-    yield _figure(
+    yield make_figure(
         plot_accuracy_against_params(results, comparison, reference=reference),
         "Faint points are single seeds, full ones means with their intervals. The horizontal axis shows a narrow "
         "range where the arms were matched in size.",
+        results[list(RUN_COLUMNS)],
+        "runs.csv",
     )
-    yield _figure(
+    yield make_figure(
         plot_training_curves(history),
         "Lines are means over seeds, bands reach from the lowest to the highest seed. The axis of accuracy leaves out "
         "the first leaps of the training.",
+        curve_points(history),
+        "training_curves.csv",
     )
 
 
-def _figure(figure: go.Figure, description: str) -> Figure:
+def make_figure(figure: go.Figure, description: str, data: pd.DataFrame, file_name: str) -> Figure:
+    """A figure with the table behind it."""
     title = figure.layout.title.text
     figure.update_layout(title=None, margin_t=16)
     # Inside <script> only "<" can end the element, and JSON may write it as an escape.
-    return Figure(title, description, Markup(figure.to_json().replace("<", "\\u003c")))
+    return Figure(
+        title,
+        description,
+        Markup(figure.to_json().replace("<", "\\u003c")),
+        file_name=file_name,
+        csv=data.to_csv(index=False, float_format="%.6g"),
+    )

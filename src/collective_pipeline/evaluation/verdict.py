@@ -41,7 +41,7 @@ def answer_sizes(
         return " ".join(answer(part, config, reference=reference) for _, part in comparison.groupby("target_params"))
     others = overall.set_index("model_type").drop(index=reference)
     group = (
-        f"{_group(others.index.tolist())} over {len(sizes)} sizes from {_millions(sizes[0])} to {_millions(sizes[-1])}"
+        f"{_group(others.index.tolist())} over {len(sizes)} sizes from {sizes[0] / 1e6:.2f} to {_millions(sizes[-1])}"
     )
     alpha = 1 - config.confidence
     num_pairs, needed = int(others["num_pairs"].min()), seeds_needed(len(others), alpha)

@@ -71,6 +71,13 @@ def begin(study: Study) -> Tracking | None:
     return Tracking(mlflow.get_tracking_uri(), own.info.experiment_id, parent)
 
 
+def end(tracking: Tracking | None) -> None:
+    """The study is done: its run is finished, whichever command did the last of the work."""
+    own = mlflow.active_run()
+    if tracking is not None and own is not None and tracking.parent != own.info.run_id:
+        mlflow.MlflowClient().set_terminated(tracking.parent)
+
+
 def log_outcome(state: TrialState, metrics: Mapping[str, float], reason: str | None = None) -> None:
     """The figures and the fate of the trial whose run is active; a pruned one is no failure."""
     if mlflow.active_run() is None:

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,10 @@ class Task:
     file: Path
     folder: Path
     tracking: Tracking | None = None
+
+    def tracked(self, tracking: Tracking | None) -> "Task":
+        """The same, with its trials tracked there."""
+        return replace(self, tracking=tracking)
 
     def open(self) -> Study:
         """The study; see `open_study`."""

@@ -64,11 +64,12 @@ def report(
         results=runs,
         comparison=comparison,
         history=pd.concat(histories, ignore_index=True),
-        facts=_facts(settings, splits, device),
+        facts=describe_run(settings, splits, device),
     )
 
 
-def _facts(settings: Parameters, splits: Splits, device: torch.device) -> dict[str, dict[str, str]]:
+def describe_run(settings: Parameters, splits: Splits, device: torch.device) -> dict[str, dict[str, str]]:
+    """Everything that is needed to run it again, by section and name."""
     return {
         "Run": {
             "command": shlex.join(["kedro", *sys.argv[1:]]),

@@ -1,0 +1,60 @@
+"""A study, however many work on it; its tables, figures and report."""
+
+from kedro.pipeline import Node, Pipeline
+
+from collective_pipeline.evaluation.sweep_figures import (
+    plot_accuracy_by_size,
+    plot_differences_by_size,
+    plot_efficiency,
+    plot_loss_by_size,
+    plot_pareto,
+)
+from collective_pipeline.pipelines.sweep.nodes import (
+    compare,
+    join_study,
+    measure,
+    report,
+    run_study,
+    show_importance,
+    show_pruning,
+    show_trials,
+)
+
+
+def create_pipeline(namespace: str) -> Pipeline:
+    """The sweep in its namespace; settings, splits and device come from the data pipeline."""
+    tables = ["runs", "comparison", "overall", "trials", "importance"]
+    return Pipeline(
+        [
+            Node(join_study, inputs=["settings", "splits", "study", "states"], outputs="task", name="join_study"),
+            Node(
+                run_study,
+                inputs=["task", "device"],
+                outputs=["runs", "arms", "trials", "importance"],
+                name="run_study",
+            ),
+            Node(measure, inputs=["arms", "device"], outputs="latency", name="measure_latency"),
+            Node(
+                compare,
+                inputs=["settings", "splits", "runs", "latency"],
+                outputs=["comparison", "overall", "summary"],
+                name="compare",
+            ),
+            Node(plot_accuracy_by_size, inputs="comparison", outputs="accuracy_figure", name="plot_accuracy"),
+            Node(plot_loss_by_size, inputs="comparison", outputs="loss_figure", name="plot_loss"),
+            Node(plot_differences_by_size, inputs="comparison", outputs="differences_figure", name="plot_differences"),
+            Node(plot_efficiency, inputs="comparison", outputs="efficiency_figure", name="plot_efficiency"),
+            Node(plot_pareto, inputs="comparison", outputs="pareto_figure", name="plot_pareto"),
+            Node(show_trials, inputs="trials", outputs="trials_figure", name="plot_trials"),
+            Node(show_pruning, inputs="trials", outputs="pruning_figure", name="plot_pruning"),
+            Node(show_importance, inputs="importance", outputs="importance_figure", name="plot_importance"),
+            Node(
+                report,
+                inputs=["settings", "splits", "device", "summary", *tables],
+                outputs="report",
+                name="report",
+            ),
+        ],
+        namespace=namespace,
+        inputs={"settings", "splits", "device"},
+    )

@@ -1,0 +1,95 @@
+"""What a study has found, as tables."""
+
+import json
+import logging
+from typing import Any
+
+import optuna
+import pandas as pd
+from optuna.trial import TrialState
+
+from collective_pipeline.config import Arm, Parameters
+from collective_pipeline.tuning.study import Study, Unit
+from collective_pipeline.tuning.work import list_finals, list_units
+
+logger = logging.getLogger(__name__)
+
+TRIAL_COLUMNS = (
+    "model_type",
+    "unit",
+    "state",
+    "val_accuracy",
+    "params",
+    "epochs",
+    "max_epochs",
+    "seconds",
+    "values",
+    "failure",
+)
+IMPORTANCE_COLUMNS = ("model_type", "parameter", "importance")
+# With fewer finished trials the forest has nothing to learn from.
+TRIALS_FOR_IMPORTANCE = 10
+
+
+def collect_runs(study: Study, settings: Parameters) -> tuple[pd.DataFrame, dict[tuple[str, int], Arm]]:
+    """What was tested: a row per arm, size and seed; and the arms by model type and size.
+
+    The second and later best of a model type's search are named by their rank.
+    """
+    units = list_units(settings) if settings.sweep.mode == "grid" else [u for u, _ in list_finals(study, settings)]
+    tables, arms = [], {}
+    for unit, trial in study.outcomes(units).items():
+        if trial.user_attrs.get("rows"):
+            arm = Arm.model_validate(trial.user_attrs["arm"])
+            name = _name(unit)
+            tables.append(pd.DataFrame(trial.user_attrs["rows"]).assign(model_type=name))
+            arms[name, arm.target_params] = arm
+    return pd.concat(tables, ignore_index=True).infer_objects() if tables else pd.DataFrame(), arms
+
+
+def collect_trials(study: Study, settings: Parameters) -> pd.DataFrame:
+    """`TRIAL_COLUMNS`, a row per trial of the search; nothing after a grid."""
+    rows: list[dict[str, Any]] = []
+    if settings.sweep.mode == "search":
+        for unit, trial in study.outcomes(list_units(settings)).items():
+            attributes = trial.user_attrs
+            pruned = trial.state == TrialState.PRUNED and trial.intermediate_values
+            value = max(trial.intermediate_values.values()) if pruned else (trial.values or [None])[0]
+            rows.append(
+                {
+                    "model_type": unit.model_type,
+                    "unit": int(unit.name),
+                    "state": "failed" if "failure" in attributes else trial.state.name.lower(),
+                    "val_accuracy": value,
+                    "params": attributes.get("params"),
+                    "epochs": attributes.get("epochs", 0),
+                    "max_epochs": settings.sweep.trial_epochs,
+                    "seconds": attributes.get("seconds"),
+                    "values": json.dumps(attributes.get("values", {})),
+                    "failure": attributes.get("failure"),
+                }
+            )
+    return pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))
+
+
+def rank_importance(study: Study, settings: Parameters) -> pd.DataFrame:
+    """`IMPORTANCE_COLUMNS`: each hyperparameter's share of the variance of the validation accuracy, by model type."""
+    rows = []
+    for model_type in settings.sweep.model_types if settings.sweep.mode == "search" else ():
+        part = study.part("search", model_type)
+        done = [trial for trial in part.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
+        if len(done) < TRIALS_FOR_IMPORTANCE or len({trial.values[0] for trial in done}) < 2:
+            logger.info(
+                "%s: %d finished trials are too few for the importance of hyperparameters", model_type, len(done)
+            )
+            continue
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        shares = optuna.importance.get_param_importances(
+            part, evaluator=evaluator, target=lambda trial: trial.values[0]
+        )
+        rows += [{"model_type": model_type, "parameter": name, "importance": share} for name, share in shares.items()]
+    return pd.DataFrame(rows, columns=list(IMPORTANCE_COLUMNS))
+
+
+def _name(unit: Unit) -> str:
+    return unit.model_type if unit.stage == "grid" or unit.name == "1" else f"{unit.model_type} {unit.name}"
