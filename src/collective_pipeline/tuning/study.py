@@ -237,7 +237,8 @@ def _connect_postgres(url: str, study: str) -> tuple[BaseStorage, Locks]:
         engine = sqlalchemy.create_engine(url)
         locks = PostgresLocks(engine, study)
         with locks.hold("storage"):  # the first worker makes the tables
-            arguments = {"connect_args": KEEP_ALIVE, "pool_pre_ping": True}
+            # Nothing is left open that a worker would have to close; a study asks little.
+            arguments = {"connect_args": KEEP_ALIVE, "poolclass": sqlalchemy.NullPool}
             return RDBStorage(url, engine_kwargs=arguments), locks
     except ModuleNotFoundError as error:
         raise UserError("sweep.storage: PostgreSQL needs psycopg: install collective-pipeline[postgres]") from error

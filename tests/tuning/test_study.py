@@ -1,0 +1,128 @@
+"""Every unit is done exactly once, whoever works on the study and whoever dies."""
+
+import contextlib
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from collective_pipeline.config import UserError
+from collective_pipeline.tuning.study import Unit, open_study
+
+on_a_journal = pytest.mark.parametrize("storage", ["journal"], indirect=True)
+
+UNITS = [Unit("grid", "shallow", str(size)) for size in range(1, 13)]
+SEARCH = [Unit("search", "shallow", str(number)) for number in range(3)]
+
+
+@pytest.fixture
+def opened(storage, make_settings):
+    """Opens the one study again and again, each time as a worker of its own."""
+    settings = make_settings(storage=storage)
+    name = uuid.uuid4().hex  # the server is the same for all tests
+
+    def open_again(identity=None, **sweep):
+        config = settings.sweep.model_copy(update=sweep)
+        return open_study(config, name, identity or {"dataset": "mnist"}, Path("unused"))
+
+    open_again.space = {"shallow": {name: settings.sweep.space[name] for name in settings.sweep.space}}
+    return open_again
+
+
+def test_each_unit_is_claimed_once_by_workers_that_hurry(opened):
+    """Five workers of two threads each take twelve units: none is taken twice, none is left."""
+    workers = [opened() for _ in range(5)]
+    begin = threading.Barrier(10)
+
+    def take(worker):
+        begin.wait()
+        taken = []
+        while (claim := worker.claim(UNITS, {"shallow": {}})) is not None:
+            taken.append(claim.unit)
+            claim.study.tell(claim.trial, values=[1.0])
+        return taken
+
+    with contextlib.ExitStack() as at_work, ThreadPoolExecutor(10) as pool:
+        for worker in workers:
+            at_work.enter_context(worker.at_work())
+        taken = [unit for units in pool.map(take, workers * 2) for unit in units]
+
+    assert sorted(taken, key=str) == sorted(UNITS, key=str)
+    assert len(opened().part("grid", "shallow").trials) == len(UNITS)
+
+
+def test_what_a_dead_worker_left_is_taken_again_with_the_same_values(opened):
+    """And what a living one does is not."""
+    living, dying = opened(), opened()
+    with living.at_work():
+        with dying.at_work():
+            left = dying.claim(SEARCH, opened.space)
+            kept = living.claim(SEARCH, opened.space)
+            assert living.claim([left.unit, kept.unit], opened.space) is None
+        again = living.claim(SEARCH, opened.space)
+
+        assert again.unit == left.unit
+        assert again.values == left.values
+        assert living.claim([left.unit, kept.unit], opened.space) is None
+    states = [trial.state for trial in opened().attempts([left.unit])[left.unit]]
+    assert states == [TrialState.FAIL, TrialState.RUNNING]
+
+
+@on_a_journal
+def test_a_trial_that_failed_for_good_is_done_and_one_that_was_left_is_not(opened):
+    worker = opened()
+    with worker.at_work():
+        claim = worker.claim(UNITS[:1], {"shallow": {}})
+        claim.trial.set_user_attr("failure", "the loss diverged")
+        claim.study.tell(claim.trial, state=TrialState.FAIL)
+
+        assert worker.claim(UNITS[:1], {"shallow": {}}) is None
+        assert set(worker.outcomes(UNITS[:1])) == {UNITS[0]}
+
+
+@on_a_journal
+def test_workers_that_begin_together_try_different_values(opened):
+    first, second = opened(), opened()
+    with first.at_work(), second.at_work():
+        claims = [worker.claim(SEARCH, opened.space) for worker in (first, second)]
+
+    assert claims[0].unit != claims[1].unit
+    assert claims[0].values != claims[1].values
+
+
+@on_a_journal
+def test_a_study_of_other_settings_is_refused_naming_what_differs(opened):
+    opened({"dataset": "mnist", "training.epochs": 200})
+
+    with pytest.raises(UserError, match=r"training\.epochs was 200 and is 100.*sweep\.fork=true"):
+        opened({"dataset": "mnist", "training.epochs": 100})
+
+
+@on_a_journal
+def test_a_fork_is_another_study_and_the_same_command_finds_it_again(opened):
+    own = opened({"training.epochs": 200})
+    fork = opened({"training.epochs": 100}, fork=True)
+
+    assert fork.name == f"{own.name}-2"
+    assert opened({"training.epochs": 100}, fork=True).name == fork.name
+    assert opened({"training.epochs": 50}, fork=True).name == f"{own.name}-3"
+    assert opened({"training.epochs": 200}, fork=True).name == own.name
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("mysql://host/db", "choose a file for the processes of one machine"),
+        ("postgresql://nobody:secret@127.0.0.1:1/none", "cannot be reached"),
+        ("/proc/nowhere/study.journal", "cannot be made"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_told_plainly(make_settings, place, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        open_study(make_settings(storage=place).sweep, "study", {}, Path("unused"))
+
+    assert "secret" not in str(refusal.value)
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,200 @@
+"""A sweep from end to end, on arms of a second."""
+
+import math
+from dataclasses import replace
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from collective_pipeline.config import UserError
+from collective_pipeline.data.splits import Images, RawImages, Splits, make_splits
+from collective_pipeline.models.matching import match_size
+from collective_pipeline.training import interrupt
+from collective_pipeline.training.train import score, train_arm
+from collective_pipeline.tuning import work as module
+from collective_pipeline.tuning.outcome import collect_runs, collect_trials, rank_importance
+from collective_pipeline.tuning.work import Task, check_sizes, list_finals, list_units, run_workers, work
+
+CPU = torch.device("cpu")
+
+
+def make_images(num_images: int, seed: int) -> Images:
+    """Each of three classes is a bright row of its own in noise."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num_images) % 3
+    images = torch.randint(0, 100, (num_images, 1, 6, 6), generator=generator, dtype=torch.uint8)
+    images[torch.arange(num_images), 0, 2 * labels] += 120
+    return Images(images, labels)
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return make_splits(
+        RawImages("mnist", make_images(330, 0), make_images(60, 1), tuple("abc")), val_fraction=0.1, split_seed=0
+    )
+
+
+@pytest.fixture
+def make_task(splits, tmp_path, make_settings):
+    def make(**sweep):
+        return Task(make_settings(**sweep), splits, tmp_path / "unused.journal", tmp_path / "states")
+
+    return make
+
+
+def finished(task):
+    """The study after all the work."""
+    work(task, CPU)
+    return task.open()
+
+
+def test_a_grid_trains_every_type_at_every_size_as_if_it_were_alone(make_task, splits):
+    task = make_task()
+    runs, arms = collect_runs(finished(task), task.settings)
+
+    assert len(runs) == 2 * 2 * 2
+    assert set(arms) == {(model_type, size) for model_type in ("shallow", "deep") for size in (3000, 5000)}
+    settings = task.settings
+    alone = match_size("deep", 5000, settings.collective, settings.baselines, in_dim=36, num_classes=3)
+    checkpoint, _ = train_arm(alone, splits, settings.training, seeds=settings.seeds, device=CPU)
+    expected = score(checkpoint, splits.test, splits, settings.training, device=CPU)["accuracy"]
+    own = runs[(runs["model_type"] == "deep") & (runs["target_params"] == 5000)]
+    assert own["test_accuracy"].tolist() == pytest.approx(expected)
+
+
+def test_a_study_that_is_done_is_not_trained_again(make_task, monkeypatch):
+    task = make_task()
+    finished(task)
+    monkeypatch.setattr(module, "train_arm", None)
+
+    runs, _ = collect_runs(finished(task), task.settings)
+    assert len(runs) == 8
+
+
+def test_more_sizes_are_added_to_what_is_done(make_task):
+    small = make_task(sizes=[3000])
+    finished(small)
+    larger = make_task(sizes=[3000, 5000])
+    study = finished(larger)
+
+    assert len(collect_runs(study, small.settings)[0]) == 4
+    assert len(collect_runs(study, larger.settings)[0]) == 8
+    assert all(len(attempts) == 1 for attempts in study.attempts(list_units(larger.settings)).values())
+
+
+def test_a_search_tests_only_its_best_with_seeds_it_has_not_seen(make_task, monkeypatch):
+    tested = []
+    monkeypatch.setattr(
+        module,
+        "score",
+        lambda checkpoint, *rest, **named: tested.append(checkpoint.seeds) or score(checkpoint, *rest, **named),
+    )
+    task = make_task(mode="search")
+    study = finished(task)
+    trials = collect_trials(study, task.settings)
+    runs, _ = collect_runs(study, task.settings)
+
+    assert tested == [(1, 2), (1, 2)]
+    assert trials.groupby("model_type").size().to_dict() == {"shallow": 3, "deep": 3}
+    assert set(trials["state"]) <= {"complete", "pruned"}
+    assert set(runs["model_type"]) == {"shallow", "deep"} and set(runs["seed"]) == {1, 2}
+    for unit, best in list_finals(study, task.settings):
+        values = [
+            trial.values[0]
+            for trial in study.part("search", unit.model_type).trials
+            if trial.state == TrialState.COMPLETE
+        ]
+        assert best.values[0] == max(values)
+
+
+def test_hyperparameters_that_diverge_or_cannot_be_used_fail_and_the_study_goes_on(make_task, caplog):
+    """One choice ends in infinity, another has a warm-up that is longer than a trial."""
+    space = {"training.learning_rate": [1e38, 1e-2], "training.warmup_epochs": [0, 10]}
+    task = make_task(mode="search", model_types=["shallow"], trials=12, space=space)
+    task = replace(task, settings=task.settings)
+    trials = collect_trials(finished(task), task.settings)
+
+    failures = set(trials["failure"].dropna().str.split(":").str[0])
+    assert failures == {"the loss of every seed diverged", "training"}
+    assert (trials["state"] == "complete").any()
+    assert len(trials) == 12
+
+
+def test_pruning_stops_hopeless_trials_of_every_type(make_task):
+    """A learning rate at which nothing is learnt does not get all its epochs."""
+    space = {"training.learning_rate": [1e-9, 1e-2]}
+    task = make_task(mode="search", trials=9, trial_epochs=9, space=space)
+    trials = collect_trials(finished(task), task.settings)
+
+    pruned = trials[trials["state"] == "pruned"]
+    assert set(pruned["model_type"]) == {"shallow", "deep"}
+    assert (pruned["epochs"] < 9).all()
+    assert (trials.loc[trials["state"] == "complete", "epochs"] == 9).all()
+
+
+def test_two_objectives_look_for_the_front_and_prune_nothing(make_task):
+    task = make_task(mode="search", objective="accuracy_and_params", trials=5, retrain=2)
+    study = finished(task)
+
+    assert set(collect_trials(study, task.settings)["state"]) == {"complete"}
+    for unit, trial in list_finals(study, task.settings):
+        front = study.part("search", unit.model_type).best_trials
+        assert trial.number in {best.number for best in front}
+    names = collect_runs(study, task.settings)[0]["model_type"]
+    assert {"shallow", "deep"} <= set(names)
+
+
+def test_importance_finds_what_matters(make_task):
+    space = {"training.learning_rate": {"low": 1e-6, "high": 1e-1, "log": True}, "baselines.dropout": [0.0, 0.01]}
+    task = make_task(mode="search", model_types=["shallow"], trials=14, trial_epochs=1, space=space)
+    importance = rank_importance(finished(task), task.settings).set_index("parameter")["importance"]
+
+    assert importance.sum() == pytest.approx(1)
+    assert importance.idxmax() == "training.learning_rate"
+
+
+def test_a_stopped_worker_leaves_its_unit_and_another_goes_on_from_its_state(make_task, monkeypatch):
+    """Two sizes are done before and after; the unit in between is trained in two parts, with one result."""
+    task = make_task(model_types=["shallow"])
+    expected = collect_runs(finished(task), task.settings)[0].drop(columns=["train_seconds", "samples_per_second"])
+
+    stopped = make_task(model_types=["shallow"], study="stopped")
+    epochs = []
+
+    def stop(epoch):
+        epochs.append(epoch.number)
+        if len(epochs) == 3:  # the first of the second size
+            interrupt.request(KeyboardInterrupt())
+
+    monkeypatch.setattr(module, "Curves", lambda: stop)
+    with pytest.raises(KeyboardInterrupt), interrupt.listen():
+        work(stopped, CPU)
+    study = finished(stopped)
+
+    pd_columns = collect_runs(study, stopped.settings)[0].drop(columns=["train_seconds", "samples_per_second"])
+    assert pd_columns.equals(expected)
+    assert epochs == [1, 2, 1, 1, 2]  # the epoch before the stop is told again, not trained
+    assert not any(stopped.folder.rglob("*.safetensors"))
+
+
+def test_a_size_out_of_reach_is_refused_before_any_work(make_task, splits):
+    task = make_task(model_types=["collective"], sizes=[1000])
+    with pytest.raises(UserError, match="no collective"):
+        check_sizes(task.settings, splits)
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_work(make_task):
+    """Started by one command: everything is done once, and the search is followed by its finals."""
+    task = make_task(mode="search", workers=3, trials=6)
+    run_workers(task, CPU)
+    study = task.open()
+
+    units = [*list_units(task.settings), *(unit for unit, _ in list_finals(study, task.settings))]
+    attempts = study.attempts(units)
+    assert all(len(trials) == 1 for trials in attempts.values())
+    assert len({trial.user_attrs["worker"] for trials in attempts.values() for trial in trials}) > 1
+    assert all(not math.isnan(trial.values[0]) for trials in attempts.values() for trial in trials if trial.values)
+    assert optuna.get_all_study_names(study.storage)
