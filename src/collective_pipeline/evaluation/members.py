@@ -4,14 +4,19 @@ Three views, each with its own question. Do two members represent the images ali
 know on its own, and do two of them say the same (`probe_predictions`, `agreement`)? Does the collective need a member
 (`ablation_drops`)?
 
-Suffixes: S seeds, B images, I input features, N members, E member features, F all members' features, K classes.
+Suffixes: S seeds, B images, I input features, N members, E member features, F all members' features,
+K classes.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from collective_pipeline.models.collective import Collective
@@ -35,8 +40,8 @@ def member_outputs(model: Collective, x_SBI: Tensor) -> tuple[Tensor, dict[str, 
     return torch.cat([logits for logits, _ in chunks], dim=1), parts
 
 
-def linear_cka(features_SNBE: Tensor) -> Tensor:
-    """Linear centred kernel alignment of every pair of members, `(S, N, N)`.
+def linear_cka(*groups_SNBE: Tensor) -> Tensor:
+    """Linear centred kernel alignment of every pair of members, of all groups in turn, `(S, N, N)`.
 
     1 where two members' features are the same up to rotation, a common factor and an offset; 0 where no feature of
     one is correlated with any of the other. Unlike a cosine of two outputs it does not depend on which feature stands
@@ -45,7 +50,10 @@ def linear_cka(features_SNBE: Tensor) -> Tensor:
 
     Kornblith, Norouzi, Lee and Hinton (2019), Similarity of Neural Network Representations Revisited.
     """
-    members = features_SNBE.shape[1], features_SNBE.shape[3]
+    width = max(group.shape[-1] for group in groups_SNBE)
+    # Zeros beside the features of a narrower group change no inner product.
+    features_SNBE = torch.cat([F.pad(group, (0, width - group.shape[-1])) for group in groups_SNBE], dim=1)
+    members = features_SNBE.shape[1], width
     centred_SNBE = features_SNBE.double() - features_SNBE.double().mean(dim=2, keepdim=True)
     all_SBF = centred_SNBE.transpose(1, 2).flatten(2)
     covariance_SNENE = (all_SBF.mT @ all_SBF).unflatten(2, members).unflatten(1, members)
@@ -55,36 +63,25 @@ def linear_cka(features_SNBE: Tensor) -> Tensor:
     return cka_SNN
 
 
-def probe_predictions(
-    train_SNBE: Tensor, labels_B: Tensor, test_SNBE: Tensor, *, num_classes: int, ridge: float = 1e-3
-) -> Tensor:
+def probe_predictions(train_SNBE: Tensor, labels_B: Tensor, test_SNBE: Tensor) -> Tensor:
     """The class that each member's features alone speak for: the predictions of its linear probe, int64 `(S, N, B)`.
 
-    A linear probe is a linear classifier on frozen features. It says what a member knows in a form that the next
-    layer can read, not what the collective uses of it. Here it is ridge regression onto one-hot labels, which has a
-    closed form, so that there is nothing to train or to tune.
+    A linear probe is a linear classifier on frozen features, here scikit-learn's logistic regression on standardised
+    ones. It says what a member knows in a form that the next layer can read, not what the collective makes of it.
 
     Alain and Bengio (2016), Understanding intermediate layers using linear classifier probes.
 
     Args:
-        train_SNBE: Features of the images that the probes are fitted on.
+        train_SNBE: Features of the images that the probes are fitted on, not those to predict.
         labels_B: Their labels.
         test_SNBE: Features of the images to predict.
-        num_classes: K.
-        ridge: Penalty, as a part of the mean variance of a member's features.
     """
-    mean_SN1E = train_SNBE.double().mean(dim=2, keepdim=True)
-    x_SNBE = train_SNBE.double() - mean_SN1E
-    y_BK = F.one_hot(labels_B, num_classes).double()
-    mean_K = y_BK.mean(dim=0)
-    gram_SNEE = x_SNBE.mT @ x_SNBE
-    penalty_SN = ridge * gram_SNEE.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
-    # A member whose output never changes has no variance: its probe then knows the most frequent class alone.
-    penalty_SN = penalty_SN.clamp(min=torch.finfo(torch.double).tiny)
-    eye_EE = torch.eye(x_SNBE.shape[-1], dtype=torch.double, device=x_SNBE.device)
-    weight_SNEK = torch.linalg.solve(gram_SNEE + penalty_SN[..., None, None] * eye_EE, x_SNBE.mT @ (y_BK - mean_K))
-    scores_SNBK: Tensor = (test_SNBE.double() - mean_SN1E) @ weight_SNEK + mean_K
-    return scores_SNBK.argmax(dim=-1)
+    predictions_SNB = torch.empty(test_SNBE.shape[:3], dtype=torch.int64)
+    for seed, member in itertools.product(*map(range, test_SNBE.shape[:2])):
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        probe.fit(train_SNBE[seed, member].numpy(force=True), labels_B.numpy(force=True))
+        predictions_SNB[seed, member] = torch.from_numpy(probe.predict(test_SNBE[seed, member].numpy(force=True)))
+    return predictions_SNB.to(test_SNBE.device)
 
 
 def agreement(predictions_SNB: Tensor) -> Tensor:
