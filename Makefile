@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Nothing of a run goes anywhere but to this machine.
 export DO_NOT_TRACK := 1
 
-.PHONY: help install run test test-slow lint types format viz ui bench requirements clean
+.PHONY: help install run test test-slow lint types format viz ui notebook bench requirements clean
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -49,6 +49,11 @@ viz: install  ## Show the pipeline with its figures in a browser
 
 ui: install  ## Show the tracked runs in a browser
 	$(BIN)/kedro mlflow ui
+
+# JupyterLab is laid over .venv, which stays as pinned, and finds the kernel and Plotly's extension there.
+notebook: install  ## Open the notebook about phase 1 in a browser; fetches JupyterLab the first time
+	JUPYTER_PATH=$(CURDIR)/.venv/share/jupyter .venv/uv/bin/uv run --no-project --python $(BIN)/python --with jupyterlab \
+		jupyter lab notebooks/phase1_analysis.ipynb
 
 bench: install  ## Measure speed on this machine, each script one table
 	@for script in training overhead matching start_up; do $(BIN)/python benchmarks/$$script.py && echo || exit 1; done

@@ -1,4 +1,4 @@
-"""What the runs say: comparison, figures and report.
+"""What the runs say: comparison, figures and report, all from tables of finished runs; cost; a look at the members.
 
-Everything here starts from tables of finished runs; nothing trains or loads a model.
+Nothing here trains.
 """

@@ -1,4 +1,4 @@
-"""What one image costs: multiply-accumulates counted by torch, latency measured."""
+"""What an answer costs: multiply-accumulates counted by torch, latency measured."""
 
 import statistics
 import time
@@ -23,15 +23,15 @@ def count_macs(arm: Arm) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def measure_latency(arm: Arm, device: torch.device) -> float:
-    """Median milliseconds from one image on the device to its logits there, over 100 times."""
+def measure_latency(arm: Arm, device: torch.device, *, batch_size: int = 1) -> float:
+    """Median milliseconds from a batch on the device, by default of one image, to its logits there, over 100 times."""
     model = build_arm(arm).to(device).eval()
-    image = torch.zeros(1, 1, arm.in_dim, device=device)
+    images = torch.zeros(1, batch_size, arm.in_dim, device=device)
     milliseconds = []
     with torch.inference_mode():
         for _ in range(WARM_UP + REPEATS):
             started = time.perf_counter()
-            model(image)
+            model(images)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             milliseconds.append(1000 * (time.perf_counter() - started))
