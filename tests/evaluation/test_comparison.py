@@ -15,6 +15,7 @@ from collective_pipeline.evaluation.comparison import (
     holm,
     seeds_needed,
 )
+from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 
 CONFIG = ComparisonConfig(resamples=1000)
 DIFFERENCES = ["difference_to_reference", "difference_ci_low", "difference_ci_high", "p_value_holm"]
@@ -24,7 +25,7 @@ def runs(accuracies: dict[str, list[float]]) -> pd.DataFrame:
     """Results with these test accuracies, one seed per value."""
     rows = [
         {
-            **dict.fromkeys(RUN_COLUMNS, 1.0),
+            **dict.fromkeys((*RUN_COLUMNS, *GPU_COLUMNS), 1.0),
             "model_type": arm,
             "seed": seed,
             "params": 1_000_000,

@@ -14,6 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from collective_pipeline.config import BASELINES, ComparisonConfig
+from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 
 RUN_COLUMNS = (
     "model_type",
@@ -30,6 +31,8 @@ RUN_COLUMNS = (
     "train_seconds",
     "samples_per_second",
     "diverged",
+    "joules",
+    "images_per_joule",
 )
 COMPARISON_COLUMNS = (
     "model_type",
@@ -50,6 +53,7 @@ COMPARISON_COLUMNS = (
     "difference_ci_high",
     "p_value_holm",
     "num_diverged",
+    *GPU_COLUMNS,
 )
 
 Floats = npt.NDArray[np.float64]
@@ -69,7 +73,7 @@ def compare_arms(results: pd.DataFrame, config: ComparisonConfig, *, reference: 
     means of its arm and of the pairs with it.
 
     Args:
-        results: `RUN_COLUMNS` and `latency_ms`, a row per arm and seed.
+        results: `RUN_COLUMNS`, `GPU_COLUMNS` and `latency_ms`, a row per arm and seed.
         config: How sure the intervals are to be.
         reference: The arm that the others are compared to; without it the columns of the difference are NaN.
 
@@ -108,6 +112,7 @@ def compare_arms(results: pd.DataFrame, config: ComparisonConfig, *, reference: 
             "difference_ci_high": difference_high,
             "p_value_holm": pd.Series(p_values, index=tested, dtype=float),
             "num_diverged": arms["diverged"].sum().astype(int),
+            **arms[list(GPU_COLUMNS)].mean(),
         },
         index=accuracy.columns,
     )

@@ -18,6 +18,7 @@ from collective_pipeline.evaluation.figures import (
     plot_differences,
     plot_training_curves,
 )
+from collective_pipeline.evaluation.gpu import GPU_COLUMNS, hints
 
 Columns = Mapping[str, Callable[[Any], str]]
 
@@ -77,6 +78,9 @@ def write_report(
         key_figures=_key_figures(comparison, reference) if compared else _key_figures_of_best(comparison),
         compared=compared,
         tables=_comparison_tables(comparison, reference, compared),
+        gpu=_table("GPU while each arm trained", GPU, comparison, COMPARISON_COLUMNS, "comparison.csv"),
+        gpu_is_known=bool(comparison[list(GPU_COLUMNS)].notna().any(axis=None)),
+        hints=hints(comparison),
         runs=_table("Every run", RUNS, results, RUN_COLUMNS, "runs.csv"),
         figures=list(_figures(results, comparison, history, reference, compared)),
         facts=facts,
@@ -123,6 +127,19 @@ COST: Columns = {
     "Multiply-adds per image": lambda arm: f"{arm.macs:,.0f}",
     "Latency (ms)": lambda arm: _number(".3g", arm.latency_ms),
     "Training time per seed (s)": lambda arm: _number(",.1f", arm.train_seconds),
+}
+GPU: Columns = {
+    "Arm": lambda arm: arm.model_type,
+    "Utilisation, mean (%)": lambda arm: _number(".0f", arm.gpu_utilization_mean),
+    "Utilisation, peak (%)": lambda arm: _number(".0f", arm.gpu_utilization_peak),
+    "Memory, mean (MB)": lambda arm: _number(",.0f", arm.gpu_memory_mb_mean),
+    "Memory, peak (MB)": lambda arm: _number(",.0f", arm.gpu_memory_mb_peak),
+    "Power, mean (W)": lambda arm: _number(",.0f", arm.gpu_power_watts_mean),
+    "Power, peak (W)": lambda arm: _number(",.0f", arm.gpu_power_watts_peak),
+    "Temperature, mean (°C)": lambda arm: _number(".0f", arm.gpu_temperature_celsius_mean),
+    "Temperature, peak (°C)": lambda arm: _number(".0f", arm.gpu_temperature_celsius_peak),
+    "Energy per seed (J)": lambda arm: _number(",.0f", arm.joules),
+    "Images per joule": lambda arm: _number(",.0f", arm.images_per_joule),
 }
 RUNS: Columns = {
     "Arm": lambda run: run.model_type,

@@ -11,6 +11,7 @@ import torch
 from collective_pipeline.config import Arm, ModelType, Parameters
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.cost import count_macs
+from collective_pipeline.evaluation.gpu import USAGE_COLUMNS
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.progress import Progress
 from collective_pipeline.training.snapshots import Snapshots
@@ -88,6 +89,9 @@ def evaluate(
     test = score(checkpoint, splits.test, splits, settings.training, device=device)
     last = history.groupby("seed").tail(1).set_index("seed").loc[list(seeds)]
     seconds = float(history["seconds"].max())
+    # Of all the training; nothing where there was no GPU, or where it told nothing.
+    usage = history.sort_values("seconds").reindex(columns=list(USAGE_COLUMNS)).iloc[-1]
+    joules = usage["joules"] or np.nan
     steps = len(splits.train) // settings.training.batch_size
     images = steps * settings.training.batch_size * int(last["epoch"].sum())
     results = pd.DataFrame(
@@ -106,6 +110,9 @@ def evaluate(
             "samples_per_second": images / seconds,
             "diverged": ~np.isfinite(last["train_loss"].to_numpy()),
             "test_top5_accuracy": test["top5_accuracy"],
+            **usage,
+            "joules": joules / len(seeds),
+            "images_per_joule": images / joules,
         }
     )
     results.loc[results["best_epoch"] == 0, ["test_accuracy", "test_loss", "test_top5_accuracy"]] = np.nan
