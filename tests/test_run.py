@@ -464,7 +464,7 @@ def test_a_gpu_is_in_tables_report_and_tracking(tmp_path, new_project, driver):
     """A card that works at 40 % and 300 W of 700; MLflow's curves are of all cards, with their temperatures."""
     project = new_project(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hooks, "SYSTEM_METRICS_SECONDS", 0.01)
+        patch.setattr(hooks, "SYSTEM_METRICS_SECONDS", 0.1)
         params = as_params(TINY | {"device": "cpu"})
         result = kedro(project, "run", "--env", "debug", "--params", params)
     assert result.exit_code == 0, result.output

@@ -89,9 +89,6 @@ def evaluate(
     test = score(checkpoint, splits.test, splits, settings.training, device=device)
     last = history.groupby("seed").tail(1).set_index("seed").loc[list(seeds)]
     seconds = float(history["seconds"].max())
-    # Of all the training; nothing where there was no GPU, or where it told nothing.
-    usage = history.sort_values("seconds").reindex(columns=list(USAGE_COLUMNS)).iloc[-1]
-    joules = usage["joules"] or np.nan
     steps = len(splits.train) // settings.training.batch_size
     images = steps * settings.training.batch_size * int(last["epoch"].sum())
     results = pd.DataFrame(
@@ -110,11 +107,12 @@ def evaluate(
             "samples_per_second": images / seconds,
             "diverged": ~np.isfinite(last["train_loss"].to_numpy()),
             "test_top5_accuracy": test["top5_accuracy"],
-            **usage,
-            "joules": joules / len(seeds),
-            "images_per_joule": images / joules,
         }
     )
     results.loc[results["best_epoch"] == 0, ["test_accuracy", "test_loss", "test_top5_accuracy"]] = np.nan
     chosen = history[["seed", "epoch", "val_accuracy"]].rename(columns={"epoch": "best_epoch"})
-    return results.merge(chosen, on=["seed", "best_epoch"], how="left")
+    results = results.merge(chosen, on=["seed", "best_epoch"], how="left")
+    # Of all the training; nothing where there was no GPU, or where it told nothing.
+    usage = history.sort_values("seconds").reindex(columns=list(USAGE_COLUMNS)).iloc[-1]
+    joules = usage["joules"] or np.nan
+    return results.assign(**{**usage, "joules": joules / len(seeds), "images_per_joule": images / joules})
