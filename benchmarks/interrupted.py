@@ -27,6 +27,7 @@ import torch
 from collective_pipeline.config import DEBUG, Parameters, TrainingConfig
 from collective_pipeline.data.small_images import load_images
 from collective_pipeline.data.splits import RawImages, make_splits
+from collective_pipeline.evaluation.gpu import USAGE_COLUMNS
 from collective_pipeline.training import interrupt, snapshots
 from collective_pipeline.training.runtime import choose_device
 from collective_pipeline.training.train import match_to_splits, score, snapshots_at, train_arm
@@ -34,6 +35,7 @@ from collective_pipeline.training.train import match_to_splits, score, snapshots
 FOLDER = Path(__file__).parents[1] / "data" / "01_raw" / "mnist"
 ARMS = ("collective", "deep_resnet")
 NUM_IMAGES = 12_000
+CLOCKS = {"seconds", *USAGE_COLUMNS}
 
 
 def settings_for(device: str, *, resume: bool) -> Parameters:
@@ -80,7 +82,7 @@ def train(folder: Path, device_name: str) -> None:
             except interrupt.Interrupted as stopped:
                 sys.exit(str(stopped))
             tensors = snapshots.read_snapshot(last).tensors
-            history = [{key: value for key, value in row.items() if key != "seconds"} for row in result.history]
+            history = [{key: value for key, value in row.items() if key not in CLOCKS} for row in result.history]
             tested = score(checkpoint, splits.test, splits, settings.training, device=device)
             ends[name] = {
                 "tensors": hashlib.sha256(

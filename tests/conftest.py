@@ -6,10 +6,14 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pynvml
 import pytest
 import torch
+
+from collective_pipeline.training import gpu, loop
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -48,3 +52,65 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 def new_project() -> Callable[[Path], Path]:
     """Makes a project in an empty folder."""
     return make_project
+
+
+class Driver:
+    """Stands in for the driver of a machine with two cards, the second of which torch calls its first.
+
+    Attributes:
+        watts: Of the second card, at all times since `now` was 0.
+        refused: Queries that end in an error, with its code.
+        visible: What the second card is called.
+    """
+
+    def __init__(self) -> None:
+        self.now: float | None = None
+        self.watts = 300.0
+        self.busy = 40
+        self.refused: dict[str, int] = {}
+        self.visible = "GPU-b"
+        self.num_readings = 0
+
+    def answer(self, name: str, value: Callable) -> Callable:
+        def query(*arguments):
+            if name in self.refused:
+                raise pynvml.NVMLError(self.refused[name])
+            return value(*arguments)
+
+        return query
+
+    def handle(self, uuid: str) -> int:
+        if uuid != self.visible:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return 1
+
+    def utilization(self, card: int) -> SimpleNamespace:
+        self.num_readings += card
+        return SimpleNamespace(gpu=card * self.busy)
+
+
+@pytest.fixture
+def driver(monkeypatch) -> Driver:
+    """Every training measures its second card, wherever it trains; time stands still once `now` is set."""
+    driver = Driver()
+    answers = {
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetCount": lambda: 2,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetHandleByUUID": driver.handle,
+        "nvmlDeviceGetUtilizationRates": driver.utilization,
+        "nvmlDeviceGetMemoryInfo": lambda card: SimpleNamespace(used=card * 2e9, total=8e9),
+        "nvmlDeviceGetPowerUsage": lambda card: card * 1e3 * driver.watts,
+        "nvmlDeviceGetEnforcedPowerLimit": lambda card: 700e3,
+        "nvmlDeviceGetTemperature": lambda card, sensor: card * 55,
+        "nvmlDeviceGetTotalEnergyConsumption": lambda card: card * 1e3 * driver.watts * gpu.time.perf_counter(),
+    }
+    for name, value in answers.items():
+        monkeypatch.setattr(pynvml, name, driver.answer(name, value))
+    monkeypatch.setattr(gpu, "_cards", {})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="b"))
+    perf_counter = gpu.time.perf_counter
+    clock = SimpleNamespace(perf_counter=lambda: perf_counter() if driver.now is None else driver.now)
+    monkeypatch.setattr(gpu, "time", clock)
+    monkeypatch.setattr(loop, "Meter", lambda device, before: gpu.Meter(torch.device("cuda"), before))
+    return driver

@@ -21,6 +21,7 @@ from kedro.framework.cli.cli import KedroCLI
 from collective_pipeline import hooks
 from collective_pipeline.config import MODEL_TYPES, UserError
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS
+from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 from collective_pipeline.models.checkpoint import load_checkpoint
 from collective_pipeline.startup import quieten
 from collective_pipeline.training import loop, train
@@ -333,7 +334,7 @@ def stop_at(patch: pytest.MonkeyPatch, model_type: str, epoch_number: int) -> No
 
 def results_of(project: Path) -> dict[str, pd.DataFrame]:
     """All tables and histories, without what a clock says."""
-    clocks = ["train_seconds", "samples_per_second", "latency_ms", "seconds"]
+    clocks = ["train_seconds", "samples_per_second", "latency_ms", "seconds", *GPU_COLUMNS]
     tables = {path.name: pd.read_csv(path) for path in (project / "data/08_reporting/phase1").glob("*.csv")}
     histories = {arm: pd.read_parquet(project / f"data/07_model_output/{arm}/history.parquet") for arm in MODEL_TYPES}
     return {name: table.drop(columns=clocks, errors="ignore") for name, table in (tables | histories).items()}
@@ -457,3 +458,28 @@ def test_one_seed_that_diverges_late_is_reported(tmp_path, new_project, monkeypa
     assert list(runs["diverged"]) == [False, True] and runs["best_epoch"].iloc[1] == 1
     assert runs["test_accuracy"].notna().all()
     assert "The loss of 1 of collective's seeds diverged" in result.output
+
+
+def test_a_gpu_is_in_tables_report_and_tracking(tmp_path, new_project, driver):
+    """A card that works at 40 % and 300 W of 700; MLflow's curves are of all cards, with their temperatures."""
+    project = new_project(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks, "SYSTEM_METRICS_SECONDS", 0.1)
+        params = as_params(TINY | {"device": "cpu"})
+        result = kedro(project, "run", "--env", "debug", "--params", params)
+    assert result.exit_code == 0, result.output
+    folder = project / "data/08_reporting/single"
+    runs, comparison = pd.read_csv(folder / "runs.csv"), pd.read_csv(folder / "comparison.csv")
+
+    assert set(comparison["gpu_utilization_mean"]) == {40} and set(comparison["gpu_power_watts_peak"]) == {300}
+    assert (runs["joules"] > 0).all() and (runs["images_per_joule"] > 0).all()
+    report = (folder / "report.html").read_text()
+    assert "While collective trained, the GPU was at work 40 % of the time" in report
+    assert "the GPU drew 43 % of the power that it may" in report
+    tracked = runs_of(project)
+    tracked = tracked[tracked["tags.mlflow.parentRunId"].notna()].set_index("tags.model_type")
+    for name, joules in comparison.set_index("model_type")["joules"].items():
+        assert tracked.loc[name, "metrics.final/joules"] == pytest.approx(joules)
+    assert set(tracked["metrics.system/gpu_1_temperature_celsius"]) == {55}
+    assert set(tracked["metrics.system/gpu_0_temperature_celsius"]) == {0}
+    assert "metrics.system/gpu_1_power_usage_watts" in tracked

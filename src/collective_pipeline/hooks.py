@@ -21,10 +21,12 @@ from kedro.pipeline.node import Node
 
 from collective_pipeline.config import Arm, Parameters, UserError, check_parameters, flatten
 from collective_pipeline.evaluation.comparison import efficiency
+from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 from collective_pipeline.models.matching import parameter_budget
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.progress import duration
+from collective_pipeline.training.tracking import log_gpu_temperatures
 
 SYSTEM_METRICS_SECONDS = 2
 SPARE_BYTES = 64 * 2**20
@@ -185,6 +187,7 @@ class TrackArms:
             tags={"model_type": arm.model_type, "dataset": settings.dataset} | self.source_tags,
         )
         self.runs[box] = run.info.run_id
+        log_gpu_temperatures(run.info.run_id)
         chosen = {"model_type": arm.model_type, "params": arm.params}
         mlflow.log_params(flatten(settings) | {f"arm.{name}": value for name, value in flatten(arm).items()} | chosen)
 
@@ -237,7 +240,9 @@ def final_metrics(results: pd.DataFrame) -> dict[str, float]:
         "final/model_params": params,
         "final/macs": float(results["macs"].iloc[0]),
         "final/train_seconds": float(results["train_seconds"].mean()),
-    } | {f"final/{name}": float(value) for name, value in efficiency(accuracy, params).items()}
+        **{f"final/{name}": float(value) for name, value in efficiency(accuracy, params).items()},
+        **{f"final/{name}": float(value) for name, value in results[list(GPU_COLUMNS)].mean().dropna().items()},
+    }
 
 
 class TellAnswer:

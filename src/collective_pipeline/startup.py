@@ -44,6 +44,8 @@ def quieten() -> None:
     # Both tell about every monitor, resolver and run that they start; their warnings stay.
     for name in ("mlflow", "kedro_mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It would tell every two seconds that a laptop's card does not tell its power.
+    logging.getLogger("mlflow.system_metrics.metrics.gpu_monitor").setLevel(logging.ERROR)
 
 
 class CheckPipelineName:

@@ -13,6 +13,7 @@ from collective_pipeline.evaluation.comparison import (
     compare_arms,
     holm,
 )
+from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 from collective_pipeline.evaluation.verdict import answer, seeds_needed
 
 CONFIG = ComparisonConfig(resamples=1000)
@@ -23,7 +24,7 @@ def runs(accuracies: dict[str, list[float]]) -> pd.DataFrame:
     """Results with these test accuracies, one seed per value."""
     rows = [
         {
-            **dict.fromkeys(RUN_COLUMNS, 1.0),
+            **dict.fromkeys((*RUN_COLUMNS, *GPU_COLUMNS), 1.0),
             "model_type": arm,
             "seed": seed,
             "params": 1_000_000,

@@ -14,6 +14,7 @@ from collective_pipeline.evaluation.figures import (
     plot_differences,
     plot_training_curves,
 )
+from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 
 SIZES = [(MODEL_TYPES, 3, 5), (MODEL_TYPES, 1, 1), (("very_deep_resnet",), 1, 1), (("collective",), 2, 1)]
 
@@ -25,7 +26,7 @@ def make_run(arms, num_seeds, num_epochs):
     results = pd.DataFrame(
         [
             {
-                **dict.fromkeys(RUN_COLUMNS, 1.0),
+                **dict.fromkeys((*RUN_COLUMNS, *GPU_COLUMNS), 1.0),
                 "model_type": arm,
                 "seed": seed,
                 "params": 560_000 + position,

@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from collective_pipeline.config import MODEL_TYPES, ComparisonConfig
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS, compare_arms
+from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 from collective_pipeline.evaluation.report import write_report
 
 FACTS = {"Command": {"command": "kedro run --pipeline phase1"}, "Machine": {"device": "cpu"}}
@@ -25,6 +26,7 @@ def make_report(arms=MODEL_TYPES, num_seeds=3, **changes) -> str:
         [
             {
                 **dict.fromkeys(RUN_COLUMNS, 1.0),
+                **dict.fromkeys(GPU_COLUMNS, np.nan),
                 "model_type": arm,
                 "seed": seed,
                 "params": 560_000,
@@ -142,6 +144,7 @@ def test_what_diverged_is_in_the_tables():
         [
             {
                 **dict.fromkeys(RUN_COLUMNS, 1.0),
+                **dict.fromkeys(GPU_COLUMNS, np.nan),
                 "model_type": arm,
                 "seed": seed,
                 "params": 560_000,
@@ -160,3 +163,27 @@ def test_what_diverged_is_in_the_tables():
     )
 
     assert "2, 1 diverged" in page and "3, diverged" in page
+
+
+def test_the_gpu_is_on_the_page_only_where_there_was_one():
+    results = pd.DataFrame(
+        {
+            **dict.fromkeys(RUN_COLUMNS, 1.0),
+            **dict.fromkeys(GPU_COLUMNS, np.nan),
+            "model_type": ["collective", "shallow"],
+            "seed": 1,
+            "params": 560_000,
+            "test_accuracy": 97.0,
+            "latency_ms": 0.5,
+            "diverged": False,
+        }
+    )
+    history = results[["model_type", "seed"]].assign(epoch=1, val_accuracy=97.0, val_loss=0.1, train_loss=0.1)
+    config = ComparisonConfig(resamples=200)
+    without = Page(make_report(results=results, comparison=compare_arms(results, config), history=history))
+    assert "GPU" not in without.texts and not without.all("li")
+
+    known = results.assign(gpu_utilization_mean=12.0, joules=1234.0)
+    page = Page(make_report(results=known, comparison=compare_arms(known, config), history=history))
+    assert "GPU" in page.texts and "1,234" in page.texts and len(page.all("li")) == 1
+    assert not any(text == "nan" for text in page.texts)

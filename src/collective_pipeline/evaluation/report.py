@@ -19,6 +19,7 @@ from collective_pipeline.evaluation.figures import (
     plot_differences,
     plot_training_curves,
 )
+from collective_pipeline.evaluation.gpu import GPU_COLUMNS, hints
 
 Columns = Mapping[str, Callable[[Any], str]]
 
@@ -73,6 +74,8 @@ def write_report(
         key_figures=_key_figures(comparison, reference) if compared else _key_figures_of_best(comparison),
         heading="Comparison" if compared else "Result",
         tables=_comparison_tables(comparison, reference, compared),
+        gpu=gpu_table(GPU, comparison, COMPARISON_COLUMNS),
+        hints=hints(comparison),
         notes=[INTERVALS, *([difference_note(reference), P_VALUES] if compared else []), TEST_SET],
         figures=list(_figures(results, comparison, history, reference, compared)),
         details=[make_table("Every run, one row per arm and seed", RUNS, results, RUN_COLUMNS, "runs.csv")],
@@ -111,6 +114,8 @@ def render(
     key_figures: Mapping[str, tuple[str, str]],
     heading: str,
     tables: Sequence[Table],
+    gpu: Table | None,
+    hints: Sequence[str],
     notes: Sequence[str],
     figures: Sequence[Figure],
     details: Sequence[Table],
@@ -125,6 +130,8 @@ def render(
         key_figures: Name to value and note.
         heading: Of the tables.
         tables: What the answer rests on.
+        gpu: What the card did, if there was one.
+        hints: What could be better there.
         notes: How to read them.
         figures: In their order.
         details: Tables that are folded up.
@@ -144,6 +151,8 @@ def render(
         key_figures=key_figures,
         heading=heading,
         tables=tables,
+        gpu=gpu,
+        hints=hints,
         notes=notes,
         figures=figures,
         details=details,
@@ -195,6 +204,19 @@ COST: Columns = {
     "Latency (ms)": lambda arm: number(".3g", arm.latency_ms),
     "Training time per seed (s)": lambda arm: number(",.1f", arm.train_seconds),
 }
+GPU: Columns = {
+    "Arm": lambda arm: arm.model_type,
+    "Utilisation, mean (%)": lambda arm: number(".0f", arm.gpu_utilization_mean),
+    "Utilisation, peak (%)": lambda arm: number(".0f", arm.gpu_utilization_peak),
+    "Memory, mean (MB)": lambda arm: number(",.0f", arm.gpu_memory_mb_mean),
+    "Memory, peak (MB)": lambda arm: number(",.0f", arm.gpu_memory_mb_peak),
+    "Power, mean (W)": lambda arm: number(",.0f", arm.gpu_power_watts_mean),
+    "Power, peak (W)": lambda arm: number(",.0f", arm.gpu_power_watts_peak),
+    "Temperature, mean (°C)": lambda arm: number(".0f", arm.gpu_temperature_celsius_mean),
+    "Temperature, peak (°C)": lambda arm: number(".0f", arm.gpu_temperature_celsius_peak),
+    "Energy per seed (J)": lambda arm: number(",.0f", arm.joules),
+    "Images per joule": lambda arm: number(",.0f", arm.images_per_joule),
+}
 RUNS: Columns = {
     "Arm": lambda run: run.model_type,
     "Seed": lambda run: str(run.seed),
@@ -218,6 +240,13 @@ def make_table(caption: str, columns: Columns, data: pd.DataFrame, csv_columns: 
         file_name=file_name,
         csv=data[list(csv_columns)].to_csv(index=False),
     )
+
+
+def gpu_table(columns: Columns, comparison: pd.DataFrame, csv_columns: Iterable[str]) -> Table | None:
+    """What the card did while each arm trained, or None if nothing was read of any."""
+    if comparison[list(GPU_COLUMNS)].isna().all(axis=None):
+        return None
+    return make_table("GPU while each arm trained", columns, comparison, csv_columns, "comparison.csv")
 
 
 def _comparison_tables(comparison: pd.DataFrame, reference: str, compared: bool) -> list[Table]:

@@ -7,6 +7,7 @@ import pandas as pd
 
 from collective_pipeline.config import TrainingConfig
 from collective_pipeline.evaluation.cost import count_macs
+from collective_pipeline.evaluation.gpu import USAGE_COLUMNS
 from collective_pipeline.models.checkpoint import Checkpoint
 
 
@@ -18,7 +19,7 @@ def tabulate(
     *,
     num_images: int,
 ) -> pd.DataFrame:
-    """`comparison.RUN_COLUMNS` and `test_top5_accuracy`, a row for each seed.
+    """`comparison.RUN_COLUMNS`, `gpu.GPU_COLUMNS` and `test_top5_accuracy`, a row for each seed.
 
     A seed that diverged before it had good weights has no accuracies and no loss.
 
@@ -53,4 +54,8 @@ def tabulate(
     )
     results.loc[results["best_epoch"] == 0, ["test_accuracy", "test_loss", "test_top5_accuracy"]] = np.nan
     chosen = history[["seed", "epoch", "val_accuracy"]].rename(columns={"epoch": "best_epoch"})
-    return results.merge(chosen, on=["seed", "best_epoch"], how="left")
+    results = results.merge(chosen, on=["seed", "best_epoch"], how="left")
+    # Of all the training; nothing where there was no GPU, or where it told nothing.
+    usage = history.sort_values("seconds").reindex(columns=list(USAGE_COLUMNS)).iloc[-1]
+    joules = usage["joules"] or np.nan
+    return results.assign(**{**usage, "joules": joules / len(seeds), "images_per_joule": images / joules})

@@ -6,10 +6,12 @@ from typing import Any
 import pandas as pd
 
 from collective_pipeline.evaluation.comparison import COSTS, OVERALL_COLUMNS, RUN_COLUMNS, SIZE_COLUMNS
+from collective_pipeline.evaluation.gpu import hints
 from collective_pipeline.evaluation.report import (
     ACCURACY,
     COST,
     DIFFERENCE,
+    GPU,
     INTERVALS,
     P_VALUES,
     RUNS,
@@ -18,6 +20,7 @@ from collective_pipeline.evaluation.report import (
     Figure,
     Table,
     difference_note,
+    gpu_table,
     make_figure,
     make_table,
     number,
@@ -98,6 +101,8 @@ def write_sweep_report(
         key_figures=_key_figures(runs, comparison, trials, reference),
         heading="Comparison",
         tables=list(_tables(comparison, overall, compared, searched)),
+        gpu=gpu_table({**_first("Arm", GPU), **SIZE, **_rest("Arm", GPU)}, comparison, SIZE_COLUMNS),
+        hints=hints(comparison),
         notes=_notes(reference, compared, searched),
         figures=list(_figures(comparison, trials, importance, reference, compared)),
         details=list(_details(runs, trials, importance)),

@@ -18,6 +18,7 @@ from collective_pipeline.data.batches import Batches, Normalise
 from collective_pipeline.data.splits import Images
 from collective_pipeline.training import cuda, interrupt
 from collective_pipeline.training.dropout_bits import DropoutBits
+from collective_pipeline.training.gpu import Meter, Usage
 from collective_pipeline.training.optim import AveragedWeights, LossScaler, clip_by_seed, make_optimizer, make_schedule
 from collective_pipeline.training.runtime import autocast
 from collective_pipeline.training.snapshots import Snapshot, Snapshots
@@ -41,6 +42,7 @@ class Epoch:
         finished: Whether it was the last one.
         restored: Whether it is only told again: it was trained before the run was interrupted, or in groups of seeds.
         partial: Whether it is of a group of the seeds only, because memory is too small for all of them at once.
+        usage: Of the GPU since training began, as of its last reading.
     """
 
     number: int
@@ -53,6 +55,7 @@ class Epoch:
     finished: bool = False
     restored: bool = False
     partial: bool = False
+    usage: Usage = field(default_factory=Usage)
 
     def mean(self, name: str) -> float:
         """Of a metric over the seeds that are still trained and whose number is finite; NaN if there are none."""
@@ -106,6 +109,7 @@ class Fit:
                 **{name: values[s] for name, values in epoch.metrics.items()},
                 "learning_rate": epoch.learning_rate,
                 "seconds": epoch.seconds,
+                **epoch.usage.figures,
             }
             for epoch in self.epochs
             for s, seed in enumerate(self.seeds)
@@ -165,7 +169,10 @@ class Fit:
     @classmethod
     def restore(cls, facts: Mapping[str, Any], weights: dict[str, Tensor]) -> "Fit":
         """From `facts` that were written as JSON."""
-        epochs = [Epoch(**epoch | {"running": tuple(epoch["running"]), "restored": True}) for epoch in facts["epochs"]]
+        epochs = [
+            Epoch(**epoch | {"running": tuple(epoch["running"]), "usage": Usage(**epoch["usage"]), "restored": True})
+            for epoch in facts["epochs"]
+        ]
         return cls(**{**facts, "seeds": tuple(facts["seeds"]), "epochs": epochs, "weights": weights})
 
 
@@ -179,7 +186,9 @@ def _join_epochs(model: Epoch, fits: Sequence[Fit]) -> Epoch:
             metrics[name] += part.metrics[name] if part else [math.nan] * len(fit.seeds)
         running += part.running if part else [False] * len(fit.seeds)
     seconds = sum(part.seconds if part else fit.epochs[-1].seconds for fit, part in zip(fits, parts, strict=True))
-    return replace(model, metrics=metrics, running=tuple(running), seconds=seconds, partial=False, restored=True)
+    usage = sum((part.usage if part else fit.epochs[-1].usage for fit, part in zip(fits, parts, strict=True)), Usage())
+    joined = replace(model, metrics=metrics, running=tuple(running), seconds=seconds, usage=usage)
+    return replace(joined, partial=False, restored=True)
 
 
 def fit(
@@ -222,6 +231,7 @@ class _Place:
     update: int = 0
     seconds: float = 0.0
     finished: bool = False
+    usage: Usage = field(default_factory=Usage)
 
 
 @dataclass
@@ -240,16 +250,19 @@ class _Fitting:
         self.result, self.place = Fit.begin(self.batches.seeds), _Place()
         if saved is not None:
             self.result = Fit.restore(saved.facts["fit"], saved.part("best", self.batches.device))
-            self.place = _Place(**saved.facts["place"])
+            self.place = _Place(**saved.facts["place"] | {"usage": Usage(**saved.facts["place"]["usage"])})
             for epoch in self.result.epochs:
                 self._tell(epoch)
         self.started = time.perf_counter() - self.place.seconds
+        if self.place.finished:
+            return self.result
         before = 0
-        for index, phase in enumerate(self.phases):
-            if index >= self.place.phase and not self.place.finished:
-                going_on = saved.tensors if saved is not None and index == self.place.phase else None
-                self._train(index, phase, before, going_on)
-            before += phase.epochs
+        with Meter(self.batches.device, self.place.usage) as self.meter:
+            for index, phase in enumerate(self.phases):
+                if index >= self.place.phase:
+                    going_on = saved.tensors if saved is not None and index == self.place.phase else None
+                    self._train(index, phase, before, going_on)
+                before += phase.epochs
         return self.result
 
     def _train(self, index: int, phase: Phase, before: int, going_on: Mapping[str, Tensor] | None) -> None:
@@ -285,7 +298,9 @@ class _Fitting:
         if phase.selects:
             result.select(epoch, training.validated)
         result.stop(epoch, patience=config.early_stopping_patience if phase is self.phases[-1] else None, since=since)
-        result.epochs[-1] = replace(epoch, finished=number == config.epochs or not any(result.running))
+        finished = number == config.epochs or not any(result.running)
+        usage = self.meter.read() if finished else self.meter.usage
+        result.epochs[-1] = replace(epoch, finished=finished, usage=usage)
         self._tell(result.epochs[-1])
 
     def _tell(self, epoch: Epoch) -> None:
@@ -297,7 +312,7 @@ class _Fitting:
         stops = interrupt.requested() and not place.finished
         if self.snapshots is None or not (stops or place.finished or self.snapshots.is_due()):
             return
-        place = replace(place, seconds=time.perf_counter() - self.started)
+        place = replace(place, seconds=time.perf_counter() - self.started, usage=self.meter.read())
         best = {f"best/{name}": tensor for name, tensor in self.result.weights.items()}
         facts = {"place": asdict(place), "fit": self.result.facts()}
         self.snapshots.save(Snapshot(facts, training.state() | best), wait=stops or place.finished)

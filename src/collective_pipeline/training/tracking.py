@@ -1,10 +1,18 @@
-"""Live curves in MLflow: the one module of the core that speaks to it, and only if a run is active."""
+"""Live curves and temperatures in MLflow: the one module of the core that speaks to it, and only if a run is active."""
 
+import contextlib
 import math
+import statistics
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import mlflow
+import pynvml
 from mlflow.entities import Metric
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.tracking.fluent import run_id_to_system_metrics_monitor
 
 from collective_pipeline.training.loop import Epoch
 
@@ -34,3 +42,34 @@ class Curves:
             for start in range(0, len(self.waiting), 1000):  # as many as MLflow takes at once
                 client.log_batch(run.info.run_id, metrics=self.waiting[start : start + 1000])
             self.waiting, self.last_time = [], time.perf_counter()
+
+
+class GpuTemperatures(BaseMetricsMonitor):
+    """What MLflow's own monitor of GPUs leaves out, as `system/gpu_0_temperature_celsius`, ...
+
+    Args:
+        cards: The driver's handles of all GPUs.
+    """
+
+    def __init__(self, cards: Sequence[Any]) -> None:
+        super().__init__()
+        self.cards = cards
+
+    def collect_metrics(self) -> None:
+        """Read all that can be read."""
+        for index, card in enumerate(self.cards):
+            with contextlib.suppress(pynvml.NVMLError):
+                temperature = pynvml.nvmlDeviceGetTemperature(card, pynvml.NVML_TEMPERATURE_GPU)
+                self._metrics[f"gpu_{index}_temperature_celsius"].append(temperature)
+
+    def aggregate_metrics(self) -> dict[str, float]:
+        """Means since MLflow logged the last ones."""
+        return {name: statistics.fmean(values) for name, values in self._metrics.items()}
+
+
+def log_gpu_temperatures(run_id: str) -> None:
+    """With the run's system metrics, if MLflow logs any and found a GPU."""
+    system = run_id_to_system_metrics_monitor.get(run_id)
+    if system is not None:
+        found = [monitor for monitor in system.monitors if isinstance(monitor, GPUMonitor)]
+        system.monitors += [GpuTemperatures(monitor.gpu_handles) for monitor in found]

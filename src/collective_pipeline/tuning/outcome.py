@@ -44,7 +44,12 @@ def collect_runs(study: Study, settings: Parameters) -> tuple[pd.DataFrame, dict
             name = _name(unit)
             tables.append(pd.DataFrame(trial.user_attrs["rows"]).assign(model_type=name))
             arms[name, arm.target_params] = arm
-    return pd.concat(tables, ignore_index=True).infer_objects() if tables else pd.DataFrame(), arms
+    if not tables:
+        return pd.DataFrame(), arms
+    runs = pd.concat(tables, ignore_index=True)
+    text = {"model_type", "diverged"}
+    # JSON has no NaN, and a column without any number would be of objects.
+    return runs.assign(**{name: pd.to_numeric(runs[name]) for name in runs if name not in text}), arms
 
 
 def collect_trials(study: Study, settings: Parameters) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from plotly.graph_objects import Figure
 
 from collective_pipeline.config import Arm, Parameters, UserError
 from collective_pipeline.data.splits import Splits
-from collective_pipeline.evaluation.comparison import compare_overall, compare_sizes
+from collective_pipeline.evaluation.comparison import RUN_COLUMNS, compare_overall, compare_sizes
 from collective_pipeline.evaluation.cost import measure_latency
 from collective_pipeline.evaluation.sweep_figures import no_figure, plot_importance, plot_pruning, plot_trials
 from collective_pipeline.evaluation.sweep_report import write_sweep_report
@@ -52,11 +52,11 @@ def measure(arms: Arms, device: torch.device) -> Latencies:
 
 
 def compare(
-    settings: Parameters, splits: Splits, runs: pd.DataFrame, latency: Latencies
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
-    """One row for each arm and size, one for each arm over all sizes, and the answer."""
-    names = zip(runs["model_type"], runs["target_params"], strict=True)
-    runs = runs.assign(latency_ms=[latency[name] for name in names])
+    settings: Parameters, splits: Splits, results: pd.DataFrame, latency: Latencies
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, dict[str, Any]]:
+    """All runs, one row for each arm and size, one for each arm over all sizes, and the answer."""
+    names = zip(results["model_type"], results["target_params"], strict=True)
+    runs = results.assign(latency_ms=[latency[name] for name in names])
     if settings.sweep.mode == "search":
         # Each arm has the size that its search found best: they are compared as they are, all in one family.
         own_size = runs.groupby("model_type")["target_params"].first()
@@ -72,7 +72,7 @@ def compare(
         told = answer_sizes(overall, comparison, settings.comparison, near=near)
     labels = comparison["model_type"] + " " + comparison["params"].astype(str)
     accuracies = dict(zip(labels, comparison["test_accuracy_mean"].round(3).tolist(), strict=True))
-    return comparison, overall, {"answer": told, "test_accuracy": accuracies}
+    return runs[list(RUN_COLUMNS)], comparison, overall, {"answer": told, "test_accuracy": accuracies}
 
 
 def show_trials(trials: pd.DataFrame) -> Figure:

@@ -30,14 +30,14 @@ def create_pipeline(namespace: str) -> Pipeline:
             Node(
                 run_study,
                 inputs=["task", "device"],
-                outputs=["runs", "arms", "trials", "importance"],
+                outputs=["results", "arms", "trials", "importance"],
                 name="run_study",
             ),
             Node(measure, inputs=["arms", "device"], outputs="latency", name="measure_latency"),
             Node(
                 compare,
-                inputs=["settings", "splits", "runs", "latency"],
-                outputs=["comparison", "overall", "summary"],
+                inputs=["settings", "splits", "results", "latency"],
+                outputs=["runs", "comparison", "overall", "summary"],
                 name="compare",
             ),
             Node(plot_accuracy_by_size, inputs="comparison", outputs="accuracy_figure", name="plot_accuracy"),
