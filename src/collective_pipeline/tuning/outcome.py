@@ -49,7 +49,9 @@ def collect_runs(study: Study, settings: Parameters) -> tuple[pd.DataFrame, dict
     runs = pd.concat(tables, ignore_index=True)
     text = {"model_type", "diverged"}
     # JSON has no NaN, and a column without any number would be of objects.
-    return runs.assign(**{name: pd.to_numeric(runs[name]) for name in runs if name not in text}), arms
+    for name in runs.columns.difference(list(text)):
+        runs[name] = pd.to_numeric(runs[name])
+    return runs, arms
 
 
 def collect_trials(study: Study, settings: Parameters) -> pd.DataFrame:
