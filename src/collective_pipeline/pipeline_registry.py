@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from kedro.pipeline import Pipeline
 
 from collective_pipeline.config import MODEL_TYPES, ModelType
-from collective_pipeline.pipelines import arm, comparison, data
+from collective_pipeline.pipelines import arm, comparison, data, predict
 
 
 def make_experiment(name: str, arms: Mapping[str, ModelType | None]) -> Pipeline:
@@ -17,7 +17,7 @@ def make_experiment(name: str, arms: Mapping[str, ModelType | None]) -> Pipeline
 
 
 def register_pipelines() -> dict[str, Pipeline]:
-    """`single` runs the arm that the parameter `model_type` names; `phase1` all seven."""
+    """`single` runs the arm that the parameter `model_type` names, `phase1` all seven; `predict` only uses them."""
     single = make_experiment("single", {"single": None})
     phase1 = make_experiment("phase1", {model_type: model_type for model_type in MODEL_TYPES})
-    return {"__default__": single, "single": single, "phase1": phase1}
+    return {"__default__": single, "single": single, "phase1": phase1, "predict": predict.create_pipeline()}

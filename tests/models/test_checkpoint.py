@@ -1,12 +1,13 @@
 """A checkpoint is whole or not there, and rebuilds its network without anything else."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from collective_pipeline.config import Arm, CollectiveConfig, MlpArchitecture, ModelDropoutConfig, UserError
+from collective_pipeline.config import Arm, CollectiveConfig, ImageSpec, MlpArchitecture, ModelDropoutConfig, UserError
 from collective_pipeline.models.build import build_arm, initialise
 from collective_pipeline.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from collective_pipeline.randomness import make_generator
@@ -39,7 +40,8 @@ def checkpoint_of(model_type):
     model = build_arm(arm, num_seeds=len(SEEDS))
     initialise(model, [make_generator(seed, "weights") for seed in SEEDS])
     model.train()(torch.randn(len(SEEDS), 20, 12))
-    return Checkpoint(arm, "mnist", SEEDS, (4, 9), model.state_dict()), model.eval()
+    images = ImageSpec(shape=(3, 2, 2), mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1), class_names=("a", "b", "c"))
+    return Checkpoint(arm, "mnist", images, SEEDS, (4, 9), model.state_dict()), model.eval()
 
 
 @pytest.fixture(params=list(ARCHITECTURES))
@@ -87,7 +89,7 @@ def test_weights_are_saved_however_they_lie_in_memory(tmp_path):
     """Views and transposed tensors, as the chosen seeds of a larger stack are."""
     checkpoint, _ = checkpoint_of("shallow")
     scattered = {name: t.repeat_interleave(2, dim=-1)[..., ::2] for name, t in checkpoint.weights.items()}
-    save_checkpoint(Checkpoint(checkpoint.arm, "mnist", SEEDS, (4, 9), scattered), tmp_path / "model.safetensors")
+    save_checkpoint(replace(checkpoint, weights=scattered), tmp_path / "model.safetensors")
     loaded = load_checkpoint(tmp_path / "model.safetensors").weights
 
     assert not any(tensor.is_contiguous() for tensor in scattered.values())

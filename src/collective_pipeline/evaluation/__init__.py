@@ -1,4 +1,1 @@
-"""What the runs say: comparison, figures and report.
-
-Everything here starts from tables of finished runs; nothing trains or loads a model.
-"""
+"""What the runs say: comparison, figures and report, which start from tables of finished runs; and predictions."""
