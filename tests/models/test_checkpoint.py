@@ -65,7 +65,7 @@ def test_what_is_saved_is_what_is_loaded(trained, tmp_path):
     save_checkpoint(checkpoint, tmp_path / "model.safetensors")
     loaded = load_checkpoint(tmp_path / "model.safetensors")
 
-    for name in ("arm", "dataset", "seeds", "best_epochs"):
+    for name in ("arm", "dataset", "images", "seeds", "best_epochs"):
         assert getattr(loaded, name) == getattr(checkpoint, name)
     assert loaded.weights.keys() == checkpoint.weights.keys()
     for name, tensor in checkpoint.weights.items():
@@ -147,19 +147,21 @@ def test_a_foreign_file_is_refused(tmp_path, about):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("field", ["arm", "dataset", "seeds", "best_epochs"])
+@pytest.mark.parametrize("field", ["arm", "dataset", "images", "seeds", "best_epochs"])
 def test_a_file_without_one_of_our_fields_is_refused(tmp_path, field):
     """All of them are needed to use it."""
+    checkpoint, _ = checkpoint_of("shallow")
     about = {
-        "arm": checkpoint_of("shallow")[0].arm.model_dump_json(),
+        "arm": checkpoint.arm.model_dump_json(),
         "dataset": "mnist",
+        "images": checkpoint.images.model_dump_json(),
         "seeds": "[3, 7]",
         "best_epochs": "[4, 9]",
     }
     del about[field]
     save_file({"weight": torch.ones(3)}, tmp_path / "partly.safetensors", about)
 
-    with pytest.raises(UserError, match="partly"):
+    with pytest.raises(UserError, match=f"partly.* lacks '{field}'"):
         load_checkpoint(tmp_path / "partly.safetensors")
 
 
@@ -196,3 +198,24 @@ def test_a_new_checkpoint_replaces_the_old_one(saved):
     save_checkpoint(checkpoint_of("deep_resnet")[0], path)
 
     assert load_checkpoint(path).arm.model_type == "deep_resnet"
+
+
+@pytest.mark.parametrize("change", [{"shape": (3, 2, 3)}, {"mean": (0.1,)}, {"class_names": ("a", "b")}])
+def test_images_that_the_network_cannot_read_are_refused(saved, change):
+    """A header that was changed by hand."""
+    checkpoint, path = saved
+    save_checkpoint(replace(checkpoint, images=checkpoint.images.model_copy(update=change)), path)
+
+    with pytest.raises(UserError, match="the images that it names are not those that its network reads"):
+        load_checkpoint(path)
+
+
+def test_one_seed_can_be_taken_out(trained):
+    """It answers as it does beside the others."""
+    checkpoint, model = trained
+    alone = checkpoint.of_seeds([7])
+    x = torch.randn(len(SEEDS), 5, 12)
+
+    assert (alone.seeds, alone.best_epochs) == ((7,), (9,))
+    with torch.no_grad():
+        torch.testing.assert_close(alone.build()(x[1:])[0], model(x)[0][1:])
