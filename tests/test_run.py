@@ -538,6 +538,8 @@ def test_arms_side_by_side_are_arms_in_turn(phase1, tmp_path, new_project):
     runs = runs_of(project)
     nested = runs[runs["tags.mlflow.parentRunId"].notna()]
     assert sorted(nested["tags.model_type"]) == sorted(MODEL_TYPES) and set(runs["status"]) == {"FINISHED"}
+    models = mlflow.search_logged_models(nested["experiment_id"].unique().tolist())
+    assert sorted(models["source_run_id"]) == sorted(nested["run_id"])
     for _, run in nested.iterrows():
         history = pd.read_parquet(project / f"data/07_model_output/{run['tags.model_type']}/history.parquet")
         curve = mlflow.MlflowClient().get_metric_history(run["run_id"], "train/loss")
