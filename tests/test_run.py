@@ -7,26 +7,33 @@ import json
 import logging
 import shutil
 import signal
+import sys
 import threading
 import warnings
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from kedro.framework.cli.cli import KedroCLI
+from PIL import Image
 
 from collective_pipeline import hooks
 from collective_pipeline.config import MODEL_TYPES, UserError
+from collective_pipeline.data.small_images import IDX_FILES, IDX_IMAGES, IDX_LABELS, read_idx
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS
+from collective_pipeline.evaluation.predict import Predictor
 from collective_pipeline.models.checkpoint import load_checkpoint
 from collective_pipeline.startup import quieten
 from collective_pipeline.training import loop, train
 
 TINY = {"training.epochs": 2, "training.batch_size": 64, "seeds": "1 2", "comparison.resamples": 200}
+IMAGES, LABELS = (f"data/01_raw/mnist/{name}.gz" for name in IDX_FILES[2:])
+PREDICTIONS = "data/07_model_output/predict/predictions.csv"
 
 
 def as_params(values: dict[str, object]) -> str:
@@ -142,6 +149,138 @@ def test_phase1_is_tracked(phase1):
     assert any(name.startswith("metrics.system/") for name in nested.columns)
 
 
+def test_every_arm_is_a_model_to_take_away(phase1, monkeypatch):
+    """Its MLflow run holds one that answers raw images as the run's evaluation did; for one seed or the mean of all."""
+    project, _ = phase1
+    images, labels = raw_test_images(project)
+    monkeypatch.setattr(sys, "path", sys.path[:])  # MLflow puts the model's code in front
+    runs = runs_of(project)
+    for _, run in runs[runs["tags.mlflow.parentRunId"].notna()].iterrows():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*type hint")  # of MLflow about itself
+            model = mlflow.pyfunc.load_model(f"runs:/{run['run_id']}/model")
+        results = pd.read_csv(project / f"kept/data/07_model_output/{run['tags.model_type']}/results.csv")
+        tables = [model.predict(images[:, None], params={"seed": seed}) for seed in (1, 2)]
+        accuracies = [100 * (table["prediction"].astype(int) == labels).mean() for table in tables]
+        together = model.predict(images[:, None])
+        digits = [str(digit) for digit in range(10)]
+
+        assert accuracies == pytest.approx(results["test_accuracy"].tolist(), abs=1e-3)
+        columns = model.metadata.get_output_schema().input_names()
+        assert list(together) == columns == ["prediction", "probability", *digits]
+        means = (tables[0][digits].to_numpy() + tables[1][digits].to_numpy()) / 2
+        assert together[digits].to_numpy() == pytest.approx(means, abs=1e-6)
+        assert model.input_example.shape == (2, 1, 28, 28) and model.input_example.dtype == "uint8"
+        with pytest.raises(mlflow.MlflowException):
+            model.predict(images[:, None] / 255)
+
+
+def raw_test_images(project: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Raw test images `(n, 28, 28)` and their labels."""
+    return read_idx(project / IMAGES, IDX_IMAGES), read_idx(project / LABELS, IDX_LABELS)
+
+
+def predict(project: Path, **params: object) -> Result:
+    return kedro(project, "run", "--pipeline", "predict", "--params", as_params(params))
+
+
+@pytest.fixture
+def trained(phase1, tmp_path, new_project) -> Path:
+    """A project with the checkpoints of phase 1, and nothing else."""
+    project = new_project(tmp_path)
+    shutil.copytree(phase1[0] / "kept/data/06_models", project / "data/06_models")
+    return project
+
+
+def test_predict_answers_an_idx_file_as_the_evaluation_did(phase1, trained):
+    """The newest checkpoint of the arm; a row for each image, in order, with the probability of every class."""
+    _, labels = raw_test_images(trained)
+    results = pd.read_csv(phase1[0] / "kept/data/07_model_output/shallow/results.csv").set_index("seed")
+    result = predict(trained, images=IMAGES, model_type="shallow", checkpoint_seed=2)
+    table = pd.read_csv(trained / PREDICTIONS)
+
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == f"Predictions: {PREDICTIONS}"
+    assert list(table) == ["index", "prediction", "probability", *(str(digit) for digit in range(10))]
+    assert list(table["index"]) == list(range(100))
+    assert 100 * (table["prediction"] == labels).mean() == pytest.approx(results.loc[2, "test_accuracy"], abs=1e-3)
+    assert table.iloc[:, 3:].sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
+    assert set(runs_of(trained)["status"]) == {"FINISHED"}
+
+
+def test_predict_answers_image_files_as_it_does_their_idx_file(trained):
+    """The same bytes, read from PNG files, a checkpoint named by its path, and all seeds together."""
+    images, _ = raw_test_images(trained)
+    folder = trained / "my images"
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:03}.png")
+    (path,) = (trained / "data/06_models/collective/best.safetensors").glob("*/best.safetensors")
+    tables = []
+    for params in ({"images": IMAGES}, {"images": "my images", "checkpoint": path}):
+        result = predict(trained, **params)
+        assert result.exit_code == 0, result.output
+        tables.append(pd.read_csv(trained / PREDICTIONS))
+
+    assert list(tables[1]["file"]) == [f"{i:03}.png" for i in range(100)]
+    pd.testing.assert_frame_equal(tables[0].drop(columns="index"), tables[1].drop(columns="file"))
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        ({}, "images is not given: give an idx file of images, or a folder of png, jpg or bmp files, with --params"),
+        ({"images": "absent"}, "there is no absent: give"),
+        ({"images": "conf"}, "conf holds no png, jpg or bmp file"),
+        ({"images": LABELS}, "should hold idx images but holds labels"),
+        ({"images": IMAGES, "checkpoint": "absent"}, "checkpoint=absent is no file"),
+        ({"images": IMAGES, "checkpoint": IMAGES}, "is not a checkpoint of this project"),
+        ({"images": IMAGES, "dataset": "cifar10"}, "is of dataset=mnist and not of cifar10: add dataset=mnist"),
+        ({"images": IMAGES, "checkpoint_seed": 5}, "this checkpoint of collective has no seed 5: choose from 1, 2"),
+        ({"images": IMAGES, "model_type": "dep"}, "model_type='dep' is unknown: did you mean 'deep'?"),
+        ({"image": IMAGES}, "unknown parameter 'image': did you mean 'images'?"),
+    ],
+)
+def test_what_predict_cannot_use_is_refused_in_one_sentence(trained, params, sentence):
+    """And nothing is written."""
+    result = predict(trained, **params)
+
+    assert result.exit_code == 1
+    assert sentence in result.output
+    assert sum(line.startswith("Error: ") for line in result.stderr.split("\n")) == 1
+    assert not (trained / PREDICTIONS).exists()
+
+
+def test_predict_before_training_says_how_to_train(tmp_path, new_project):
+    result = predict(new_project(tmp_path), images=IMAGES, model_type="deep")
+
+    assert result.exit_code == 1
+    assert "train it first, kedro run --params model_type=deep,dataset=mnist" in result.output
+
+
+def test_predict_with_a_checkpoint_of_another_arm_is_refused(trained):
+    (path,) = (trained / "data/06_models/deep/best.safetensors").glob("*/best.safetensors")
+    result = predict(trained, images=IMAGES, checkpoint=path)
+
+    assert result.exit_code == 1 and "is of model_type=deep and not of collective: add model_type=deep" in result.output
+
+
+def test_predict_that_is_stopped_writes_nothing(trained, monkeypatch):
+    """It ends after the batch, as the shell expects."""
+    original = Predictor.__call__
+
+    def call(self, images):
+        signal.raise_signal(signal.SIGTERM)
+        return original(self, images)
+
+    monkeypatch.setattr(Predictor, "__call__", call)
+    result = predict(trained, images=IMAGES)
+
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert "nothing is written of the 100 of 100 images that were predicted" in result.output
+    assert not (trained / PREDICTIONS).exists() and set(runs_of(trained)["status"]) == {"KILLED"}
+
+
 def test_arms_saw_the_same_batches(phase1):
     """Fair by construction: every arm was given as many epochs and updates of the same learning rate."""
     project, _ = phase1
@@ -186,14 +325,20 @@ def test_unknown_pipeline_is_refused(project):
     result = kedro(project, "run", "--pipeline", "phase2")
 
     assert result.exit_code == 1
-    assert "there is no pipeline 'phase2': did you mean 'phase1'? choose from single, phase1" in str(result.exception)
+    sentence = "there is no pipeline 'phase2': did you mean 'phase1'? choose from single, phase1, sweep, predict"
+    assert sentence in str(result.exception)
 
 
 def test_registry_lists_the_pipelines(project):
     """`kedro registry list` names them."""
     result = kedro(project, "registry", "list")
 
-    assert [line.strip("- ") for line in result.stdout.split("\n") if line] == ["__default__", "phase1", "single"]
+    assert [line.strip("- ") for line in result.stdout.split("\n") if line] == [
+        "__default__",
+        "phase1",
+        "predict",
+        "single",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -394,6 +539,8 @@ def test_arms_side_by_side_are_arms_in_turn(phase1, tmp_path, new_project):
     runs = runs_of(project)
     nested = runs[runs["tags.mlflow.parentRunId"].notna()]
     assert sorted(nested["tags.model_type"]) == sorted(MODEL_TYPES) and set(runs["status"]) == {"FINISHED"}
+    models = mlflow.search_logged_models(nested["experiment_id"].unique().tolist())
+    assert sorted(models["source_run_id"]) == sorted(nested["run_id"])
     for _, run in nested.iterrows():
         history = pd.read_parquet(project / f"data/07_model_output/{run['tags.model_type']}/history.parquet")
         curve = mlflow.MlflowClient().get_metric_history(run["run_id"], "train/loss")

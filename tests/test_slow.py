@@ -1,6 +1,7 @@
 """Real data, real processes: minutes, so `make test-slow` runs them, `make test` does not."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -64,3 +65,24 @@ def test_viz_builds_with_a_box_for_each_arm_and_figures(clone):
 
     assert {"collective", "shallow", "balanced", "deep", "very_deep", "deep_resnet", "very_deep_resnet"} <= boxes
     assert {"raw", "model_input", "model_output", "reporting"} <= set(graph["layers"])
+
+
+def test_a_model_answers_from_another_folder_without_a_network(clone, tmp_path):
+    """`mlflow models predict` on raw bytes, with the code that the model carries."""
+    params = "training.epochs=1,data.val_fraction=0.9,model_type=shallow,seeds=5"
+    assert kedro(clone, "run", "--env", "debug", "--params", params).returncode == 0
+    (model,) = (path.parent for path in (clone / "mlruns").rglob("MLmodel"))
+    shutil.copytree(model, tmp_path / "model")
+    shutil.copy(model / "serving_input_example.json", tmp_path / "input.json")
+    nowhere = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "PIP_NO_INDEX": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | nowhere
+    command = ["models", "predict", "--env-manager", "local", "-m", "model", "-t", "json"]
+    result = subprocess.run(
+        [KEDRO.with_name("mlflow"), *command, "-i", "input.json", "-o", "output.json"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    answers = json.loads((tmp_path / "output.json").read_text())["predictions"]
+
+    assert [answer["prediction"] for answer in answers] == ["7", "2"]  # the first two digits of MNIST's test part
+    assert all(sum(answer[str(k)] for k in range(10)) == pytest.approx(1, abs=1e-5) for answer in answers)

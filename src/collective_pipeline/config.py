@@ -193,6 +193,15 @@ class Arm(Config):
         return 100 * (self.params - self.target_params) / self.target_params
 
 
+class ImageSpec(Config):
+    """What a network was trained to read and to tell apart: all that stands between raw images and its answer."""
+
+    shape: tuple[int, int, int] = Field(description="channels, height, width")
+    mean: tuple[float, ...] = Field(description="of each channel of the training part, on [0, 1]")
+    std: tuple[Positive, ...] = Field(description="likewise")
+    class_names: tuple[str, ...]
+
+
 class TrainingConfig(Config):
     """What every arm shares: how long, how hard, and with which images."""
 
@@ -353,6 +362,11 @@ class Parameters(Config):
     resume: bool = Field(False, description="go on from where an interrupted run was saved")
     device: str = "auto"
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(tuple(range(42, 52)), min_length=1)
+    images: str | None = Field(
+        None, min_length=1, description="predict: a folder of images, one image, or an idx file, from where one types"
+    )
+    checkpoint: str | None = Field(None, min_length=1, description="predict: a file; null: the newest of the arm")
+    checkpoint_seed: int | None = Field(None, ge=0, description="predict: this seed alone; null: the mean of all")
     data: DataConfig = DataConfig()
     collective: CollectiveConfig = CollectiveConfig()
     baselines: BaselineConfig = BaselineConfig()

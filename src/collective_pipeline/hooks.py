@@ -2,15 +2,18 @@
 
 import contextlib
 import errno
+import importlib.metadata
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import mlflow
+import numpy as np
 import pandas as pd
 import psutil
 from kedro.framework.context import KedroContext
@@ -18,10 +21,15 @@ from kedro.framework.hooks import hook_impl
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
+from collective_pipeline import serving
 from collective_pipeline.config import Arm, Parameters, UserError, check_parameters, flatten
 from collective_pipeline.evaluation.comparison import efficiency
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS
+from collective_pipeline.io.checkpoints import CheckpointDataset
+from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.matching import parameter_budget
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
@@ -72,14 +80,15 @@ class CheckBeforeRun:
     def _weight_bytes(self, pipeline: Pipeline) -> int:
         """A rough size of all checkpoints: 4 bytes a parameter, for every seed and arm.
 
-        The best weights; and three states of training while the last is written: those, the weights and two moments.
+        The best weights and MLflow's copy; and three states of training while the last is written: those, the weights
+        and two moments.
         """
         in_dim, num_classes = (784, 10) if "mnist" in self.settings.dataset else (3072, 100)
         target = parameter_budget(
             self.settings.collective, self.settings.baselines, in_dim=in_dim, num_classes=num_classes
         )
         num_arms = sum("train" in node.tags for node in pipeline.nodes)
-        copies = 1 + 3 * (4 + (self.settings.training.ema_decay is not None))
+        copies = 2 + 3 * (4 + (self.settings.training.ema_decay is not None))
         return 4 * target * copies * len(self.settings.seeds) * num_arms
 
 
@@ -220,6 +229,48 @@ class TrackArms:
             mlflow.MlflowClient().set_terminated(self.command_run, _status(error))
 
 
+class LogModels:
+    """Every evaluated arm's checkpoint as an MLflow model in the arm's run: a model to take away."""
+
+    # MLflow's own memory of what it is logging is shared by all threads.
+    lock = threading.Lock()
+
+    # Before `TrackArms` ends the arm's run.
+    @hook_impl(tryfirst=True)
+    def after_node_run(self, node: Node, catalog: DataCatalog, inputs: dict[str, Any]) -> None:
+        """Log it, with the package's code, a signature, and two raw test images as an example."""
+        if mlflow.active_run() is None or "evaluate" not in node.tags:
+            return
+        name = f"{node.namespace}.checkpoint"
+        weights = cast(CheckpointDataset, catalog[name])
+        images = inputs["splits"].test.images[:2].cpu().numpy()
+        with self.lock:
+            mlflow.pyfunc.log_model(
+                name="model",
+                loader_module=serving.__name__,
+                data_path=str(weights.path),
+                code_paths=[str(Path(serving.__file__).parent)],
+                signature=_signature(inputs[name]),
+                input_example=images,
+                pip_requirements=[f"{package}=={_public_version(package)}" for package in serving.REQUIREMENTS],
+            )
+
+
+def _signature(checkpoint: Checkpoint) -> ModelSignature:
+    """Bytes `(B, C, H, W)` to the columns of `evaluation.predict.tabulate`."""
+    probabilities = [ColSpec("float", name) for name in ("probability", *checkpoint.images.class_names)]
+    return ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *checkpoint.images.shape))]),
+        outputs=Schema([ColSpec("string", "prediction"), *probabilities]),
+        params=ParamSchema([ParamSpec("seed", "long", None)]),
+    )
+
+
+def _public_version(package: str) -> str:
+    """Without what names a build, such as +cu132, which no index has."""
+    return importlib.metadata.version(package).partition("+")[0]
+
+
 def _status(error: Exception) -> str:
     return "KILLED" if isinstance(error, Interrupted) else "FAILED"
 
@@ -269,6 +320,8 @@ class TellAnswer:
             share = f", {duration(seconds)} of them training" if known else ""
             click.echo(f"\n{duration(since_start)} in all{share}")
             click.echo(f"Report: {_relative(report)}\n")
+        for name in (name for name in pipeline.all_outputs() if name.endswith(".predictions")):
+            click.echo(f"Predictions: {_relative(Path(_filepath(catalog, name) or ''))}")
 
 
 def format_comparison(comparison: pd.DataFrame) -> str:

@@ -11,7 +11,7 @@ from kedro.runner import SequentialRunner, ThreadRunner
 from kedro.utils import find_kedro_project
 
 from collective_pipeline.config import MODEL_TYPES
-from collective_pipeline.hooks import CheckBeforeRun, PlainErrors, StopCleanly, TellAnswer, TrackArms
+from collective_pipeline.hooks import CheckBeforeRun, LogModels, PlainErrors, StopCleanly, TellAnswer, TrackArms
 
 
 def project_root() -> str:
@@ -43,7 +43,7 @@ class Session(KedroSession):
 SESSION_CLASS = Session
 
 # pluggy calls the last one first.
-HOOKS = (TellAnswer(), TrackArms(), StopCleanly(), CheckBeforeRun(), PlainErrors())
+HOOKS = (TellAnswer(), TrackArms(), LogModels(), StopCleanly(), CheckBeforeRun(), PlainErrors())
 
 CONFIG_LOADER_CLASS = OmegaConfigLoader
 CONFIG_LOADER_ARGS = {

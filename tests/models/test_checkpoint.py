@@ -1,12 +1,13 @@
 """A checkpoint is whole or not there, and rebuilds its network without anything else."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from collective_pipeline.config import Arm, CollectiveConfig, MlpArchitecture, ModelDropoutConfig, UserError
+from collective_pipeline.config import Arm, CollectiveConfig, ImageSpec, MlpArchitecture, ModelDropoutConfig, UserError
 from collective_pipeline.models.build import build_arm, initialise
 from collective_pipeline.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from collective_pipeline.randomness import make_generator
@@ -39,7 +40,8 @@ def checkpoint_of(model_type):
     model = build_arm(arm, num_seeds=len(SEEDS))
     initialise(model, [make_generator(seed, "weights") for seed in SEEDS])
     model.train()(torch.randn(len(SEEDS), 20, 12))
-    return Checkpoint(arm, "mnist", SEEDS, (4, 9), model.state_dict()), model.eval()
+    images = ImageSpec(shape=(3, 2, 2), mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1), class_names=("a", "b", "c"))
+    return Checkpoint(arm, "mnist", images, SEEDS, (4, 9), model.state_dict()), model.eval()
 
 
 @pytest.fixture(params=list(ARCHITECTURES))
@@ -63,7 +65,7 @@ def test_what_is_saved_is_what_is_loaded(trained, tmp_path):
     save_checkpoint(checkpoint, tmp_path / "model.safetensors")
     loaded = load_checkpoint(tmp_path / "model.safetensors")
 
-    for name in ("arm", "dataset", "seeds", "best_epochs"):
+    for name in ("arm", "dataset", "images", "seeds", "best_epochs"):
         assert getattr(loaded, name) == getattr(checkpoint, name)
     assert loaded.weights.keys() == checkpoint.weights.keys()
     for name, tensor in checkpoint.weights.items():
@@ -87,7 +89,7 @@ def test_weights_are_saved_however_they_lie_in_memory(tmp_path):
     """Views and transposed tensors, as the chosen seeds of a larger stack are."""
     checkpoint, _ = checkpoint_of("shallow")
     scattered = {name: t.repeat_interleave(2, dim=-1)[..., ::2] for name, t in checkpoint.weights.items()}
-    save_checkpoint(Checkpoint(checkpoint.arm, "mnist", SEEDS, (4, 9), scattered), tmp_path / "model.safetensors")
+    save_checkpoint(replace(checkpoint, weights=scattered), tmp_path / "model.safetensors")
     loaded = load_checkpoint(tmp_path / "model.safetensors").weights
 
     assert not any(tensor.is_contiguous() for tensor in scattered.values())
@@ -145,19 +147,21 @@ def test_a_foreign_file_is_refused(tmp_path, about):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("field", ["arm", "dataset", "seeds", "best_epochs"])
+@pytest.mark.parametrize("field", ["arm", "dataset", "images", "seeds", "best_epochs"])
 def test_a_file_without_one_of_our_fields_is_refused(tmp_path, field):
     """All of them are needed to use it."""
+    checkpoint, _ = checkpoint_of("shallow")
     about = {
-        "arm": checkpoint_of("shallow")[0].arm.model_dump_json(),
+        "arm": checkpoint.arm.model_dump_json(),
         "dataset": "mnist",
+        "images": checkpoint.images.model_dump_json(),
         "seeds": "[3, 7]",
         "best_epochs": "[4, 9]",
     }
     del about[field]
     save_file({"weight": torch.ones(3)}, tmp_path / "partly.safetensors", about)
 
-    with pytest.raises(UserError, match="partly"):
+    with pytest.raises(UserError, match=f"partly.* lacks '{field}'"):
         load_checkpoint(tmp_path / "partly.safetensors")
 
 
@@ -194,3 +198,24 @@ def test_a_new_checkpoint_replaces_the_old_one(saved):
     save_checkpoint(checkpoint_of("deep_resnet")[0], path)
 
     assert load_checkpoint(path).arm.model_type == "deep_resnet"
+
+
+@pytest.mark.parametrize("change", [{"shape": (3, 2, 3)}, {"mean": (0.1,)}, {"class_names": ("a", "b")}])
+def test_images_that_the_network_cannot_read_are_refused(saved, change):
+    """A header that was changed by hand."""
+    checkpoint, path = saved
+    save_checkpoint(replace(checkpoint, images=checkpoint.images.model_copy(update=change)), path)
+
+    with pytest.raises(UserError, match="the images that it names are not those that its network reads"):
+        load_checkpoint(path)
+
+
+def test_one_seed_can_be_taken_out(trained):
+    """It answers as it does beside the others."""
+    checkpoint, model = trained
+    alone = checkpoint.of_seeds([7])
+    x = torch.randn(len(SEEDS), 5, 12)
+
+    assert (alone.seeds, alone.best_epochs) == ((7,), (9,))
+    with torch.no_grad():
+        torch.testing.assert_close(alone.build()(x[1:])[0], model(x)[0][1:])

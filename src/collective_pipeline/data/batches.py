@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from collective_pipeline.config import UserError
+from collective_pipeline.config import ImageSpec, UserError
 from collective_pipeline.data.augment import NUM_DRAWS, RECIPES, augment
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.randomness import make_generator
@@ -18,9 +18,9 @@ from collective_pipeline.randomness import make_generator
 class Normalise:
     """Bytes to features of mean 0 and standard deviation 1 by the training part's channels, flattened."""
 
-    def __init__(self, splits: Splits, device: torch.device) -> None:
-        self.mean = 255 * torch.tensor(splits.mean, device=device).view(-1, 1, 1)
-        self.scale = 1 / (255 * torch.tensor(splits.std, device=device).view(-1, 1, 1))
+    def __init__(self, known: Splits | ImageSpec, device: torch.device) -> None:
+        self.mean = 255 * torch.tensor(known.mean, device=device).view(-1, 1, 1)
+        self.scale = 1 / (255 * torch.tensor(known.std, device=device).view(-1, 1, 1))
 
     def __call__(self, images: Tensor) -> Tensor:
         """`(..., C, H, W)` in 0..255 to `(..., C*H*W)`; a floating-point input is overwritten."""

@@ -44,6 +44,7 @@ PICKLED_ARRAYS = {
     ("_codecs", "encode"),
 }
 
+PUBLISHED = "put the published file in its place, or delete it to have it downloaded"
 TIMEOUT_SECONDS = 5  # for a server to answer, not for a whole file
 DOWNLOAD_ERRORS = (OSError, RuntimeError, http.client.HTTPException)  # RuntimeError: torchvision's wrong checksum
 
@@ -75,29 +76,38 @@ def _read_idx(name: DatasetName, folder: Path, *, source: str, class_names: tupl
 
 
 def _idx_part(name: DatasetName, images_path: Path, labels_path: Path, *, num_classes: int) -> Images:
-    images, labels = _idx_array(images_path, IDX_IMAGES), _idx_array(labels_path, IDX_LABELS)
+    images, labels = read_idx(images_path, IDX_IMAGES), read_idx(labels_path, IDX_LABELS)
     height, width = images.shape[1:]
     if (height, width) != (IDX_SIDE, IDX_SIDE):
         raise _unusable(images_path, f"holds {height} x {width} images where {name} has {IDX_SIDE} x {IDX_SIDE}")
     return _checked(images[:, None], labels, num_classes, images_path, labels_path)
 
 
-def _idx_array(path: Path, expected: bytes) -> npt.NDArray[np.uint8]:
-    """The array in an idx file: four bytes that say what it is, big-endian sizes, data."""
+def read_idx(path: Path, expected: bytes, *, advice: str = PUBLISHED) -> npt.NDArray[np.uint8]:
+    """The array in an idx file: four bytes that say what it is, big-endian sizes, data.
+
+    Args:
+        path: The file; `.gz` is unpacked.
+        expected: Its first four bytes, `IDX_IMAGES` or `IDX_LABELS`.
+        advice: What to do if it cannot be used, in the words of who gave it.
+
+    Raises:
+        UserError: If it is damaged or holds something else.
+    """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise _unusable(path, f"cannot be read ({error})") from None
+        raise _unusable(path, f"cannot be read ({error})", advice) from None
     magic = content[:4]
     if magic != expected:
         holds = IDX_CONTENT.get(magic, f"something else (it starts with '{magic.hex()}', not '{expected.hex()}')")
-        raise _unusable(path, f"should hold idx {IDX_CONTENT[expected]} but holds {holds}")
+        raise _unusable(path, f"should hold idx {IDX_CONTENT[expected]} but holds {holds}", advice)
     header = 4 + 4 * expected[-1]
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
     num_bytes = header + math.prod(shape)
     if len(content) != num_bytes:
         state = "truncated" if len(content) < num_bytes else "too long"
-        raise _unusable(path, f"is {state} ({len(content):,} bytes where its header announces {num_bytes:,})")
+        raise _unusable(path, f"is {state} ({len(content):,} bytes where its header announces {num_bytes:,})", advice)
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -198,8 +208,8 @@ def _checked(
     return Images(torch.tensor(images), torch.tensor(labels, dtype=torch.int64))
 
 
-def _unusable(path: Path, problem: str) -> UserError:
-    return UserError(f"{path} {problem}: put the published file in its place, or delete it to have it downloaded")
+def _unusable(path: Path, problem: str, advice: str = PUBLISHED) -> UserError:
+    return UserError(f"{path} {problem}: {advice}")
 
 
 @contextlib.contextmanager

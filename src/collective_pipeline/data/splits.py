@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from collective_pipeline.config import DatasetName, UserError
+from collective_pipeline.config import DatasetName, ImageSpec, UserError
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Splits:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """What a trained network must be given again, beside its weights."""
+        return ImageSpec(shape=self.image_shape, mean=self.mean, std=self.std, class_names=self.class_names)
 
     @cached_property
     def digest(self) -> str:

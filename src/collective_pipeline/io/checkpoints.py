@@ -15,8 +15,13 @@ class CheckpointDataset(AbstractVersionedDataset[Checkpoint, Checkpoint]):
         self.metadata = metadata
         super().__init__(PurePosixPath(filepath), version)
 
+    @property
+    def path(self) -> Path:
+        """The file that `load` reads: of this run, once it is saved, or else the newest."""
+        return Path(self._get_load_path())
+
     def load(self) -> Checkpoint:
-        return load_checkpoint(Path(self._get_load_path()))
+        return load_checkpoint(self.path)
 
     def save(self, data: Checkpoint) -> None:
         save_checkpoint(data, Path(self._get_save_path()))

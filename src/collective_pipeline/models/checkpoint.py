@@ -1,14 +1,17 @@
 """Trained weights on disk, with all that is needed to build their network again: tensors and text, never code."""
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from collective_pipeline.config import Arm, UserError
+from collective_pipeline.config import Arm, ImageSpec, UserError
 from collective_pipeline.files import replacing, write_tensors
 from collective_pipeline.models.build import build_arm
 
@@ -19,6 +22,7 @@ class Checkpoint:
 
     arm: Arm
     dataset: str
+    images: ImageSpec
     seeds: tuple[int, ...]
     best_epochs: tuple[int, ...]
     weights: dict[str, Tensor]
@@ -29,12 +33,23 @@ class Checkpoint:
         model.load_state_dict(self.weights)
         return model.eval()
 
+    def of_seeds(self, seeds: Sequence[int]) -> Self:
+        """The same with these of its seeds alone."""
+        rows = [self.seeds.index(seed) for seed in seeds]
+        return replace(
+            self,
+            seeds=tuple(seeds),
+            best_epochs=tuple(self.best_epochs[row] for row in rows),
+            weights={name: tensor[rows] for name, tensor in self.weights.items()},
+        )
+
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write the file: it is whole or not there."""
     about = {
         "arm": checkpoint.arm.model_dump_json(),
         "dataset": checkpoint.dataset,
+        "images": checkpoint.images.model_dump_json(),
         "seeds": json.dumps(checkpoint.seeds),
         "best_epochs": json.dumps(checkpoint.best_epochs),
     }
@@ -51,19 +66,32 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about = file.metadata()
+            about = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         checkpoint = Checkpoint(
             arm=Arm.model_validate_json(about["arm"]),
             dataset=about["dataset"],
+            images=ImageSpec.model_validate_json(about["images"]),
             seeds=tuple(json.loads(about["seeds"])),
             best_epochs=tuple(json.loads(about["best_epochs"])),
             weights=weights,
         )
+        _check_images(checkpoint)
         with torch.device("meta"):
             expected = build_arm(checkpoint.arm, num_seeds=len(checkpoint.seeds)).state_dict()
         if {name: tensor.shape for name, tensor in weights.items()} != {n: t.shape for n, t in expected.items()}:
             raise ValueError("its tensors are not those of the network that it names")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise UserError(
+            f"{path} is not a checkpoint of this version of the project: its header lacks {error}; train again"
+        ) from error
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint of this project that can be read: {error}") from error
     return checkpoint
+
+
+def _check_images(checkpoint: Checkpoint) -> None:
+    arm, images = checkpoint.arm, checkpoint.images
+    fits = math.prod(images.shape) == arm.in_dim and len(images.class_names) == arm.num_classes
+    if not fits or not len(images.mean) == len(images.std) == images.shape[0]:
+        raise ValueError("the images that it names are not those that its network reads")

@@ -58,7 +58,7 @@ def listen() -> Iterator[None]:
 
     def notice(number: int, frame: FrameType | None) -> None:
         _received.append(signal.Signals(number))
-        logger.warning("%s: training stops at the next step and saves its state.", _received[-1].name)
+        logger.warning("%s: the run stops at the next step; training saves its state.", _received[-1].name)
         restore()
 
     _received.clear()

@@ -104,7 +104,7 @@ def train_arm(
         for epoch in result.epochs:
             training.tell(epoch)
     _tell_diverged(arm, result)
-    return Checkpoint(arm, splits.name, tuple(seeds), tuple(result.best_epochs), result.weights), result
+    return _checkpoint(arm, splits, result), result
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,12 @@ class _ArmTraining:
         """Every callback."""
         for callback in self.callbacks:
             callback(epoch)
+
+
+def _checkpoint(arm: Arm, splits: Splits, result: Fit) -> Checkpoint:
+    return Checkpoint(
+        arm, splits.name, splits.image_spec, tuple(result.seeds), tuple(result.best_epochs), result.weights
+    )
 
 
 def _describe_done(groups: Sequence[Sequence[int]], done: Sequence[Fit]) -> Snapshot:

@@ -1,0 +1,147 @@
+"""A user's own images, read a batch at a time: a folder of image files, one of them, or an idx file."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from collective_pipeline.config import UserError
+from collective_pipeline.data.small_images import IDX_IMAGES, read_idx
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+ADVICE = "give an idx file of images, or a folder of png, jpg or bmp files"
+MODES = {1: "L", 3: "RGB"}  # PIL's names for as many channels
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images that wait to be read.
+
+    `names` are files, relative to the folder, or positions in the idx file, from 0; `kind` says which. `read` gives
+    those of a slice, uint8 `(B, C, H, W)`.
+    """
+
+    kind: str
+    names: Sequence[str | int]
+    read: Callable[[slice], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All of them in order, `size` at a time.
+
+        Raises:
+            UserError: At a file that cannot be read.
+        """
+        for start in range(0, len(self), size):
+            yield self.read(slice(start, start + size))
+
+
+def find_images(path: Path, shape: tuple[int, int, int]) -> ImageSource:
+    """The images at `path` for a network that reads this `shape`, channels, height and width.
+
+    Image files are converted to that shape when they are read; an idx file must have it.
+
+    Raises:
+        UserError: If there is nothing at `path`, no image in it, or an idx file that is damaged or of another shape.
+    """
+    if not path.exists():
+        raise UserError(f"there is no {path}: {ADVICE}")
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+        chosen = [file for file in files if file.suffix.lower() in SUFFIXES]
+        others = Counter(file.suffix.lower() or "no suffix" for file in files if file.suffix.lower() not in SUFFIXES)
+        if not chosen:
+            raise UserError(f"{path} holds no png, jpg or bmp file: {ADVICE}")
+        if others:
+            told = ", ".join(f"{count:,} x {suffix}" for suffix, count in sorted(others.items()))
+            logger.warning("%s: files that are no png, jpg or bmp are left out: %s", path, told)
+        return ImageSource("file", [file.relative_to(path).as_posix() for file in chosen], _Reader(chosen, shape))
+    if path.suffix.lower() in SUFFIXES:
+        return ImageSource("file", [path.name], _Reader([path], shape))
+    images = torch.tensor(read_idx(path, IDX_IMAGES, advice=ADVICE)).unsqueeze(1)
+    if images.shape[1:] != shape:
+        given, wanted = (" x ".join(map(str, one)) for one in (images.shape[1:], shape))
+        raise UserError(
+            f"{path} holds {given} images (channels x height x width) where the network reads {wanted}: give a folder "
+            "of image files, which are converted, or name the dataset or checkpoint that fits"
+        )
+    if len(images) == 0:
+        raise UserError(f"{path} holds no images: {ADVICE}")
+    return ImageSource("index", range(len(images)), images.__getitem__)
+
+
+class _Reader:
+    """Reads image files, several at once, and tells once of what it must change."""
+
+    def __init__(self, files: Sequence[Path], shape: tuple[int, int, int]) -> None:
+        self.files = files
+        self.shape = shape
+        self.told: set[str] = set()
+
+    def __call__(self, rows: slice) -> Tensor:
+        files = self.files[rows]
+        channels, height, width = self.shape
+        with ThreadPoolExecutor() as pool:
+            read = list(pool.map(lambda file: read_image(file, self.shape), files))
+        for file, (_, original) in zip(files, read, strict=True):
+            if original.size != (width, height):
+                was = f"{original.size[1]} x {original.size[0]}"
+                self._tell(f"images are resized to {height} x {width}", file, was)
+            if original.mode != MODES[channels]:
+                self._tell(f"images are converted to {channels} channel(s)", file, f"mode {original.mode}")
+        return torch.stack([image for image, _ in read])
+
+    def _tell(self, what: str, file: Path, was: str) -> None:
+        if what not in self.told:
+            self.told.add(what)
+            logger.info("Where needed, %s; the first is %s (%s)", what, file, was)
+
+
+@dataclass(frozen=True)
+class Original:
+    """An image file as it was: `(width, height)`, and PIL's name for its channels."""
+
+    size: tuple[int, int]
+    mode: str
+
+
+def read_image(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Original]:
+    """The image as uint8 of this `shape`, channels, height and width, and what it was.
+
+    It is turned as its camera says, put on black where it is transparent, and stretched to the size.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
+    channels, height, width = shape
+    try:
+        with Image.open(path) as file:
+            original = Original(file.size, file.mode)
+            image = ImageOps.exif_transpose(file)
+            if image.mode in {"I", "F"}:
+                raise ValueError("its pixels are not bytes")
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                black = Image.new("RGBA", image.size, "black")
+                image = Image.alpha_composite(black, image.convert("RGBA"))
+            image = image.convert(MODES[channels])
+            if image.size != (width, height):
+                image = image.resize((width, height), Image.Resampling.BILINEAR)
+            pixels = torch.from_numpy(np.array(image))
+    except Exception as error:  # damaged images raise almost anything
+        raise UserError(
+            f"{path} is not an image that can be read ({error}): replace it, or remove it from the folder"
+        ) from error
+    return pixels.view(height, width, channels).permute(2, 0, 1).contiguous(), original
