@@ -26,3 +26,9 @@ def test_viz_alone_shows_the_graph(tmp_path, monkeypatch):
 
     assert sys.argv == ["kedro", "viz", "run"]
     assert os.environ["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)  # noqa: PTH120
+
+
+def test_two_params_are_refused():
+    """Click would keep the last, and the run would be another than the one that was meant."""
+    with pytest.raises(SystemExit, match="there are two --params, of which only one would count"):
+        startup.check_command.before_command_run(["run", "--params", "seeds=1", "--params", "resume=true"])

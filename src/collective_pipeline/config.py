@@ -416,6 +416,8 @@ class Parameters(Config):
 
 def _as_list(values: Any) -> Any:
     """`--params seeds=7` and `--params seeds="7 8 9"` as well: the command line has no lists."""
+    if values is None:  # `--params seeds=`
+        return []
     if isinstance(values, str):
         return values.split()
     return [values] if isinstance(values, int) else values

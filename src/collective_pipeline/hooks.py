@@ -3,11 +3,14 @@
 import contextlib
 import errno
 import importlib.metadata
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -128,7 +131,7 @@ class StopCleanly:
     def before_node_run(self, node: Node) -> None:
         """No node begins any more; one that trains saves its state."""
         if interrupt.requested():
-            interrupt.stop(f"{node.name} did not begin; give the same command with --params resume=true to go on")
+            interrupt.stop(f"{node.name} did not begin")
 
     @hook_impl
     def on_node_error(self, error: Exception) -> None:
@@ -379,8 +382,24 @@ class _Stopped(click.ClickException):
     """Ends the command as its signal would have."""
 
     def __init__(self, error: Interrupted) -> None:
-        super().__init__(str(error))
+        super().__init__(f"{error}\nTo go on: {command_to_go_on(sys.argv[1:])}")
         self.exit_code = error.exit_code  # type: ignore[misc]  # click reads it from the instance
+
+
+def command_to_go_on(arguments: Sequence[str]) -> str:
+    """What was typed, with `resume=true` among its parameters; a sweep goes on by itself."""
+    arguments = list(arguments)
+    if not any("sweep" in argument.split("=", 1) for argument in arguments):
+        for place, argument in enumerate(arguments):
+            if argument == "--params" and place + 1 < len(arguments):
+                arguments[place + 1] += ",resume=true"
+                break
+            if argument.startswith("--params="):
+                arguments[place] += ",resume=true"
+                break
+        else:
+            arguments += ["--params", "resume=true"]
+    return shlex.join(["kedro", *arguments])
 
 
 def _relative(path: Path) -> Path:

@@ -48,14 +48,17 @@ def quieten() -> None:
     logging.getLogger("mlflow.system_metrics.metrics.gpu_monitor").setLevel(logging.ERROR)
 
 
-class CheckPipelineName:
-    """Refuse an unknown pipeline in one sentence, where Kedro would end with a traceback."""
+class CheckCommand:
+    """Refuse in one sentence what Kedro would end with a traceback for, or would take for something else."""
 
     @cli_hook_impl
     def before_command_run(self, command_args: list[str]) -> None:
-        """Look at what follows `--pipeline`, `--pipelines` or `-p` of a `run`."""
+        """Look at the names of the pipelines and at the parameters of a `run`."""
         if command_args[:1] != ["run"]:
             return
+        if sum(argument.split("=")[0] == "--params" for argument in command_args) > 1:
+            # Click would keep the last one, and the run would be another than the one that was meant.
+            sys.exit("Error: there are two --params, of which only one would count: join them with a comma into one")
         words = [word for argument in command_args for word in argument.split("=", 1)]
         given = [after for word, after in pairwise(words) if word in {"--pipeline", "--pipelines", "-p"}]
         for name in (name for names in given for name in names.split(",")):
@@ -64,4 +67,4 @@ class CheckPipelineName:
                 sys.exit(f"Error: there is no pipeline '{name}'{suggest(name, known)}")
 
 
-check_pipeline_name = CheckPipelineName()
+check_command = CheckCommand()

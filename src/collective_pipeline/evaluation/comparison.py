@@ -134,7 +134,8 @@ def compare_sizes(results: pd.DataFrame, config: ComparisonConfig, *, reference:
 def compare_overall(results: pd.DataFrame, config: ComparisonConfig, *, reference: str = "collective") -> pd.DataFrame:
     """One row per arm over all sizes: its difference to `reference`, a pair for each size and seed.
 
-    The test's null hypothesis is that there is no difference at any size; the interval is of the mean over sizes.
+    The test's null hypothesis is that there is no difference at any size; the interval is of the mean over sizes, and
+    so is the probability of improvement.
 
     Args:
         results: As for `compare_sizes`.
@@ -150,6 +151,13 @@ def compare_overall(results: pd.DataFrame, config: ComparisonConfig, *, referenc
     table["test_accuracy_mean"] = pairs.mean().round(DECIMALS)
     table["num_pairs"] = pairs.sub(pairs.get(reference, np.nan), axis=0).notna().sum()
     table["num_seeds"] = results.groupby("model_type")["seed"].nunique()
+    if reference in pairs:
+        at_sizes = [at_size for _, at_size in pairs.groupby(level="target_params")]
+        for arm in table.index.drop(reference):
+            chances = [probability_of_improvement(at_size[arm], at_size[reference]) for at_size in at_sizes]
+            table.loc[arm, "probability_of_improvement"] = (
+                np.nanmean(chances) if not np.isnan(chances).all() else np.nan
+            )
     table["num_diverged"] = results.groupby("model_type")["diverged"].sum().astype(int)
     table = table.rename_axis("model_type").reset_index()
     return table.assign(p_value_holm=_holm_column(table["p_value"]))[list(OVERALL_COLUMNS)]

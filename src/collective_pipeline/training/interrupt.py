@@ -47,8 +47,11 @@ def stop(what: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def listen() -> Iterator[None]:
-    """Notice SIGTERM and SIGINT; a second one ends the process at once. Only the main thread can listen."""
+def listen(*, patient: bool = False) -> Iterator[None]:
+    """Notice SIGTERM and SIGINT; a second one ends the process at once, unless it is `patient`.
+
+    Only the main thread can listen. A worker hears of one stop from its terminal and from the process that started it.
+    """
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if is_main else {}
 
@@ -59,7 +62,8 @@ def listen() -> Iterator[None]:
     def notice(number: int, frame: FrameType | None) -> None:
         _received.append(signal.Signals(number))
         logger.warning("%s: the run stops at the next step; training saves its state.", _received[-1].name)
-        restore()
+        if not patient:
+            restore()
 
     _received.clear()
     _causes.clear()

@@ -320,7 +320,7 @@ class _Fitting:
             part = f" and {100 * place.update / training.num_updates:.0f} % of the next" if place.update else ""
             interrupt.stop(
                 f"{self.snapshots.name} is saved after epoch {place.epoch} of {self.config.epochs}{part}; "
-                "give the same command with --params resume=true to go on from there"
+                "resume=true among the parameters goes on from there"
             )
 
 

@@ -43,14 +43,10 @@ class Progress:
         self.share_is_known = False
         self.length_is_known = False
         self.first: Epoch | None = None
-        self.goes_on = False
 
     def watch(self, stops: Iterable[int]) -> Iterator[int]:
         """The numbers of updates of an epoch that are done at each stop, with a line now and then if it is long."""
         numbers = list(stops)
-        if self.goes_on:
-            self._log(f"goes on after epoch {self.epochs_done}/{self.num_epochs}")
-            self.goes_on = False
         started = time.perf_counter()
         for number in numbers:
             yield number
@@ -69,7 +65,6 @@ class Progress:
         if epoch.restored:
             if epoch.finished and not epoch.partial and not self.brief:
                 self._log(f"epoch {epoch.number}/{epoch.num_epochs}  is done")
-            self.goes_on = not epoch.finished
             return
         per_epoch = self._pace(epoch)
         left = per_epoch * (epoch.num_epochs - epoch.number)

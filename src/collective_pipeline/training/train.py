@@ -97,6 +97,10 @@ def train_arm(
     saved = snapshots.load() if snapshots else None
     free = free_bytes(device) // num_beside
     groups = groups_that_fit(seeds, need, config, free=free) if saved is None else saved.facts["groups"]
+    if saved is not None and not saved.facts["place"]["finished"]:
+        place = saved.facts["place"]
+        within = f" and {place['update']} updates of the next" if place["update"] else ""
+        logger.info("%-16s  goes on after epoch %d/%d%s", arm.model_type, place["epoch"], config.epochs, within)
     training = _ArmTraining(arm, splits, config, device, list(callbacks), watch, snapshots)
     fits = training.run(groups, need, saved)
     result = Fit.join(fits)

@@ -154,7 +154,7 @@ def _work_as_process(task: Task, index: int) -> None:
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s  worker {index}  %(message)s", datefmt="%H:%M:%S")
     for name in ("mlflow", "alembic", "optuna"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with interrupt.listen():
+    with interrupt.listen(patient=True):
         try:
             device = _device_of(choose_device(task.settings.device), index, num_workers)
             work(task, device, share=1 / num_workers)
