@@ -95,17 +95,20 @@ def write_sweep_report(
     """
     compared = bool(overall["p_value_holm"].notna().any())
     searched = not trials.empty
+    # A grid has dozens of arms and sizes: their tables are folded up, and what holds over all sizes comes first.
+    overall_table = make_table("Over all sizes", OVERALL, overall, OVERALL_COLUMNS, "overall.csv")
+    by_size = _tables(comparison, compared, searched)
     return render(
         title=title,
         answer=answer,
         key_figures=_key_figures(runs, comparison, trials, reference),
         heading="Comparison",
-        tables=list(_tables(comparison, overall, compared, searched)),
+        tables=by_size if searched or not compared else [overall_table],
         gpu=gpu_table({**_first("Arm", GPU), **SIZE, **_rest("Arm", GPU)}, comparison, SIZE_COLUMNS),
         hints=hints(comparison),
         notes=_notes(reference, compared, searched),
         figures=list(_figures(comparison, trials, importance, reference, compared)),
-        details=list(_details(runs, trials, importance)),
+        details=[*([] if searched or not compared else by_size), *_details(runs, trials, importance)],
         facts=facts,
         highlighted=reference if compared else "",
     )
@@ -132,15 +135,16 @@ def _key_figures(
     return figures
 
 
-def _tables(comparison: pd.DataFrame, overall: pd.DataFrame, compared: bool, searched: bool) -> Iterable[Table]:
-    if compared and not searched:
-        yield make_table("Over all sizes", OVERALL, overall, OVERALL_COLUMNS, "overall.csv")
+def _tables(comparison: pd.DataFrame, compared: bool, searched: bool) -> list[Table]:
     columns = {**_first("Arm", ACCURACY), **SIZE, **_rest("Arm", ACCURACY)}
     if compared:
         columns |= {**DIFFERENCE, **IMPROVEMENT}
-    caption = "The best of the search, trained anew" if searched else "At each size"
-    yield make_table(caption, columns, comparison, SIZE_COLUMNS, "comparison.csv")
-    yield make_table("Efficiency and cost", {**COST, **FRONTS}, comparison, SIZE_COLUMNS, "comparison.csv")
+    caption = "The best of the search, trained anew" if searched else "Accuracy and differences at each size"
+    cost = {**_first("Arm", COST), **SIZE, **_rest("Arm", COST), **FRONTS}
+    return [
+        make_table(caption, columns, comparison, SIZE_COLUMNS, "comparison.csv"),
+        make_table("Efficiency and cost", cost, comparison, SIZE_COLUMNS, "comparison.csv"),
+    ]
 
 
 def _first(name: str, columns: Columns) -> Columns:
@@ -192,7 +196,8 @@ def _figures(
     yield make_figure(plot_loss_by_size(comparison, reference=reference), "The same of the test loss.", *by_size)
     yield make_figure(
         plot_efficiency(comparison, reference=reference),
-        "One point for each size: the smallest is always the furthest right, since accuracy falls slower than size.",
+        "One point for each size, the smallest furthest right: accuracy falls slower than size, so that size decides "
+        "this ratio, and the arms hardly differ in it.",
         *by_size,
     )
     yield make_figure(
