@@ -338,6 +338,7 @@ def test_registry_lists_the_pipelines(project):
         "phase1",
         "predict",
         "single",
+        "sweep",
     ]
 
 

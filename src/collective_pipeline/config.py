@@ -492,8 +492,8 @@ def _sentence(problem: Any) -> str:
         case _:
             # pydantic's words for Python's types, in those of YAML.
             told = re.sub(r"dictionary or instance of \w+", "section of names and values", problem["msg"])
-            told = told.replace("tuple", "list").replace("after validation, ", "")
-            return f"{path}={problem['input']!r}: {told[:1].lower()}{told[1:]}"
+            told = f"{told[:1].lower()}{told[1:]}".replace("tuple", "list").replace("after validation, ", "")
+            return f"{path}={problem['input']!r}: {told}"
 
 
 def _choices(problem: Any) -> list[str]:

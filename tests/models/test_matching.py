@@ -283,7 +283,7 @@ SIZES = (300_000, 1_800_000, 2_850_000, 3_950_000, 5_000_000, 6_100_000, 7_150_0
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_collective_meets_any_size_and_keeps_its_proportions(size):
-    """Within 0.1 %, really counted; experts and analysts scaled alike, the head at most twice or half as wide."""
+    """Within 0.1 %, really counted; experts and analysts scaled alike, the head within a factor of four."""
     arm = match_collective(size, PHASE1.collective, tolerance=0.001, in_dim=784, num_classes=10)
     scaled, own = arm.architecture, PHASE1.collective
 
@@ -296,7 +296,7 @@ def test_a_collective_meets_any_size_and_keeps_its_proportions(size):
         for new, old in zip(getattr(scaled, name), getattr(own, name), strict=True)
     ]
     assert max(factors) <= 1.2 * min(factors)
-    assert 0.5 <= scaled.collective_hidden_scale <= 2.01
+    assert 0.25 <= scaled.collective_hidden_scale <= 4.01
     assert scaled.n_total == own.n_total and scaled.num_experts == own.num_experts
 
 
@@ -308,5 +308,5 @@ def test_a_collective_of_its_own_size_stays_as_it_is():
 
 
 def test_a_size_out_of_a_collectives_reach_is_refused():
-    with pytest.raises(UserError, match="no collective of these proportions has 1,000 parameters"):
+    with pytest.raises(UserError, match=r"has 1,000 parameters within 0\.1 %: the nearest has"):
         match_collective(1000, PHASE1.collective, tolerance=0.001, in_dim=784, num_classes=10)

@@ -256,9 +256,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path, run, parameters, monkeypa
     with interrupt.listen(), pytest.raises(interrupt.Interrupted) as stopped:
         run(path, parameters())
     assert stopped.value.exit_code == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM: collective is saved after epoch 2 of 4; give the same command with" in str(
-        stopped.value
-    )
+    assert "stopped by SIGTERM: collective is saved after epoch 2 of 4; resume=true" in str(stopped.value)
     resumed = run(path, parameters(resume=True))
 
     assert_same(ends(path, *resumed), ends(tmp_path / "whole" / "last", *whole))

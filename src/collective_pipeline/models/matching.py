@@ -30,7 +30,7 @@ GRID = 8
 GRIDS = ((GRID, GRID), (GRID, 1), (1, 1))
 # How far the members of a collective may be from the configured ones, and then its head from theirs.
 SCALES = (1 / 32, 32.0)
-HEAD_SCALES = (0.5, 2.0)
+HEAD_SCALES = {GRID: (0.5, 2.0), 1: (0.25, 4.0)}
 # A layer may be off its regular width by this part before the network rather has more layers, so that their number
 # does not jump from one budget to the next for the sake of a few features.
 IRREGULARITY = 0.25
@@ -147,6 +147,7 @@ def match_collective(
         return count_collective(candidate, in_dim=in_dim, num_classes=num_classes)
 
     candidates: list[tuple[CollectiveConfig, int]] = []
+    members: set[CollectiveConfig] = set()
     for grid in (GRID, 1):  # the finer one for budgets too small for the coarse
         if not any(abs(params - target_params) <= tolerance * target_params for _, params in candidates):
             factor = _solve_scale(target_params, partial(_count_scaled, config, grid, count))
@@ -163,17 +164,13 @@ def match_collective(
         changed = abs(math.log(candidate[0].collective_hidden_scale / config.collective_hidden_scale))
         return max(error, tolerance), changed
 
-    if not candidates:
-        smallest = count(_scale(config, SCALES[0], 1))
-        raise UserError(
-            f"no collective of these proportions has {target_params:,} parameters (the smallest has about "
-            f"{smallest:,}): change the size, or collective.*"
-        )
+    # Where the head cannot take up the rest, the members alone are as near as it gets.
+    candidates = candidates or [(scaled, count(scaled)) for scaled in members]
     best, params = min(candidates, key=preference)
     if abs(params - target_params) > tolerance * target_params:
         raise UserError(
-            f"no collective has {target_params:,} parameters within {100 * tolerance:g} %: the nearest has {params:,}; "
-            "change the size, collective.* or baselines.tolerance"
+            f"no collective of these proportions has {target_params:,} parameters within {100 * tolerance:g} %: the "
+            f"nearest has {params:,}; change the size, collective.* or baselines.tolerance"
         )
     return Arm(
         model_type="collective",
@@ -291,12 +288,9 @@ def _solve_head(
     low, high = 4 * width, 5 * width
     per_feature = (count(with_hidden(high)) - count(with_hidden(low))) / (high - low)
     solved = low + (target - count(with_hidden(low))) / per_feature
-    bounds = (
-        HEAD_SCALES[0] * config.collective_hidden_scale * width,
-        HEAD_SCALES[1] * config.collective_hidden_scale * width,
-    )
-    hidden = [step * grid for step in _near(solved / grid, steps=1)]
-    return [with_hidden(h) for h in hidden if bounds[0] <= h <= bounds[1]]
+    smallest, largest = (config.collective_hidden_scale * width * scale for scale in HEAD_SCALES[grid])
+    hidden = (step * grid for step in _near(solved / grid, steps=1))
+    return [with_hidden(dim) for dim in hidden if smallest <= dim <= largest]
 
 
 def _shapes(

@@ -1,0 +1,82 @@
+"""`kedro run --pipeline sweep` as a user types it, on a few hundred images."""
+
+import json
+
+import pandas as pd
+import pytest
+from tests.test_run import TINY, as_params, kedro, runs_of
+
+from collective_pipeline.evaluation.comparison import OVERALL_COLUMNS, RUN_COLUMNS, SIZE_COLUMNS
+
+REPORTING = "data/08_reporting/sweep"
+SWEEP = TINY | {"sweep.model_types": "collective shallow", "sweep.sizes": "60000 90000"}
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory, new_project):
+    """A grid of two types and two sizes; the folder and what was printed."""
+    project = new_project(tmp_path_factory.mktemp("grid"))
+    result = kedro(project, "run", "--pipeline", "sweep", "--env", "debug", "--params", as_params(SWEEP))
+    assert result.exit_code == 0, result.output
+    return project, result
+
+
+def test_a_grid_leaves_tables_figures_and_a_report(grid):
+    project, result = grid
+    folder = project / REPORTING
+    runs, comparison = (pd.read_csv(folder / f"{name}.csv") for name in ("runs", "comparison"))
+
+    assert tuple(runs) == RUN_COLUMNS and len(runs) == 8
+    assert tuple(comparison) == SIZE_COLUMNS and len(comparison) == 4
+    assert tuple(pd.read_csv(folder / "overall.csv")) == OVERALL_COLUMNS
+    assert ((runs["params"] - runs["target_params"]).abs() <= 0.001 * runs["target_params"]).all()
+    told = json.loads((folder / "summary.json").read_text())["answer"]
+    assert told in result.stdout and told.split(";")[0] in (folder / "report.html").read_text()
+    for name in ("accuracy", "loss", "differences", "efficiency", "pareto", "trials", "pruning", "importance"):
+        assert json.loads((folder / f"{name}.json").read_text())["layout"]["title"]
+
+
+def test_a_grid_is_one_run_in_mlflow_with_one_for_each_training(grid):
+    runs = runs_of(grid[0])
+    study = runs[runs["tags.study"] == "grid-mnist"]
+    trials = runs[runs["tags.mlflow.parentRunId"] == study["run_id"].item()]
+
+    assert set(runs["status"]) == {"FINISHED"}
+    assert sorted(trials["tags.mlflow.runName"]) == [
+        f"grid {model_type} {size}" for model_type in ("collective", "shallow") for size in ("60,000", "90,000")
+    ]
+    assert (trials["tags.trial_state"] == "complete").all()
+    assert trials["metrics.final/test_accuracy"].notna().all() and trials["metrics.val/accuracy"].notna().all()
+
+
+def test_the_same_command_trains_nothing_again_and_other_settings_are_refused(grid):
+    project, _ = grid
+    before = pd.read_csv(project / REPORTING / "runs.csv")
+    again = kedro(project, "run", "--pipeline", "sweep", "--env", "debug", "--params", as_params(SWEEP))
+    other = SWEEP | {"training.epochs": 1}
+    refused = kedro(project, "run", "--pipeline", "sweep", "--env", "debug", "--params", as_params(other))
+
+    assert again.exit_code == 0, again.output
+    pd.testing.assert_frame_equal(pd.read_csv(project / REPORTING / "runs.csv"), before)
+    assert refused.exit_code == 1
+    assert "training.epochs was 2 and is 1" in refused.output and "sweep.fork=true" in refused.output
+    runs = runs_of(project)
+    workers = runs[runs["tags.mlflow.runName"] == "worker of grid-mnist"]
+    assert len(workers) == 1 and workers["tags.mlflow.parentRunId"].notna().all()
+
+
+def test_a_search_tracks_pruned_trials_as_finished(tmp_path, new_project):
+    """Every trial is a run of its own; what was pruned says so, and nothing failed."""
+    project = new_project(tmp_path)
+    search = SWEEP | {"sweep.mode": "search", "sweep.trials": 4, "sweep.trial_epochs": 3}
+    result = kedro(project, "run", "--pipeline", "sweep", "--env", "debug", "--params", as_params(search))
+
+    assert result.exit_code == 0, result.output
+    trials = pd.read_csv(project / REPORTING / "trials.csv")
+    assert len(trials) == 8 and set(trials["state"]) <= {"complete", "pruned"}
+    runs = runs_of(project)
+    assert set(runs["status"]) == {"FINISHED"}
+    tracked = runs[runs["tags.stage"] == "search"]
+    assert sorted(tracked["tags.trial_state"]) == sorted(trials["state"])
+    assert (runs["tags.stage"] == "final").sum() == 2
+    assert "search" in (project / REPORTING / "report.html").read_text()
