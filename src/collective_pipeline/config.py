@@ -57,6 +57,10 @@ class UserError(ValueError):
     """Something the user gave cannot be used; the message is one sentence: what, where, what to do."""
 
 
+class NotEnoughMemory(UserError):
+    """What is free now is too little; it may be enough at another time or elsewhere."""
+
+
 class Config(BaseModel):
     """Base of every configuration: frozen, unknown names and infinite or undefined numbers refused."""
 
@@ -263,6 +267,8 @@ class Range(Config):
     def _check_ends(self) -> Self:
         if self.low >= self.high:
             raise ValueError(f"low={self.low:g} is not below high={self.high:g}")
+        if self.step is not None and self.step != int(self.step) and isinstance(self.low, int):
+            raise ValueError(f"step={self.step:g} is not whole, and both ends are: write them with a decimal point")
         if self.log and (self.low <= 0 or self.step is not None):
             raise ValueError("log=true needs a positive low and no step")
         return self
@@ -344,6 +350,16 @@ class SweepConfig(Config):
     @classmethod
     def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return _once_each(values)
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _without_null(cls, space: Any) -> Any:
+        """An environment cannot take a name out of what it adds to, but it can say that it is null."""
+        return (
+            {name: values for name, values in space.items() if values is not None}
+            if isinstance(space, Mapping)
+            else space
+        )
 
     @field_validator("space")
     @classmethod
@@ -533,8 +549,13 @@ def parameter_names(model: type[Config], prefix: str = "") -> list[str]:
     return names
 
 
+def hide_password(text: str) -> str:
+    """The same without the passwords of addresses in it."""
+    return re.sub(r"(://[^:/@\s]+):[^@\s]+@", r"\1:***@", text)
+
+
 def flatten(config: Config) -> dict[str, Any]:
-    """Every value of `config` by its dotted name."""
+    """Every value of `config` by its dotted name, without passwords."""
     values: dict[str, Any] = {}
     for name in type(config).model_fields:
         value = getattr(config, name)
@@ -544,5 +565,6 @@ def flatten(config: Config) -> dict[str, Any]:
             for key, entry in value.items():
                 values[f"{name}.{key}"] = entry.model_dump_json() if isinstance(entry, Config) else list(entry)
         else:
-            values[name] = list(value) if isinstance(value, tuple) else value
+            shown = hide_password(value) if isinstance(value, str) else value
+            values[name] = list(shown) if isinstance(shown, tuple) else shown
     return values

@@ -29,17 +29,15 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from collective_pipeline import serving
 from collective_pipeline.config import Arm, Parameters, UserError, check_parameters, flatten
-from collective_pipeline.evaluation.comparison import efficiency
-from collective_pipeline.evaluation.gpu import GPU_COLUMNS
+from collective_pipeline.evaluation.results import final_metrics
 from collective_pipeline.io.checkpoints import CheckpointDataset
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.matching import parameter_budget
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.progress import duration
-from collective_pipeline.training.tracking import log_gpu_temperatures
+from collective_pipeline.training.tracking import log_gpu_temperatures, set_up_system_metrics
 
-SYSTEM_METRICS_SECONDS = 2
 SPARE_BYTES = 64 * 2**20
 
 
@@ -172,8 +170,7 @@ class TrackArms:
         mlflow.MlflowClient().set_experiment_tag(
             run.info.experiment_id, "mlflow.experimentKind", "custom_model_development"
         )
-        mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_SECONDS)
-        mlflow.set_system_metrics_samples_before_logging(1)
+        set_up_system_metrics()
         commit = _git("rev-parse", "HEAD")
         if commit:
             changed = _git("status", "--porcelain", "--untracked-files=no")
@@ -283,22 +280,6 @@ def _end_runs(status: str) -> None:
         mlflow.end_run(status)
 
 
-def final_metrics(results: pd.DataFrame) -> dict[str, float]:
-    """An arm's means over seeds, under the names that people's notebooks read."""
-    accuracy, params = float(results["test_accuracy"].mean()), int(results["params"].iloc[0])
-    return {
-        "final/test_accuracy": accuracy,
-        "final/test_top5_accuracy": float(results["test_top5_accuracy"].mean()),
-        "final/test_loss": float(results["test_loss"].mean()),
-        "final/val_accuracy": float(results["val_accuracy"].mean()),
-        "final/model_params": params,
-        "final/macs": float(results["macs"].iloc[0]),
-        "final/train_seconds": float(results["train_seconds"].mean()),
-        **{f"final/{name}": float(value) for name, value in efficiency(accuracy, params).items()},
-        **{f"final/{name}": float(value) for name, value in results[list(GPU_COLUMNS)].mean().dropna().items()},
-    }
-
-
 class TellAnswer:
     """Ends a run by saying what it found and where the report lies."""
 
@@ -387,9 +368,9 @@ class _Stopped(click.ClickException):
 
 
 def command_to_go_on(arguments: Sequence[str]) -> str:
-    """What was typed, with `resume=true` among its parameters; a sweep goes on by itself."""
+    """What was typed, with `resume=true` among its parameters; a sweep goes on by itself, a prediction begins anew."""
     arguments = list(arguments)
-    if not any("sweep" in argument.split("=", 1) for argument in arguments):
+    if not any({"sweep", "predict"} & set(argument.split("=", 1)) for argument in arguments):
         for place, argument in enumerate(arguments):
             if argument == "--params" and place + 1 < len(arguments):
                 arguments[place + 1] += ",resume=true"

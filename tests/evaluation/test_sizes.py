@@ -75,22 +75,54 @@ def sign_flip(differences):
     return float(np.mean([abs(round((differences * np.array(signs)).mean(), 9)) >= observed for signs in flips]))
 
 
-def test_over_all_sizes_a_pair_is_a_size_and_a_seed():
+def test_over_all_sizes_a_seed_is_its_mean_over_sizes():
     runs = grid()
     overall = compare_overall(runs, CONFIG).set_index("model_type")
 
     assert ("model_type", *overall.columns) == OVERALL_COLUMNS
-    assert (overall["num_pairs"] == 15).all() and (overall["num_seeds"] == 5).all()
-    wide = runs.pivot(index=["target_params", "seed"], columns="model_type", values="test_accuracy")
+    assert (overall["num_seeds"] == 5).all()
+    means = runs.groupby(["seed", "model_type"])["test_accuracy"].mean().unstack()
+    raw = [sign_flip(means[arm] - means["collective"]) for arm in MODEL_TYPES[1:]]
+    assert overall["p_value_holm"].dropna().tolist() == pytest.approx(holm(raw))
     for arm in MODEL_TYPES[1:]:
-        assert overall.loc[arm, "difference_to_reference"] == pytest.approx((wide[arm] - wide["collective"]).mean())
+        assert overall.loc[arm, "difference_to_reference"] == pytest.approx((means[arm] - means["collective"]).mean())
 
 
-def test_a_small_lead_is_found_over_all_sizes_where_no_size_alone_can_tell():
-    runs = grid(lead=0.3)
+def test_what_seeds_have_in_common_at_all_sizes_is_no_evidence():
+    """The null check over sizes: no arm is better, but a seed has its luck at every size.
+
+    5 % of 200 are 10; 16 leave room for chance. Pairs of size and seed would be called different in over 40.
+    """
+    rng = np.random.default_rng(0)
+    runs = grid(10, arms=["collective", "shallow"])
+    called = 0
+    for _ in range(200):
+        luck = rng.normal(0, 0.1, (2, 10))
+        own = [luck[int(arm == "shallow"), seed] for arm, seed in zip(runs["model_type"], runs["seed"], strict=True)]
+        runs["test_accuracy"] = np.round(99 + np.array(own) + rng.normal(0, 0.05, len(runs)), 2)
+        called += compare_overall(runs, ComparisonConfig(resamples=100)).loc[1, "p_value_holm"] <= 0.05
+
+    assert called <= 16
+
+
+def test_a_lead_at_all_sizes_is_found_over_them():
+    runs = grid(8, lead=0.3)
 
     assert (compare_overall(runs, CONFIG)["p_value_holm"].dropna() < 0.05).all()
-    assert (compare_sizes(runs, CONFIG)["p_value_holm"].dropna() > 0.05).all()
+
+
+def test_an_arm_that_failed_at_one_size_is_told_and_hides_no_other():
+    """Its seeds have no mean over all sizes; the verdict on the other arms stays."""
+    runs = grid(8, lead=0.5)
+    failed = (runs["model_type"] == "deep") & (runs["target_params"] == SIZES[1])
+    runs.loc[failed, ["test_accuracy", "test_loss"]] = np.nan
+    runs.loc[failed, "diverged"] = True
+    overall, comparison = compare_overall(runs, CONFIG), compare_sizes(runs, CONFIG)
+    told = answer_sizes(overall, comparison, CONFIG, near=0)
+
+    assert overall.set_index("model_type").loc["deep", "num_seeds"] == 0
+    assert told.startswith("Yes: the collective is better than each of the 5 single networks over 3 sizes")
+    assert "There is no result of deep at one of the sizes." in told and "8 of deep's" in told
 
 
 def test_one_arm_under_two_names_is_rarely_called_different():
@@ -137,20 +169,20 @@ def test_the_probability_of_improvement_counts_pairs():
     [(0.5, "Yes: the collective is better"), (-0.5, "No: the collective is worse"), (0.0, "no difference was found")],
 )
 def test_the_answer_is_over_all_sizes_and_shows_the_nearest_one(lead, verdict):
-    runs = grid(lead=lead)
+    runs = grid(8, lead=lead)
     told = answer_sizes(compare_overall(runs, CONFIG), compare_sizes(runs, CONFIG), CONFIG, near=2_100_000)
 
     assert verdict in told
     assert "over 3 sizes from 1.00 to 4.00 million parameters" in told
-    assert "15 pairs of a size and a seed" in told
-    assert re.search(r"at 2\.00 million parameters its test accuracy of 9[67]\.\d\d % (is|equals)", told)
+    assert "8 seeds" in told
+    assert re.search(r"; at 2\.00 million parameters its test accuracy of 9[67]\.\d\d % (is|equals)", told)
 
 
-def test_too_few_pairs_are_no_verdict():
-    runs = grid(2)
+def test_too_few_seeds_are_no_verdict_however_many_sizes():
+    runs = grid(5)
     told = answer_sizes(compare_overall(runs, CONFIG), compare_sizes(runs, CONFIG), CONFIG, near=0)
 
-    assert "With 6 pairs of a size and a seed it cannot be told" in told and "at least 8 are needed" in told
+    assert "With 5 seeds it cannot be told" in told and "at least 8 seeds are needed" in told
 
 
 def trials(num_trials):

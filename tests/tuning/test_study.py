@@ -84,6 +84,35 @@ def test_a_trial_that_failed_for_good_is_done_and_one_that_was_left_is_not(opene
 
 
 @on_a_journal
+def test_a_unit_whose_workers_die_is_given_up_after_three(opened):
+    """Or it would take down one worker after the other."""
+    for _ in range(3):
+        dying = opened()
+        with dying.at_work():
+            assert dying.claim(SEARCH[:1], opened.space) is not None
+    worker = opened()
+    with worker.at_work():
+        assert worker.claim(SEARCH[:1], opened.space) is None
+
+    assert "died 3 times" in worker.outcomes(SEARCH[:1])[SEARCH[0]].user_attrs["failure"]
+
+
+@on_a_journal
+def test_what_a_worker_left_between_two_steps_disturbs_nobody(opened):
+    """Values that were to be tried again, and a trial without a unit."""
+    left = opened().part("search", "shallow")
+    left.enqueue_trial({"training.learning_rate": 0.05})
+    left.ask()
+    left.enqueue_trial({"training.learning_rate": 0.05})
+    worker = opened()
+    with worker.at_work():
+        claims = [worker.claim(SEARCH, opened.space) for _ in SEARCH]
+
+    rates = [claim.values["training.learning_rate"] for claim in claims]
+    assert len(set(rates)) == 3 and 0.05 not in rates
+
+
+@on_a_journal
 def test_workers_that_begin_together_try_different_values(opened):
     first, second = opened(), opened()
     with first.at_work(), second.at_work():
@@ -116,8 +145,10 @@ def test_a_fork_is_another_study_and_the_same_command_finds_it_again(opened):
     ("place", "message"),
     [
         ("mysql://host/db", "choose a file for the processes of one machine"),
-        ("postgresql://nobody:secret@127.0.0.1:1/none", "cannot be reached"),
-        ("/proc/nowhere/study.journal", "cannot be made"),
+        ("postgresql://nobody:secret@127.0.0.1:1/none", "cannot be used"),
+        ("/proc/nowhere/study.journal", "cannot be used"),
+        ("sqlite://", "choose a file for the processes of one machine"),
+        ("/usr", "cannot be used"),
     ],
 )
 def test_a_storage_that_cannot_be_used_is_told_plainly(make_settings, place, message):

@@ -15,6 +15,7 @@ from collective_pipeline.training import interrupt
 from collective_pipeline.training.train import score, train_arm
 from collective_pipeline.tuning import work as module
 from collective_pipeline.tuning.outcome import collect_runs, collect_trials, rank_importance
+from collective_pipeline.tuning.study import Study
 from collective_pipeline.tuning.work import Task, check_sizes, list_finals, list_units, run_workers, work
 
 CPU = torch.device("cpu")
@@ -113,13 +114,43 @@ def test_hyperparameters_that_diverge_or_cannot_be_used_fail_and_the_study_goes_
     """One choice ends in infinity, another has a warm-up that is longer than a trial."""
     space = {"training.learning_rate": [1e38, 1e-2], "training.warmup_epochs": [0, 10]}
     task = make_task(mode="search", model_types=["shallow"], trials=12, space=space)
-    task = replace(task, settings=task.settings)
     trials = collect_trials(finished(task), task.settings)
 
     failures = set(trials["failure"].dropna().str.split(":").str[0])
-    assert failures == {"the loss of every seed diverged", "training"}
+    assert failures == {"the loss of a seed diverged before it had good weights", "training"}
     assert (trials["state"] == "complete").any()
     assert len(trials) == 12
+
+
+def test_a_grid_reports_what_diverged_at_once(make_task):
+    """A size at which every seed diverges has rows without accuracies, and is not trained again."""
+    task = make_task(model_types=["shallow"], sizes=[3000])
+    training = task.settings.training.model_copy(update={"learning_rate": 1e38})
+    task = replace(task, settings=task.settings.model_copy(update={"training": training}))
+    study = finished(task)
+    runs, arms = collect_runs(study, task.settings)
+
+    assert len(runs) == 2 and runs["test_accuracy"].isna().all() and runs["diverged"].all()
+    assert ("shallow", 3000) in arms
+    assert len(study.attempts(list_units(task.settings))[list_units(task.settings)[0]]) == 1
+
+
+def test_more_trials_find_a_new_best_and_train_it(make_task):
+    few, more = (make_task(mode="search", model_types=["shallow"], trials=trials) for trials in (1, 6))
+    finished(few)
+    study = finished(more)
+    (unit, best) = list_finals(study, more.settings)[0]
+
+    assert best.values[0] == max(trial.values[0] for trial in study.part("search", "shallow").trials if trial.values)
+    assert unit in study.outcomes([unit])
+    assert len(collect_runs(study, more.settings)[0]) == 2
+
+
+def test_an_error_in_a_thread_ends_the_worker(make_task, monkeypatch):
+    """And does not leave the others waiting for what it had taken."""
+    monkeypatch.setattr(Study, "claim", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError), interrupt.listen():
+        work(make_task(side_by_side=3), CPU)
 
 
 def test_pruning_stops_hopeless_trials_of_every_type(make_task):

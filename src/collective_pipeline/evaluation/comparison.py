@@ -69,8 +69,9 @@ SIZE_COLUMNS = (
 OVERALL_COLUMNS = (
     "model_type",
     "num_seeds",
-    "num_pairs",
     "test_accuracy_mean",
+    "test_accuracy_ci_low",
+    "test_accuracy_ci_high",
     "difference_to_reference",
     "difference_ci_low",
     "difference_ci_high",
@@ -132,33 +133,35 @@ def compare_sizes(results: pd.DataFrame, config: ComparisonConfig, *, reference:
 
 
 def compare_overall(results: pd.DataFrame, config: ComparisonConfig, *, reference: str = "collective") -> pd.DataFrame:
-    """One row per arm over all sizes: its difference to `reference`, a pair for each size and seed.
+    """One row per arm over all sizes: the mean over sizes of its difference to `reference`, paired by seed.
 
-    The test's null hypothesis is that there is no difference at any size; the interval is of the mean over sizes, and
-    so is the probability of improvement.
+    The seed is the unit here as well: what one seed has in common at several sizes (the order of the images, the
+    augmentation) would otherwise be counted several times.
 
     Args:
-        results: As for `compare_sizes`.
+        results: As for `compare_sizes`. A seed without an accuracy at some size is left out of the pairs of its arm.
         config: How sure the intervals are to be.
         reference: The arm that the others are compared to.
 
     Returns:
-        `OVERALL_COLUMNS`, in order of first appearance.
+        `OVERALL_COLUMNS`, in order of first appearance; the probability of improvement is its mean over sizes.
     """
-    pairs = results.pivot(index=["target_params", "seed"], columns="model_type", values="test_accuracy")
-    pairs = pairs[results["model_type"].unique().tolist()].round(DECIMALS)
-    table = _differences(pairs, config, reference)
-    table["test_accuracy_mean"] = pairs.mean().round(DECIMALS)
-    table["num_pairs"] = pairs.sub(pairs.get(reference, np.nan), axis=0).notna().sum()
-    table["num_seeds"] = results.groupby("model_type")["seed"].nunique()
-    if reference in pairs:
-        at_sizes = [at_size for _, at_size in pairs.groupby(level="target_params")]
-        for arm in table.index.drop(reference):
-            chances = [probability_of_improvement(at_size[arm], at_size[reference]) for at_size in at_sizes]
-            table.loc[arm, "probability_of_improvement"] = (
-                np.nanmean(chances) if not np.isnan(chances).all() else np.nan
-            )
+    cells = results.pivot(index=["target_params", "seed"], columns="model_type", values="test_accuracy")
+    cells = cells[results["model_type"].unique().tolist()]
+    num_sizes = results["target_params"].nunique()
+    by_seed = cells.groupby(level="seed")
+    means = by_seed.mean().where(by_seed.count() == num_sizes).round(DECIMALS)
+    table = _differences(means, config, reference)
+    low, high = _intervals(means, config)
+    table["test_accuracy_mean"] = means.mean().round(DECIMALS)
+    table["test_accuracy_ci_low"], table["test_accuracy_ci_high"] = low, high
+    table["num_seeds"] = means.count()
     table["num_diverged"] = results.groupby("model_type")["diverged"].sum().astype(int)
+    if reference in cells:
+        for arm in cells.columns.drop(reference):
+            at_sizes = [at_size for _, at_size in cells.groupby(level="target_params")]
+            chances = [probability_of_improvement(at_size[arm], at_size[reference]) for at_size in at_sizes]
+            table.loc[arm, "probability_of_improvement"] = pd.Series(chances).mean()
     table = table.rename_axis("model_type").reset_index()
     return table.assign(p_value_holm=_holm_column(table["p_value"]))[list(OVERALL_COLUMNS)]
 
@@ -169,7 +172,7 @@ def pareto_front(accuracy: pd.Series, cost: pd.Series) -> pd.Series:
     for own_accuracy, own_cost in zip(accuracy, cost, strict=True):
         no_worse = (accuracy >= own_accuracy) & (cost <= own_cost)
         better = (accuracy > own_accuracy) | (cost < own_cost)
-        front.append(not math.isnan(own_accuracy) and not (no_worse & better).any())
+        front.append(math.isfinite(own_accuracy) and math.isfinite(own_cost) and not (no_worse & better).any())
     return pd.Series(front, index=accuracy.index, dtype=bool)
 
 

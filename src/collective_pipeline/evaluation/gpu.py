@@ -92,7 +92,7 @@ def hints(comparison: pd.DataFrame) -> list[str]:
         percent = rule.percent(comparison)
         which = rule.holds(percent)
         if which.any():
-            names = ", ".join(comparison["model_type"][which])
+            names = ", ".join(dict.fromkeys(comparison["model_type"][which]))
             arms = "While any arm trained" if which.all() and len(which) > 1 else f"While {names} trained"
             told.append(f"{arms}, {rule.sentence.format(_range(percent[which]))}")
     return told

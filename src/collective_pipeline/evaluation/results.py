@@ -1,4 +1,4 @@
-"""What a trained arm did: one row for each seed."""
+"""What a trained arm did: one row for each seed, and its means."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 
 from collective_pipeline.config import TrainingConfig
+from collective_pipeline.evaluation.comparison import efficiency
 from collective_pipeline.evaluation.cost import count_macs
-from collective_pipeline.evaluation.gpu import USAGE_COLUMNS
+from collective_pipeline.evaluation.gpu import GPU_COLUMNS, USAGE_COLUMNS
 from collective_pipeline.models.checkpoint import Checkpoint
 
 
@@ -59,3 +60,19 @@ def tabulate(
     usage = history.sort_values("seconds").reindex(columns=list(USAGE_COLUMNS)).iloc[-1]
     joules = usage["joules"] or np.nan
     return results.assign(**{**usage, "joules": joules / len(seeds), "images_per_joule": images / joules})
+
+
+def final_metrics(results: pd.DataFrame) -> dict[str, float]:
+    """An arm's means over seeds, under the names that people's notebooks read."""
+    accuracy, params = float(results["test_accuracy"].mean()), int(results["params"].iloc[0])
+    return {
+        "final/test_accuracy": accuracy,
+        "final/test_top5_accuracy": float(results["test_top5_accuracy"].mean()),
+        "final/test_loss": float(results["test_loss"].mean()),
+        "final/val_accuracy": float(results["val_accuracy"].mean()),
+        "final/model_params": params,
+        "final/macs": float(results["macs"].iloc[0]),
+        "final/train_seconds": float(results["train_seconds"].mean()),
+        **{f"final/{name}": float(value) for name, value in efficiency(accuracy, params).items()},
+        **{f"final/{name}": float(value) for name, value in results[list(GPU_COLUMNS)].mean().dropna().items()},
+    }

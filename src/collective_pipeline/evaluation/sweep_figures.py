@@ -131,11 +131,11 @@ def plot_trials(trials: pd.DataFrame) -> go.Figure:
 
 def plot_pruning(trials: pd.DataFrame) -> go.Figure:
     """Epochs of each model type's trials: trained to the end, trained until pruned, and saved by pruning."""
-    complete = trials["state"] == "complete"
+    complete, pruned = trials["state"] == "complete", trials["state"] == "pruned"
     parts = {
         "of trials trained to the end": (trials["epochs"].where(complete, 0), 1.0),
-        "of pruned trials": (trials["epochs"].where(~complete, 0), 0.5),
-        "saved by pruning": ((trials["max_epochs"] - trials["epochs"]).where(~complete, 0), 0.15),
+        "of pruned trials": (trials["epochs"].where(pruned, 0), 0.5),
+        "saved by pruning": ((trials["max_epochs"] - trials["epochs"]).where(pruned, 0), 0.15),
     }
     figure = go.Figure()
     colors = colors_of(trials["model_type"])

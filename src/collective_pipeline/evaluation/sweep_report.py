@@ -25,6 +25,7 @@ from collective_pipeline.evaluation.report import (
     make_table,
     number,
     render,
+    span,
 )
 from collective_pipeline.evaluation.sweep_figures import (
     plot_accuracy_by_size,
@@ -43,8 +44,9 @@ IMPROVEMENT: Columns = {
 }
 OVERALL: Columns = {
     "Arm": lambda arm: arm.model_type,
-    "Pairs": lambda arm: str(arm.num_pairs),
+    "Seeds": lambda arm: str(arm.num_seeds),
     "Mean test accuracy (%)": lambda arm: number(".2f", arm.test_accuracy_mean),
+    "Interval (%)": lambda arm: span(".2f", arm.test_accuracy_ci_low, arm.test_accuracy_ci_high),
     **DIFFERENCE,
     **IMPROVEMENT,
 }
@@ -165,9 +167,9 @@ def _notes(reference: str, compared: bool, searched: bool) -> list[str]:
         )
     if compared and not searched:
         notes.append(
-            "Over all sizes a pair is a size and a seed; that test asks whether there is a difference at any size, and "
-            "counts trainings of one seed at several sizes as independent. At each size the correction is for all arms "
-            "and sizes, so that few seeds cannot reach significance there."
+            "Over all sizes the accuracy of a seed is its mean over sizes, so that what its trainings have in common "
+            "is counted once. At each size the correction is for all arms and sizes: few seeds cannot reach "
+            "significance there. Training time depends on what trained beside it."
         )
     if searched:
         notes.append(

@@ -39,33 +39,38 @@ def answer_sizes(
     sizes = sorted(comparison["target_params"].unique())
     if len(sizes) == 1 or reference not in set(overall["model_type"]) or len(overall) == 1:
         return " ".join(answer(part, config, reference=reference) for _, part in comparison.groupby("target_params"))
-    others = overall.set_index("model_type").drop(index=reference)
+    arms = overall.set_index("model_type")
+    failed = arms.index[arms["num_seeds"] == 0].tolist()
+    others = arms.drop(index=[reference, *failed], errors="ignore")
+    if reference in failed or others.empty:
+        return f"There is no result over all sizes: {_join(failed)} diverged with every seed at one of them."
     group = (
         f"{_group(others.index.tolist())} over {len(sizes)} sizes from {sizes[0] / 1e6:.2f} to {_millions(sizes[-1])}"
     )
     alpha = 1 - config.confidence
-    num_pairs, needed = int(others["num_pairs"].min()), seeds_needed(len(others), alpha)
-    if num_pairs >= needed:
-        # Not a seed alone is the unit here, but a seed at a size.
-        verdict = _verdict(others, alpha, f"{num_pairs} pairs of a size and a seed", group, reference)
+    num_seeds, needed = int(arms.drop(index=failed)["num_seeds"].min()), seeds_needed(len(others), alpha)
+    if num_seeds >= needed:
+        verdict = _verdict(others, alpha, num_seeds, group, reference)
     else:
         verdict = (
-            f"With {num_pairs} pairs of a size and a seed it cannot be told whether the {reference} is better than "
-            f"{group}: at least {needed} are needed; what was observed is no verdict yet:"
+            f"With {_seeds(num_seeds)} it cannot be told whether the {reference} is better than {group}: at least "
+            f"{needed} seeds are needed; what was observed is no verdict yet: over all sizes"
         )
+    best = others.sort_values("difference_to_reference", kind="stable").iloc[-1]
+    told = [f"{verdict} {_observe(arms.loc[[reference]].iloc[0], best, len(others), config)}"]
     size = min(sizes, key=lambda size: abs(size - near))
-    arms = comparison[comparison["target_params"] == size].set_index("model_type")
-    told = arms[arms["num_seeds"] > 0]
-    if reference not in told.index or len(told) == 1:
-        observed = f"at {_millions(size)} there is no result of the {reference} or of any other"
-    else:
-        best = told.drop(index=reference).sort_values("test_accuracy_mean", kind="stable").iloc[-1]
-        observed = f"at {_millions(size)} {_observe(told.loc[[reference]].iloc[0], best, len(told) - 1, config)}"
-    diverged = [
-        f"{number} of {name}'s" for name, number in overall.set_index("model_type")["num_diverged"].items() if number
-    ]
-    ending = f" The loss of {_join(diverged)} trainings diverged: their last good weights count." if diverged else ""
-    return f"{verdict} {observed}.{ending}"
+    at_size = comparison[(comparison["target_params"] == size) & (comparison["num_seeds"] > 0)].set_index("model_type")
+    if reference in at_size.index and len(at_size) > 1:
+        near_best = at_size.drop(index=reference).sort_values("test_accuracy_mean", kind="stable").iloc[-1]
+        seen = _observe(at_size.loc[[reference]].iloc[0], near_best, len(at_size) - 1, config)
+        told.append(f"; at {_millions(size)} {seen}")
+    told.append(".")
+    if failed:
+        told.append(f" There is no result of {_join(failed)} at one of the sizes.")
+    diverged = [f"{number} of {name}'s" for name, number in arms["num_diverged"].items() if number]
+    if diverged:
+        told.append(f" The loss of {_join(diverged)} trainings diverged: their last good weights count.")
+    return "".join(told)
 
 
 def seeds_needed(num_comparisons: int, alpha: float) -> int:
@@ -94,7 +99,7 @@ def _answer(arms: pd.DataFrame, config: ComparisonConfig, reference: str) -> str
     num_seeds, needed = int(arms["num_seeds"].min()), seeds_needed(len(others), alpha)
     group = f"{_group(others.index.tolist())} at {_param_range(arms)}"
     if num_seeds >= needed:
-        verdict = _verdict(others, alpha, f"{num_seeds} seeds", group, reference)
+        verdict = _verdict(others, alpha, num_seeds, group, reference)
     else:
         verdict = (
             f"With {_seeds(num_seeds)} it cannot be told whether the {reference} is better than {group}: at least "
@@ -103,10 +108,10 @@ def _answer(arms: pd.DataFrame, config: ComparisonConfig, reference: str) -> str
     return f"{verdict} {_observe(arms.loc[[reference]].iloc[0], best, len(others), config)}."
 
 
-def _verdict(others: pd.DataFrame, alpha: float, units: str, group: str, reference: str) -> str:
+def _verdict(others: pd.DataFrame, alpha: float, num_seeds: int, group: str, reference: str) -> str:
     sure = others["p_value_holm"] <= alpha
     worse, better = ((sure & (sign * others["difference_to_reference"] > 0)) for sign in (1, -1))
-    by_chance = f"by more than chance between {units} explains"
+    by_chance = f"by more than chance between {num_seeds} seeds explains"
     each = group if len(others) == 1 else f"each of {group}"
     if better.all():
         return f"Yes: the {reference} is better than {each}, {by_chance};"
@@ -114,7 +119,7 @@ def _verdict(others: pd.DataFrame, alpha: float, units: str, group: str, referen
         return f"No: the {reference} is worse than {each}, {by_chance};"
     if not sure.any():
         return (
-            f"With {units} no difference was found between the {reference} and {each}, "
+            f"With {num_seeds} seeds no difference was found between the {reference} and {each}, "
             "which does not show that they are equal;"
         )
     findings = [

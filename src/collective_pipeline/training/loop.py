@@ -318,10 +318,7 @@ class _Fitting:
         self.snapshots.save(Snapshot(facts, training.state() | best), wait=stops or place.finished)
         if stops:
             part = f" and {100 * place.update / training.num_updates:.0f} % of the next" if place.update else ""
-            interrupt.stop(
-                f"{self.snapshots.name} is saved after epoch {place.epoch} of {self.config.epochs}{part}; "
-                "resume=true among the parameters goes on from there"
-            )
+            interrupt.stop(f"{self.snapshots.name} is saved after epoch {place.epoch} of {self.config.epochs}{part}")
 
 
 class _PhaseTraining:

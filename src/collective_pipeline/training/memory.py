@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from collective_pipeline.config import Arm, TrainingConfig, UserError
+from collective_pipeline.config import Arm, NotEnoughMemory, TrainingConfig
 from collective_pipeline.data.augment import NUM_DRAWS
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.models.build import build_arm
@@ -72,11 +72,11 @@ def groups_that_fit(seeds: Sequence[int], need: Need, config: TrainingConfig, *,
     """The seeds in as few groups as `free` bytes allow to train at once.
 
     Raises:
-        UserError: If there is no room for one seed, naming the knob to turn and the size that would fit.
+        NotEnoughMemory: If there is no room for one seed, naming the knob to turn and the size that would fit.
     """
     at_once = int(USABLE * free) // need.of(config)
     if at_once < 1:
-        raise UserError(advise(need, config, free=free))
+        raise NotEnoughMemory(advise(need, config, free=free))
     return split(seeds, -(-len(seeds) // at_once))
 
 

@@ -17,6 +17,7 @@ from mlflow.tracking.fluent import run_id_to_system_metrics_monitor
 from collective_pipeline.training.loop import Epoch
 
 SECONDS_BETWEEN = 2.0
+SYSTEM_METRICS_SECONDS = 2
 
 
 class Curves:
@@ -65,6 +66,12 @@ class GpuTemperatures(BaseMetricsMonitor):
     def aggregate_metrics(self) -> dict[str, float]:
         """Means since MLflow logged the last ones."""
         return {name: statistics.fmean(values) for name, values in self._metrics.items()}
+
+
+def set_up_system_metrics() -> None:
+    """Of this process's runs from now on, a value every two seconds."""
+    mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_SECONDS)
+    mlflow.set_system_metrics_samples_before_logging(1)
 
 
 def log_gpu_temperatures(run_id: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import collective_pipeline
-from collective_pipeline.config import Arm, ModelType, Parameters, TrainingConfig, UserError, flatten
+from collective_pipeline.config import Arm, ModelType, NotEnoughMemory, Parameters, TrainingConfig, flatten
 from collective_pipeline.data.batches import Batches, Normalise
 from collective_pipeline.data.small_images import load_images
 from collective_pipeline.data.splits import Images, Splits, make_splits
@@ -138,12 +138,14 @@ class _ArmTraining:
             if trained is not None:
                 done.append(trained)
             elif saved is not None or epochs:
-                raise UserError(
+                raise NotEnoughMemory(
                     f"{self.arm.model_type}: memory was enough when training began and is not any more: end what else "
                     "uses it and give the same command with --params resume=true"
                 )
             elif len(group) == 1:
-                raise UserError(f"{self.arm.model_type}: {advise(need, self.config, free=free_bytes(self.device))}")
+                raise NotEnoughMemory(
+                    f"{self.arm.model_type}: {advise(need, self.config, free=free_bytes(self.device))}"
+                )
             else:
                 groups[len(done) : len(done) + 1] = split(group, 2)
                 self._tell_groups(groups)

@@ -50,10 +50,10 @@ class FileLocks:
 class PostgresLocks:
     """Advisory locks of a PostgreSQL server, for any number of machines: each is held by a connection of its own."""
 
-    def __init__(self, engine: sqlalchemy.Engine, study: str) -> None:
+    def __init__(self, url: str, study: str) -> None:
         # A connection that goes back to a pool would keep its locks.
         self.engine = sqlalchemy.create_engine(
-            engine.url, poolclass=sqlalchemy.NullPool, isolation_level="AUTOCOMMIT", connect_args=KEEP_ALIVE
+            url, poolclass=sqlalchemy.NullPool, isolation_level="AUTOCOMMIT", connect_args=KEEP_ALIVE
         )
         self.study = study
 
@@ -72,5 +72,8 @@ class PostgresLocks:
         return key(0, f"{self.study}/{name}")
 
 
-# A machine that lost its power is noticed after a minute, instead of after two hours.
-KEEP_ALIVE = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+# A machine that lost its power is noticed after a minute, by the server, instead of after two hours.
+KEEP_ALIVE = {
+    "connect_timeout": 10,
+    "options": "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3",
+}

@@ -9,7 +9,7 @@ import pandas as pd
 from optuna.trial import TrialState
 
 from collective_pipeline.config import Arm, Parameters
-from collective_pipeline.tuning.study import Study, Unit
+from collective_pipeline.tuning.study import Study
 from collective_pipeline.tuning.work import list_finals, list_units
 
 logger = logging.getLogger(__name__)
@@ -36,14 +36,18 @@ def collect_runs(study: Study, settings: Parameters) -> tuple[pd.DataFrame, dict
 
     The second and later best of a model type's search are named by their rank.
     """
-    units = list_units(settings) if settings.sweep.mode == "grid" else [u for u, _ in list_finals(study, settings)]
+    if settings.sweep.mode == "grid":
+        names = {unit: str(unit.model_type) for unit in list_units(settings)}
+    else:
+        finals = [unit for unit, _ in list_finals(study, settings)]
+        ranks = {unit: [u for u in finals if u.model_type == unit.model_type].index(unit) + 1 for unit in finals}
+        names = {unit: unit.model_type if rank == 1 else f"{unit.model_type} {rank}" for unit, rank in ranks.items()}
     tables, arms = [], {}
-    for unit, trial in study.outcomes(units).items():
-        if trial.user_attrs.get("rows"):
+    for unit, trial in study.outcomes(names).items():
+        if "rows" in trial.user_attrs:  # also of a failure: that it diverged is a result
             arm = Arm.model_validate(trial.user_attrs["arm"])
-            name = _name(unit)
-            tables.append(pd.DataFrame(trial.user_attrs["rows"]).assign(model_type=name))
-            arms[name, arm.target_params] = arm
+            tables.append(pd.DataFrame(trial.user_attrs["rows"]).assign(model_type=names[unit]))
+            arms[names[unit], arm.target_params] = arm
     if not tables:
         return pd.DataFrame(), arms
     runs = pd.concat(tables, ignore_index=True)
@@ -96,7 +100,3 @@ def rank_importance(study: Study, settings: Parameters) -> pd.DataFrame:
         )
         rows += [{"model_type": model_type, "parameter": name, "importance": share} for name, share in shares.items()]
     return pd.DataFrame(rows, columns=list(IMPORTANCE_COLUMNS))
-
-
-def _name(unit: Unit) -> str:
-    return unit.model_type if unit.stage == "grid" or unit.name == "1" else f"{unit.model_type} {unit.name}"

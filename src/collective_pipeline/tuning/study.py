@@ -7,7 +7,7 @@ it lets go. A unit that is taken by a worker that is no longer alive is taken ag
 import contextlib
 import logging
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from collective_pipeline.config import ModelType, Space, SweepConfig, UserError
+from collective_pipeline.config import ModelType, Space, SweepConfig, UserError, hide_password
 from collective_pipeline.randomness import key
 from collective_pipeline.tuning.locks import KEEP_ALIVE, FileLocks, Locks, PostgresLocks
 from collective_pipeline.tuning.space import suggest
@@ -33,6 +33,8 @@ STARTUP_TRIALS = 10
 # Hyperband's smallest budget, as a part of the largest: four brackets that differ by a factor of three.
 SMALLEST_BUDGET = 1 / 27
 REDUCTION_FACTOR = 3
+# A unit that ends its process again and again is not to take down one worker after the other.
+MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Unit:
     Attributes:
         stage: Of the sweep.
         model_type: Of the arm.
-        name: A size in the grid, a number in the search, a rank among the best after it.
+        name: A size in the grid, a number in the search, and after it the number of the trial that is trained anew.
     """
 
     stage: Stage
@@ -110,19 +112,41 @@ class Study:
                 if any(is_done(trial) or self._is_alive(trial) for trial in attempts):
                     continue
                 study = self.part(unit.stage, unit.model_type)
-                for attempt in attempts:
-                    if attempt.state == TrialState.RUNNING:
-                        study.tell(attempt.number, state=TrialState.FAIL)
-                        logger.info("%s was left unfinished by another worker: it is taken again", unit)
-                if attempts:
-                    study.enqueue_trial(attempts[-1].params)
-                study.sampler = self._sampler(unit)
-                trial = study.ask()
-                trial.set_user_attr("unit", unit.name)
-                trial.set_user_attr("worker", self.worker)
-                values = suggest(trial, space[unit.model_type]) if unit.stage == "search" else {}
-                return Claim(unit, study, trial, values)
+                self._give_up(study)
+                if len(attempts) >= MAX_ATTEMPTS:
+                    trial = study.ask()
+                    trial.set_user_attr("unit", unit.name)
+                    trial.set_user_attr("failure", f"its worker died {MAX_ATTEMPTS} times")
+                    study.tell(trial, state=TrialState.FAIL)
+                    logger.warning("%s is given up: its worker died %d times", unit, MAX_ATTEMPTS)
+                    continue
+                return self._take(study, unit, attempts, space)
         return None
+
+    def _give_up(self, study: optuna.Study) -> None:
+        """Whatever nobody works on any more is failed, also what a worker left between two of its own steps."""
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if not self._is_alive(trial):
+                study.tell(trial.number, state=TrialState.FAIL)
+        for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            study.tell(study.ask(), state=TrialState.FAIL)  # whose values would be taken for the next one's
+
+    def _take(
+        self, study: optuna.Study, unit: Unit, attempts: Sequence[FrozenTrial], space: Mapping[ModelType, Space]
+    ) -> Claim:
+        if attempts:
+            logger.info("%s was left unfinished by another worker: it is taken again", unit)
+            study.enqueue_trial(attempts[-1].params)
+        study.sampler = self._sampler(unit)
+        trial = study.ask()
+        try:
+            trial.set_user_attr("unit", unit.name)
+            trial.set_user_attr("worker", self.worker)
+            values = suggest(trial, space[unit.model_type]) if unit.stage == "search" else {}
+        except BaseException:  # or this worker would seem to be at work on it
+            study.tell(trial, state=TrialState.FAIL)
+            raise
+        return Claim(unit, study, trial, values)
 
     def attempts(self, units: Iterable[Unit]) -> dict[Unit, list[FrozenTrial]]:
         """All trials of each unit, the first one first."""
@@ -136,9 +160,7 @@ class Study:
 
     def outcomes(self, units: Iterable[Unit]) -> dict[Unit, FrozenTrial]:
         """The trial that is the result of each unit that is done."""
-        return {
-            unit: trial for unit, attempts in self.attempts(units).items() for trial in attempts[-1:] if is_done(trial)
-        }
+        return {unit: trial for unit, attempts in self.attempts(units).items() for trial in attempts if is_done(trial)}
 
     def part(self, stage: Stage, model_type: ModelType) -> optuna.Study:
         """Optuna's study of this stage and model type."""
@@ -207,44 +229,33 @@ def open_study(config: SweepConfig, name: str, identity: Mapping[str, Any], defa
 
 def _connect(place: str, study: str) -> tuple[BaseStorage, Locks]:
     scheme, separator, rest = place.partition("://")
-    if not separator:
-        path = Path(place)
-        locks = _file_locks(path)
-        with locks.hold("storage"):
-            return JournalStorage(JournalFileBackend(str(path))), locks
-    if scheme == "sqlite":
-        locks = _file_locks(Path(rest.removeprefix("/")))
-        with locks.hold("storage"):
-            # Workers that write at the same time wait for each other.
-            return RDBStorage(place, engine_kwargs={"connect_args": {"timeout": 60}}), locks
-    if scheme.split("+")[0] in {"postgresql", "postgres"}:
-        return _connect_postgres(f"postgresql+psycopg://{rest}", study)
-    raise UserError(
-        f"sweep.storage={place!r}: choose a file for the processes of one machine, sqlite:///file, or "
-        "postgresql://user@host/database for several machines"
-    )
-
-
-def _file_locks(path: Path) -> FileLocks:
     try:
-        return FileLocks(path.with_name(f"{path.name}.locks"))
-    except OSError as error:
-        raise UserError(f"sweep.storage: {path} cannot be made ({error.strerror}): choose another place") from error
-
-
-def _connect_postgres(url: str, study: str) -> tuple[BaseStorage, Locks]:
-    try:
-        engine = sqlalchemy.create_engine(url)
-        locks = PostgresLocks(engine, study)
-        with locks.hold("storage"):  # the first worker makes the tables
-            # Nothing is left open that a worker would have to close; a study asks little.
-            arguments = {"connect_args": KEEP_ALIVE, "poolclass": sqlalchemy.NullPool}
-            return RDBStorage(url, engine_kwargs=arguments), locks
+        if not separator:
+            path = Path(place)
+            locks: Locks = FileLocks(path.with_name(f"{path.name}.locks"))
+            with locks.hold("storage"):
+                return JournalStorage(JournalFileBackend(str(path))), locks
+        if scheme == "sqlite" and rest.strip("/"):
+            path = Path(rest.removeprefix("/"))
+            locks = FileLocks(path.with_name(f"{path.name}.locks"))
+            with locks.hold("storage"):
+                # Workers that write at the same time wait for each other.
+                return RDBStorage(place, engine_kwargs={"connect_args": {"timeout": 60}}), locks
+        if scheme.split("+")[0] in {"postgresql", "postgres"}:
+            url = f"postgresql+psycopg://{rest}"
+            locks = PostgresLocks(url, study)
+            with PostgresLocks(url, "").hold("storage"):  # the first worker of any study makes the tables
+                # Nothing is left open that a worker would have to close; a study asks little.
+                arguments = {"connect_args": KEEP_ALIVE, "poolclass": sqlalchemy.NullPool}
+                return RDBStorage(url, engine_kwargs=arguments), locks
     except ModuleNotFoundError as error:
         raise UserError("sweep.storage: PostgreSQL needs psycopg: install collective-pipeline[postgres]") from error
-    except (sqlalchemy.exc.OperationalError, sqlalchemy.exc.ArgumentError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, sqlalchemy.exc.SQLAlchemyError) as error:
+        reason = hide_password(str(error).strip().splitlines()[0])
         raise UserError(
-            f"sweep.storage={sqlalchemy.make_url(url).render_as_string(hide_password=True)} cannot be reached "
-            f"({reason}): start the server, or mend the address"
+            f"sweep.storage={hide_password(place)} cannot be used ({reason}): start the server, or choose another place"
         ) from error
+    raise UserError(
+        f"sweep.storage={hide_password(place)!r}: choose a file for the processes of one machine, sqlite:///file, or "
+        "postgresql://user@host/database for several machines"
+    )

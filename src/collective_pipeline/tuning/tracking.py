@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import mlflow
 from mlflow.exceptions import MlflowException
 from optuna.trial import TrialState
 
+from collective_pipeline.training.interrupt import Interrupted
+from collective_pipeline.training.tracking import log_gpu_temperatures, set_up_system_metrics
 from collective_pipeline.tuning.study import Study, Unit
 
 logger = logging.getLogger(__name__)
@@ -35,16 +38,26 @@ class Tracking:
     def trial(self, unit: Unit, params: Mapping[str, Any]) -> Iterator[None]:
         """A run of this unit, active in this thread: finished whatever the trial's state, unless there is an error."""
         mlflow.set_tracking_uri(self.uri)
-        with mlflow.start_run(
+        set_up_system_metrics()
+        run = mlflow.start_run(
             run_name=str(unit),
             experiment_id=self.experiment_id,
             parent_run_id=self.parent,
             nested=True,
             tags={"model_type": unit.model_type, "stage": unit.stage, "unit": unit.name},
             log_system_metrics=unit.stage != "search",
-        ):
+        )
+        status = "FAILED"
+        try:
+            log_gpu_temperatures(run.info.run_id)
             mlflow.log_params(dict(params))
             yield
+            status = "FINISHED"
+        except Interrupted:
+            status = "KILLED"
+            raise
+        finally:
+            mlflow.end_run(status)
 
 
 def begin(study: Study) -> Tracking | None:
@@ -82,7 +95,7 @@ def log_outcome(state: TrialState, metrics: Mapping[str, float], reason: str | N
     """The figures and the fate of the trial whose run is active; a pruned one is no failure."""
     if mlflow.active_run() is None:
         return
-    mlflow.log_metrics(dict(metrics))
+    mlflow.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)})
     mlflow.set_tag("trial_state", state.name.lower())
     if reason is not None:
         mlflow.set_tag("failure", reason)

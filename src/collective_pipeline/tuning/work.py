@@ -4,7 +4,12 @@ import contextlib
 import logging
 import math
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.process
+import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +24,7 @@ from optuna.trial import TrialState
 
 from collective_pipeline.config import MODEL_TYPES, Arm, Parameters, UserError, flatten, with_values
 from collective_pipeline.data.splits import Splits
-from collective_pipeline.evaluation.comparison import efficiency
-from collective_pipeline.evaluation.results import tabulate
+from collective_pipeline.evaluation.results import final_metrics, tabulate
 from collective_pipeline.models.matching import match_arm, match_size
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.loop import Epoch
@@ -108,9 +112,9 @@ def list_finals(study: Study, settings: Parameters) -> list[tuple[Unit, optuna.t
             front = {trial.number for trial in part.best_trials}
             done = [trial for trial in done if trial.number in front]
         done.sort(key=lambda trial: (-trial.values[0], trial.number))
+        # By the trial, not by its rank: more trials later may change the ranks.
         finals += [
-            (Unit("final", model_type, str(rank)), trial)
-            for rank, trial in enumerate(done[: settings.sweep.retrain], start=1)
+            (Unit("final", model_type, trial.user_attrs["unit"]), trial) for trial in done[: settings.sweep.retrain]
         ]
     return finals
 
@@ -134,16 +138,16 @@ def run_workers(task: Task, device: torch.device) -> None:
     num_workers = task.settings.sweep.workers
     context = multiprocessing.get_context("spawn")  # a fork would share what torch and the locks hold
     others = [context.Process(target=_work_as_process, args=(task, i)) for i in range(1, num_workers)]
-    for other in others:
-        other.start()
     try:
-        work(task, _device_of(device, 0, num_workers), share=1 / num_workers)
-    except BaseException:
         for other in others:
+            other.start()
+        work(task, _device_of(device, 0, num_workers), num_workers=num_workers)
+    except BaseException:
+        for other in (other for other in others if other.pid is not None):
             other.terminate()  # SIGTERM: they save what they have
         raise
     finally:
-        for other in others:
+        for other in (other for other in others if other.pid is not None):
             other.join()
             if other.exitcode:
                 logger.warning("A worker ended early (exit status %d): the others have done its work", other.exitcode)
@@ -154,33 +158,44 @@ def _work_as_process(task: Task, index: int) -> None:
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s  worker {index}  %(message)s", datefmt="%H:%M:%S")
     for name in ("mlflow", "alembic", "optuna"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # whoever ends the command with SIGKILL does not want its workers to go on unseen
+        watch = threading.Thread(target=_stop_after, args=(parent,), daemon=True)
+        watch.start()
     with interrupt.listen(patient=True):
         try:
             device = _device_of(choose_device(task.settings.device), index, num_workers)
-            work(task, device, share=1 / num_workers)
+            work(task, device, num_workers=num_workers)
         except interrupt.Interrupted as stopped:
             raise SystemExit(stopped.exit_code) from None
         except UserError as error:
             raise SystemExit(str(error)) from None
 
 
+def _stop_after(parent: multiprocessing.process.BaseProcess) -> None:
+    multiprocessing.connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _device_of(device: torch.device, index: int, num_workers: int) -> torch.device:
-    if device.type == "cuda" and num_workers > 1:
+    """A card of its own as long as there are enough, unless the user has named one."""
+    if device.type == "cuda" and device.index is None and num_workers > 1:
         return torch.device("cuda", index % torch.cuda.device_count())
     return device
 
 
-def work(task: Task, device: torch.device, *, share: float = 1.0) -> None:
+def work(task: Task, device: torch.device, *, num_workers: int = 1) -> None:
     """Work as one worker until all units are done, whoever does them.
 
     Args:
         task: What is to be done.
         device: Where.
-        share: Of this machine's cores and of the device's memory that this worker may take.
+        num_workers: That share this machine's cores, and its memory or cards.
     """
     side_by_side = task.settings.sweep.side_by_side or (len(MODEL_TYPES) if device.type == "cuda" else 1)
-    with _threads(device, share, side_by_side):
-        worker = Worker(task, task.open(), device, round(side_by_side / share))
+    num_devices = torch.cuda.device_count() if device.type == "cuda" and task.settings.device in {"auto", "cuda"} else 1
+    with _threads(device, num_workers * side_by_side):
+        worker = Worker(task, task.open(), device, side_by_side * math.ceil(num_workers / num_devices))
         with worker.study.at_work(), ThreadPoolExecutor(side_by_side) as pool:
             running = [pool.submit(worker.run) for _ in range(side_by_side)]
             for future in running:
@@ -188,10 +203,10 @@ def work(task: Task, device: torch.device, *, share: float = 1.0) -> None:
 
 
 @contextlib.contextmanager
-def _threads(device: torch.device, share: float, side_by_side: int) -> Iterator[None]:
+def _threads(device: torch.device, num_trainings: int) -> Iterator[None]:
     """Cores are divided: torch's threads of several workers would wait for each other."""
     usual = torch.get_num_threads()
-    own = 1 if device.type == "cuda" else max(1, int(usual * share / side_by_side))
+    own = 1 if device.type == "cuda" else max(1, usual // num_trainings)
     torch.set_num_threads(own)
     try:
         yield
@@ -222,15 +237,21 @@ class Worker:
 
     def run(self) -> None:
         """Claim and do units until all are done; wait for those of others, which may be left to this one."""
-        while not interrupt.requested():
-            units = self.units()
-            claim = self.study.claim(units, self.space)
-            if claim is not None:
-                self._do(claim)
-            elif len(self.study.outcomes(units)) == len(units) == self.num_units():
-                return
-            else:
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+        try:
+            while not interrupt.requested():
+                units = self.units()
+                claim = self.study.claim(units, self.space)
+                if claim is not None:
+                    self._do(claim)
+                elif len(self.study.outcomes(units)) == len(units) == self.num_units():
+                    return
+                else:
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+        except interrupt.Interrupted:
+            raise
+        except BaseException as error:  # or the threads beside would work, or wait, on and on
+            interrupt.request(error)
+            raise
         interrupt.stop("the study is saved; give the same command again to go on from there")
 
     def units(self) -> list[Unit]:
@@ -254,21 +275,15 @@ class Worker:
         try:
             settings = self._settings_of(claim)
             arm = _arm_of(unit, settings, self.task.splits)
-            chosen = {"params": arm.params, "target_params": arm.target_params}
-            tracked = flatten(settings) | {f"arm.{name}": value for name, value in flatten(arm).items()} | chosen
-            run = self.task.tracking.trial(unit, tracked) if self.task.tracking else contextlib.nullcontext()
-            with run:
-                self._train(claim, arm, settings)
-        except interrupt.Interrupted:
-            raise
         except UserError as error:  # these hyperparameters cannot be used; others can
             if unit.stage != "search":
-                interrupt.request(error)
                 raise
             self._fail(claim, str(error))
-        except BaseException as error:
-            interrupt.request(error)
-            raise
+            return
+        chosen = {"params": arm.params, "target_params": arm.target_params}
+        tracked = flatten(settings) | {f"arm.{name}": value for name, value in flatten(arm).items()} | chosen
+        with self.task.tracking.trial(unit, tracked) if self.task.tracking else contextlib.nullcontext():
+            self._train(claim, arm, settings)
 
     def _settings_of(self, claim: Claim) -> Parameters:
         """What this unit is trained with."""
@@ -308,26 +323,25 @@ class Worker:
             log_outcome(TrialState.PRUNED, {"final/val_accuracy": pruner.best})
             self._tell(claim, pruner, state=TrialState.PRUNED)
             return
-        finite = [value for value, epoch in zip(fit.best_accuracies, fit.best_epochs, strict=True) if epoch]
-        if not finite:
-            self._fail(claim, "the loss of every seed diverged", rows=[])
-        elif search:
-            accuracy = sum(finite) / len(finite)
+        if search:
+            if not all(fit.best_epochs):
+                self._fail(claim, "the loss of a seed diverged before it had good weights", pruner)
+                return
+            accuracy = sum(fit.best_accuracies) / len(fit.best_accuracies)
             values = [accuracy, arm.params] if self.settings.sweep.objective == "accuracy_and_params" else [accuracy]
             log_outcome(TrialState.COMPLETE, {"final/val_accuracy": accuracy, "final/model_params": arm.params})
             self._tell(claim, pruner, values=values)
-        else:
-            test = score(checkpoint, splits.test, splits, settings.training, device=self.device)
-            history = pd.DataFrame(fit.history)
-            rows = tabulate(checkpoint, history, test, settings.training, num_images=len(splits.train))
-            accuracy = float(rows["test_accuracy"].mean())
-            metrics = {"final/test_accuracy": accuracy, "final/val_accuracy": float(rows["val_accuracy"].mean())}
-            metrics |= {"final/test_loss": float(rows["test_loss"].mean()), "final/model_params": arm.params}
-            metrics |= {f"final/{key}": float(value) for key, value in efficiency(accuracy, arm.params).items()}
-            log_outcome(TrialState.COMPLETE, metrics)
-            claim.trial.set_user_attr("arm", arm.model_dump(mode="json"))
-            claim.trial.set_user_attr("rows", _as_json(rows))
-            self._tell(claim, pruner, values=[metrics["final/val_accuracy"]])
+            return
+        test = score(checkpoint, splits.test, splits, settings.training, device=self.device)
+        history = pd.DataFrame(fit.history)
+        rows = tabulate(checkpoint, history, test, settings.training, num_images=len(splits.train))
+        claim.trial.set_user_attr("arm", arm.model_dump(mode="json"))
+        claim.trial.set_user_attr("rows", _as_json(rows))
+        if not any(fit.best_epochs):  # its rows say so, and the comparison reports it
+            self._fail(claim, "the loss of every seed diverged before it had good weights", pruner)
+            return
+        log_outcome(TrialState.COMPLETE, final_metrics(rows))
+        self._tell(claim, pruner, values=[float(rows["val_accuracy"].mean())])
 
     def _snapshots(self, unit: Unit, arm: Arm, settings: Parameters) -> Snapshots:
         """Where the unit's state is saved; what another code or other values left there is given up."""
@@ -344,13 +358,15 @@ class Worker:
     def _folder(self, unit: Unit) -> Path:
         return self.task.folder / self.study.name / unit.stage / unit.model_type / unit.name
 
-    def _fail(self, claim: Claim, reason: str, **facts: Any) -> None:
+    def _fail(self, claim: Claim, reason: str, pruner: "_Pruner | None" = None) -> None:
         logger.warning("%s has no result: %s", claim.unit, reason)
         log_outcome(TrialState.FAIL, {}, reason)
         claim.trial.set_user_attr("failure", reason)
-        for name, fact in facts.items():
-            claim.trial.set_user_attr(name, fact)
+        if pruner is not None:
+            claim.trial.set_user_attr("epochs", pruner.epochs)
+            claim.trial.set_user_attr("seconds", pruner.seconds)
         claim.study.tell(claim.trial, state=TrialState.FAIL)
+        shutil.rmtree(self._folder(claim.unit), ignore_errors=True)
 
     def _tell(self, claim: Claim, pruner: "_Pruner", **outcome: Any) -> None:
         claim.trial.set_user_attr("epochs", pruner.epochs)
@@ -373,20 +389,30 @@ class Worker:
 
 
 class _Pruner:
-    """A callback that reports the best mean accuracy so far, and stops a trial that Hyperband gives up."""
+    """A callback that reports the mean of the best accuracies so far, and stops a trial that Hyperband gives up."""
 
     def __init__(self, claim: Claim, *, prunes: bool) -> None:
         self.claim = claim
         self.prunes = prunes
-        self.best = 0.0
+        self.bests: list[float] = []
         self.epochs = 0
         self.seconds = 0.0
+
+    @property
+    def best(self) -> float:
+        """The mean of every seed's best accuracy, as the result of a trial is."""
+        return sum(self.bests) / max(1, len(self.bests))
 
     def __call__(self, epoch: Epoch) -> None:
         if epoch.partial:
             return
-        accuracy = epoch.mean("val_accuracy") if "val_accuracy" in epoch.metrics else math.nan
-        self.best = max(self.best, accuracy) if math.isfinite(accuracy) else self.best
+        accuracies = epoch.metrics.get("val_accuracy", [])
+        self.bests = [
+            max(best, accuracy) if runs and math.isfinite(accuracy) else best
+            for best, accuracy, runs in zip(
+                self.bests or [0.0] * len(accuracies), accuracies, epoch.running, strict=True
+            )
+        ] or self.bests
         self.epochs, self.seconds = epoch.number, epoch.seconds
         if not self.prunes:
             return

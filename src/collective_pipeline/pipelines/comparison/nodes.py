@@ -10,7 +10,7 @@ import torch
 from plotly.graph_objects import Figure
 
 from collective_pipeline import __version__
-from collective_pipeline.config import Arm, Parameters, flatten
+from collective_pipeline.config import Arm, Parameters, flatten, hide_password
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.comparison import RUN_COLUMNS, compare_arms
 from collective_pipeline.evaluation.cost import measure_latency
@@ -72,7 +72,7 @@ def describe_run(settings: Parameters, splits: Splits, device: torch.device) -> 
     """Everything that is needed to run it again, by section and name."""
     return {
         "Run": {
-            "command": shlex.join(["kedro", *sys.argv[1:]]),
+            "command": hide_password(shlex.join(["kedro", *sys.argv[1:]])),
             "device": describe_device(device),
             "torch": torch.__version__,
             "Python": platform.python_version(),
