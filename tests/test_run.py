@@ -21,7 +21,6 @@ from click.testing import CliRunner, Result
 from kedro.framework.cli.cli import KedroCLI
 from PIL import Image
 
-from collective_pipeline import hooks
 from collective_pipeline.config import MODEL_TYPES, UserError
 from collective_pipeline.data.small_images import IDX_FILES, IDX_IMAGES, IDX_LABELS, read_idx
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS
@@ -29,7 +28,7 @@ from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 from collective_pipeline.evaluation.predict import Predictor
 from collective_pipeline.models.checkpoint import load_checkpoint
 from collective_pipeline.startup import quieten
-from collective_pipeline.training import loop, train
+from collective_pipeline.training import loop, tracking, train
 
 TINY = {"training.epochs": 2, "training.batch_size": 64, "seeds": "1 2", "comparison.resamples": 200}
 IMAGES, LABELS = (f"data/01_raw/mnist/{name}.gz" for name in IDX_FILES[2:])
@@ -67,7 +66,7 @@ def project(tmp_path_factory, new_project) -> Path:
 def phase1(project) -> tuple[Path, Result]:
     """One run of phase 1, on which several promises are checked."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hooks, "SYSTEM_METRICS_SECONDS", 0.01)  # these arms train for less than the usual two seconds
+        patch.setattr(tracking, "SYSTEM_METRICS_SECONDS", 0.01)  # these arms train for less than the usual two seconds
         result = kedro(project, "run", "--pipeline", "phase1", "--env", "debug", "--params", as_params(TINY))
     shutil.copytree(project / "data", project / "kept" / "data")  # other tests train the same arms
     return project, result
@@ -614,7 +613,7 @@ def test_a_gpu_is_in_tables_report_and_tracking(tmp_path, new_project, driver):
     """A card that works at 40 % and 300 W of 700; MLflow's curves are of all cards, with their temperatures."""
     project = new_project(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hooks, "SYSTEM_METRICS_SECONDS", 0.1)
+        patch.setattr(tracking, "SYSTEM_METRICS_SECONDS", 0.1)
         params = as_params(TINY | {"device": "cpu"})
         result = kedro(project, "run", "--env", "debug", "--params", params)
     assert result.exit_code == 0, result.output
