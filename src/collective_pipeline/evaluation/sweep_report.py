@@ -198,8 +198,8 @@ def _figures(
     yield make_figure(plot_loss_by_size(comparison, reference=reference), "The same of the test loss.", *by_size)
     yield make_figure(
         plot_efficiency(comparison, reference=reference),
-        "One point for each size, the smallest furthest right: accuracy falls slower than size, so that size decides "
-        "this ratio, and the arms hardly differ in it.",
+        "A point for each size. Accuracy falls slower than size, so that the smallest network leads in this ratio "
+        "whatever it is: it says what size buys, not which arm is better.",
         *by_size,
     )
     yield make_figure(
