@@ -219,7 +219,8 @@ def test_a_size_out_of_reach_is_refused_before_any_work(make_task, splits):
 @pytest.mark.slow
 def test_several_processes_share_the_work(make_task):
     """Started by one command: everything is done once, and the search is followed by its finals."""
-    task = make_task(mode="search", workers=3, trials=6)
+    # Long enough that the others have started before it is over.
+    task = make_task(mode="search", workers=3, trials=12, trial_epochs=60, objective="accuracy_and_params")
     run_workers(task, CPU)
     study = task.open()
 
