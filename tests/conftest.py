@@ -13,6 +13,7 @@ import pynvml
 import pytest
 import torch
 
+from collective_pipeline.data.splits import Images, RawImages, Splits, make_splits
 from collective_pipeline.training import gpu, loop
 
 torch.set_num_threads(1)
@@ -46,6 +47,24 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     """An idx file of bytes, packed."""
     header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
     path.write_bytes(gzip.compress(header + array.tobytes(), compresslevel=1))
+
+
+CLASSES, SIDE = 3, 6
+
+
+def make_images(num_images: int, seed: int) -> Images:
+    """Each class is a bright row of its own in noise."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num_images) % CLASSES
+    images = torch.randint(0, 100, (num_images, 1, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    images[torch.arange(num_images), 0, 2 * labels] += 120
+    return Images(images, labels)
+
+
+@pytest.fixture(scope="session")
+def splits() -> Splits:
+    raw = RawImages("mnist", make_images(330, 0), make_images(60, 1), tuple("abc"))
+    return make_splits(raw, val_fraction=0.1, split_seed=0)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import torch
 from optuna.trial import TrialState
 
 from collective_pipeline.config import UserError
-from collective_pipeline.data.splits import Images, RawImages, Splits, make_splits
 from collective_pipeline.models.matching import match_size
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.train import score, train_arm
@@ -19,22 +18,6 @@ from collective_pipeline.tuning.study import Study
 from collective_pipeline.tuning.work import Task, check_sizes, list_finals, list_units, run_workers, work
 
 CPU = torch.device("cpu")
-
-
-def make_images(num_images: int, seed: int) -> Images:
-    """Each of three classes is a bright row of its own in noise."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(num_images) % 3
-    images = torch.randint(0, 100, (num_images, 1, 6, 6), generator=generator, dtype=torch.uint8)
-    images[torch.arange(num_images), 0, 2 * labels] += 120
-    return Images(images, labels)
-
-
-@pytest.fixture(scope="module")
-def splits() -> Splits:
-    return make_splits(
-        RawImages("mnist", make_images(330, 0), make_images(60, 1), tuple("abc")), val_fraction=0.1, split_seed=0
-    )
 
 
 @pytest.fixture

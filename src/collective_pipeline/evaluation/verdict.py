@@ -47,15 +47,8 @@ def answer_sizes(
     group = (
         f"{_group(others.index.tolist())} over {len(sizes)} sizes from {sizes[0] / 1e6:.2f} to {_millions(sizes[-1])}"
     )
-    alpha = 1 - config.confidence
-    num_seeds, needed = int(arms.drop(index=failed)["num_seeds"].min()), seeds_needed(len(others), alpha)
-    if num_seeds >= needed:
-        verdict = _verdict(others, alpha, num_seeds, group, reference)
-    else:
-        verdict = (
-            f"With {_seeds(num_seeds)} it cannot be told whether the {reference} is better than {group}: at least "
-            f"{needed} seeds are needed; what was observed is no verdict yet: over all sizes"
-        )
+    num_seeds = int(arms.drop(index=failed)["num_seeds"].min())
+    verdict = _verdict(others, config, num_seeds, group, reference, observed="over all sizes")
     best = others.sort_values("difference_to_reference", kind="stable").iloc[-1]
     told = [f"{verdict} {_observe(arms.loc[[reference]].iloc[0], best, len(others), config)}"]
     size = min(sizes, key=lambda size: abs(size - near))
@@ -95,20 +88,22 @@ def _answer(arms: pd.DataFrame, config: ComparisonConfig, reference: str) -> str
         return f"There is no {reference} to compare the {len(arms)} arms to; observed best, {_describe(best, config)}."
 
     others = arms.drop(index=reference)
-    alpha = 1 - config.confidence
-    num_seeds, needed = int(arms["num_seeds"].min()), seeds_needed(len(others), alpha)
     group = f"{_group(others.index.tolist())} at {_param_range(arms)}"
-    if num_seeds >= needed:
-        verdict = _verdict(others, alpha, num_seeds, group, reference)
-    else:
-        verdict = (
-            f"With {_seeds(num_seeds)} it cannot be told whether the {reference} is better than {group}: at least "
-            f"{needed} seeds are needed; what was observed is no verdict yet:"
-        )
+    verdict = _verdict(others, config, int(arms["num_seeds"].min()), group, reference)
     return f"{verdict} {_observe(arms.loc[[reference]].iloc[0], best, len(others), config)}."
 
 
-def _verdict(others: pd.DataFrame, alpha: float, num_seeds: int, group: str, reference: str) -> str:
+def _verdict(
+    others: pd.DataFrame, config: ComparisonConfig, num_seeds: int, group: str, reference: str, *, observed: str = ""
+) -> str:
+    """What the tests allow to say; `observed` tells of what the figures are that follow where they allow nothing."""
+    alpha = 1 - config.confidence
+    needed = seeds_needed(len(others), alpha)
+    if num_seeds < needed:
+        return (
+            f"With {_seeds(num_seeds)} it cannot be told whether the {reference} is better than {group}: at least "
+            f"{needed} seeds are needed; what was observed is no verdict yet: {observed}".rstrip()
+        )
     sure = others["p_value_holm"] <= alpha
     worse, better = ((sure & (sign * others["difference_to_reference"] > 0)) for sign in (1, -1))
     by_chance = f"by more than chance between {num_seeds} seeds explains"

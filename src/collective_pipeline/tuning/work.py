@@ -11,9 +11,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 1.0
 # What may differ between the commands that share a study.
 OWN = ("device", "resume", "model_type", "comparison.", "sweep.")
-# What of the sweep may not.
+# What of a search may not; of a grid only its mode.
 SHARED = ("sweep.mode", "sweep.trial_epochs", "sweep.trial_seeds", "sweep.objective", "sweep.space.")
 
 
@@ -64,10 +64,6 @@ class Task:
     folder: Path
     tracking: Tracking | None = None
 
-    def tracked(self, tracking: Tracking | None) -> "Task":
-        """The same, with its trials tracked there."""
-        return replace(self, tracking=tracking)
-
     def open(self) -> Study:
         """The study; see `open_study`."""
         settings = self.settings
@@ -80,11 +76,9 @@ def identify(settings: Parameters, splits: Splits) -> dict[str, Any]:
 
     More sizes, model types or trials only add to a study, so they are not among them.
     """
-    shared = {
-        name: value for name, value in flatten(settings).items() if not name.startswith(OWN) or name.startswith(SHARED)
-    }
-    if settings.sweep.mode == "grid":
-        shared = {name: value for name, value in shared.items() if name in {"sweep.mode"} or "sweep." not in name}
+    kept = "sweep.mode" if settings.sweep.mode == "grid" else SHARED
+    values = flatten(settings).items()
+    shared = {name: value for name, value in values if not name.startswith(OWN) or name.startswith(kept)}
     return shared | {"images": splits.digest}
 
 
@@ -231,7 +225,7 @@ class Worker:
         self.device = device
         self.num_beside = num_beside
         self.started = time.perf_counter()
-        self.num_done_before = self.num_done()
+        self.num_done_before = self.num_done(self.units())
         model_types = self.settings.sweep.model_types
         self.space = {model_type: space_of(self.settings.sweep.space, model_type) for model_type in model_types}
 
@@ -243,7 +237,7 @@ class Worker:
                 claim = self.study.claim(units, self.space)
                 if claim is not None:
                     self._do(claim)
-                elif len(self.study.outcomes(units)) == len(units) == self.num_units():
+                elif self.num_done(units) == len(units) == len(self.units()):
                     return
                 else:
                     time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -258,16 +252,9 @@ class Worker:
         """All that are known by now."""
         return list_units(self.settings) + [unit for unit, _ in list_finals(self.study, self.settings)]
 
-    def num_done(self) -> int:
-        """How many units have a result, whoever has found it."""
-        return len(self.study.outcomes(self.units()))
-
-    def num_units(self) -> int:
-        """How many there are in all, once all are known."""
-        sweep = self.settings.sweep
-        if sweep.mode == "grid":
-            return len(list_units(self.settings))
-        return len(list_units(self.settings)) + len(list_finals(self.study, self.settings))
+    def num_done(self, units: Sequence[Unit]) -> int:
+        """How many of these have a result, whoever has found it."""
+        return len(self.study.outcomes(units))
 
     def _do(self, claim: Claim) -> None:
         """Train a unit, and tell what came of it: a result, that it was pruned, or why there is none."""
@@ -301,7 +288,8 @@ class Worker:
         claim.trial.set_user_attr("values", claim.values)
         claim.trial.set_user_attr("params", arm.params)
         search = unit.stage == "search"
-        pruner = _Pruner(claim, prunes=search and self.settings.sweep.objective == "accuracy")
+        prunes = search and self.settings.sweep.objective == "accuracy"
+        pruner = _Pruner(claim, num_seeds=len(settings.seeds), prunes=prunes)
         name = str(unit)
         progress = Progress(
             name, num_epochs=settings.training.epochs, num_arms=1, device_type=self.device.type, brief=search
@@ -362,20 +350,21 @@ class Worker:
         logger.warning("%s has no result: %s", claim.unit, reason)
         log_outcome(TrialState.FAIL, {}, reason)
         claim.trial.set_user_attr("failure", reason)
+        self._end(claim, pruner, state=TrialState.FAIL)
+
+    def _end(self, claim: Claim, pruner: "_Pruner | None", **outcome: Any) -> None:
         if pruner is not None:
             claim.trial.set_user_attr("epochs", pruner.epochs)
             claim.trial.set_user_attr("seconds", pruner.seconds)
-        claim.study.tell(claim.trial, state=TrialState.FAIL)
+        claim.study.tell(claim.trial, **outcome)
         shutil.rmtree(self._folder(claim.unit), ignore_errors=True)
 
     def _tell(self, claim: Claim, pruner: "_Pruner", **outcome: Any) -> None:
-        claim.trial.set_user_attr("epochs", pruner.epochs)
-        claim.trial.set_user_attr("seconds", pruner.seconds)
-        claim.study.tell(claim.trial, **outcome)
-        shutil.rmtree(self._folder(claim.unit), ignore_errors=True)
-        done, all_units = self.num_done(), self.num_units()
+        self._end(claim, pruner, **outcome)
+        units = self.units()
+        done = self.num_done(units)
         elapsed = time.perf_counter() - self.started
-        left = elapsed / max(1, done - self.num_done_before) * (all_units - done)
+        left = elapsed / max(1, done - self.num_done_before) * (len(units) - done)
         what = "pruned at" if outcome.get("state") == TrialState.PRUNED else "done,"
         logger.info(
             "%s %s %.2f %% validation accuracy; %d of %d units, about %s left",
@@ -383,7 +372,7 @@ class Worker:
             what,
             pruner.best,
             done,
-            all_units,
+            len(units),
             duration(left),
         )
 
@@ -391,28 +380,24 @@ class Worker:
 class _Pruner:
     """A callback that reports the mean of the best accuracies so far, and stops a trial that Hyperband gives up."""
 
-    def __init__(self, claim: Claim, *, prunes: bool) -> None:
+    def __init__(self, claim: Claim, *, num_seeds: int, prunes: bool) -> None:
         self.claim = claim
         self.prunes = prunes
-        self.bests: list[float] = []
+        self.bests = [0.0] * num_seeds
         self.epochs = 0
         self.seconds = 0.0
 
     @property
     def best(self) -> float:
         """The mean of every seed's best accuracy, as the result of a trial is."""
-        return sum(self.bests) / max(1, len(self.bests))
+        return sum(self.bests) / len(self.bests)
 
     def __call__(self, epoch: Epoch) -> None:
         if epoch.partial:
             return
-        accuracies = epoch.metrics.get("val_accuracy", [])
-        self.bests = [
-            max(best, accuracy) if runs and math.isfinite(accuracy) else best
-            for best, accuracy, runs in zip(
-                self.bests or [0.0] * len(accuracies), accuracies, epoch.running, strict=True
-            )
-        ] or self.bests
+        for s, accuracy in enumerate(epoch.metrics.get("val_accuracy", [])):
+            if epoch.running[s] and math.isfinite(accuracy):
+                self.bests[s] = max(self.bests[s], accuracy)
         self.epochs, self.seconds = epoch.number, epoch.seconds
         if not self.prunes:
             return

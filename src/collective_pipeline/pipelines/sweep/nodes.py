@@ -1,5 +1,6 @@
 """The life of a sweep."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def join_study(settings: Parameters, splits: Splits, study: Path, states: Path) 
     check_space(settings)
     check_sizes(settings, splits)
     task = Task(settings, splits, study, states)
-    return task.tracked(tracking.begin(task.open()))
+    return replace(task, tracking=tracking.begin(task.open()))
 
 
 def run_study(task: Task, device: torch.device) -> tuple[pd.DataFrame, Arms, pd.DataFrame, pd.DataFrame]:
