@@ -4,6 +4,7 @@ import contextlib
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from collective_pipeline.tuning.study import Unit, open_study
 
 on_a_journal = pytest.mark.parametrize("storage", ["journal"], indirect=True)
 
-UNITS = [Unit("grid", "shallow", str(size)) for size in range(1, 13)]
-SEARCH = [Unit("search", "shallow", str(number)) for number in range(3)]
+UNITS = [Unit("grid", "shallow", str(size), (0, 1)) for size in range(1, 13)]
+SEARCH = [Unit("search", "shallow", str(number), (0,)) for number in range(3)]
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_each_unit_is_claimed_once_by_workers_that_hurry(opened):
 
     with contextlib.ExitStack() as at_work, ThreadPoolExecutor(10) as pool:
         for worker in workers:
-            at_work.enter_context(worker.at_work())
+            at_work.enter_context(worker.at_work(2))
         taken = [unit for units in pool.map(take, workers * 2) for unit in units]
 
     assert sorted(taken, key=str) == sorted(UNITS, key=str)
@@ -69,6 +70,35 @@ def test_what_a_dead_worker_left_is_taken_again_with_the_same_values(opened):
         assert living.claim([left.unit, kept.unit], opened.space) is None
     states = [trial.state for trial in opened().attempts([left.unit])[left.unit]]
     assert states == [TrialState.FAIL, TrialState.RUNNING]
+
+
+def test_more_seeds_are_a_claim_of_the_new_ones_alone(opened):
+    """Of a unit that is done, or that another worker is doing at the moment."""
+    first, second = opened(), opened()
+    with first.at_work(), second.at_work():
+        claim = first.claim(UNITS[:1], {"shallow": {}})
+        beside = second.claim([replace(UNITS[0], seeds=(0, 1, 2))], {"shallow": {}})
+        for taken in (claim, beside):
+            taken.study.tell(taken.trial, values=[1.0])
+        after = first.claim([replace(UNITS[0], seeds=(3, 1, 4))], {"shallow": {}})
+
+    assert [taken.unit.seeds for taken in (claim, beside, after)] == [(0, 1), (2,), (3, 4)]
+    assert set(first.outcomes([replace(UNITS[0], seeds=(2, 0))])) == {replace(UNITS[0], seeds=(2, 0))}
+    assert not first.outcomes([replace(UNITS[0], seeds=(2, 3))])
+
+
+@on_a_journal
+def test_what_is_left_is_shared_by_how_much_each_takes_at_once(opened):
+    """Or one worker would take the last units while another stands idle; one that has left is not waited for."""
+    large, small, gone = opened(), opened(), opened()
+    with gone.at_work(6):
+        pass
+    with large.at_work(6), small.at_work(3):
+        taken = [large.claim(UNITS[:6], {"shallow": {}}) for _ in range(6)]
+        rest = [small.claim(UNITS[:6], {"shallow": {}}) for _ in range(3)]
+
+    assert [claim is not None for claim in taken] == [True] * 4 + [False] * 2
+    assert [claim is not None for claim in rest] == [True] * 2 + [False]
 
 
 @on_a_journal
@@ -94,7 +124,8 @@ def test_a_unit_whose_workers_die_is_given_up_after_three(opened):
     with worker.at_work():
         assert worker.claim(SEARCH[:1], opened.space) is None
 
-    assert "died 3 times" in worker.outcomes(SEARCH[:1])[SEARCH[0]].user_attrs["failure"]
+    [given_up] = worker.outcomes(SEARCH[:1])[SEARCH[0]]
+    assert "died 3 times" in given_up.user_attrs["failure"]
 
 
 @on_a_journal
@@ -105,7 +136,7 @@ def test_what_a_worker_left_between_two_steps_disturbs_nobody(opened):
     left.ask()
     left.enqueue_trial({"training.learning_rate": 0.05})
     worker = opened()
-    with worker.at_work():
+    with worker.at_work(3):
         claims = [worker.claim(SEARCH, opened.space) for _ in SEARCH]
 
     rates = [claim.values["training.learning_rate"] for claim in claims]

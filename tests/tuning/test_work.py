@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import optuna
+import pandas as pd
 import pytest
 import torch
 from optuna.trial import TrialState
@@ -66,6 +67,23 @@ def test_more_sizes_are_added_to_what_is_done(make_task):
     assert len(collect_runs(study, small.settings)[0]) == 4
     assert len(collect_runs(study, larger.settings)[0]) == 8
     assert all(len(attempts) == 1 for attempts in study.attempts(list_units(larger.settings)).values())
+
+
+def test_more_seeds_are_added_to_what_is_done(make_task, splits, tmp_path, make_settings):
+    """And come out as if all had been asked for at once."""
+    few, more = make_task(), make_task()
+    more = replace(more, settings=more.settings.model_copy(update={"seeds": (3, *more.settings.seeds)}))
+    finished(few)
+    study = finished(more)
+    at_once = replace(more, settings=more.settings.model_copy(deep=True), file=tmp_path / "other.journal")
+
+    trained = [trial.user_attrs["seeds"] for trial in study.part("grid", "deep").trials]
+    assert trained == [[1, 2], [1, 2], [3], [3]]
+    runs, expected = (collect_runs(s, more.settings)[0] for s in (study, finished(at_once)))
+    keys, scores = ["model_type", "target_params", "seed"], ["val_accuracy", "test_accuracy", "best_epoch"]
+    pd.testing.assert_frame_equal(
+        *(table.sort_values(keys, ignore_index=True)[keys + scores] for table in (runs, expected))
+    )
 
 
 def test_a_search_tests_only_its_best_with_seeds_it_has_not_seen(make_task, monkeypatch):

@@ -43,11 +43,13 @@ def collect_runs(study: Study, settings: Parameters) -> tuple[pd.DataFrame, dict
         ranks = {unit: [u for u in finals if u.model_type == unit.model_type].index(unit) + 1 for unit in finals}
         names = {unit: unit.model_type if rank == 1 else f"{unit.model_type} {rank}" for unit, rank in ranks.items()}
     tables, arms = [], {}
-    for unit, trial in study.outcomes(names).items():
-        if "rows" in trial.user_attrs:  # also of a failure: that it diverged is a result
-            arm = Arm.model_validate(trial.user_attrs["arm"])
-            tables.append(pd.DataFrame(trial.user_attrs["rows"]).assign(model_type=names[unit]))
-            arms[names[unit], arm.target_params] = arm
+    for unit, trials in study.outcomes(names).items():
+        for trial in trials:
+            if "rows" in trial.user_attrs:  # also of a failure: that it diverged is a result
+                arm = Arm.model_validate(trial.user_attrs["arm"])
+                rows = pd.DataFrame(trial.user_attrs["rows"]).assign(model_type=names[unit])
+                tables.append(rows[rows["seed"].isin(unit.seeds)])
+                arms[names[unit], arm.target_params] = arm
     if not tables:
         return pd.DataFrame(), arms
     runs = pd.concat(tables, ignore_index=True)
@@ -62,7 +64,7 @@ def collect_trials(study: Study, settings: Parameters) -> pd.DataFrame:
     """`TRIAL_COLUMNS`, a row per trial of the search; nothing after a grid."""
     rows: list[dict[str, Any]] = []
     if settings.sweep.mode == "search":
-        for unit, trial in study.outcomes(list_units(settings)).items():
+        for unit, (trial, *_) in study.outcomes(list_units(settings)).items():
             attributes = trial.user_attrs
             pruned = trial.state == TrialState.PRUNED and trial.intermediate_values
             value = max(trial.intermediate_values.values()) if pruned else (trial.values or [None])[0]

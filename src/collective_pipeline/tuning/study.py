@@ -1,4 +1,4 @@
-"""A study: units of work in an Optuna storage that any number of workers share, each done exactly once.
+"""A study: units of work in an Optuna storage that any number of workers share, each seed of each done exactly once.
 
 Who takes a unit holds a lock that all workers know, reads what there is, and marks the unit as taken by itself before
 it lets go. A unit that is taken by a worker that is no longer alive is taken again, with the same hyperparameters.
@@ -6,9 +6,10 @@ it lets go. A unit that is taken by a worker that is no longer alive is taken ag
 
 import contextlib
 import logging
+import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,8 @@ STARTUP_TRIALS = 10
 # Hyperband's smallest budget, as a part of the largest: four brackets that differ by a factor of three.
 SMALLEST_BUDGET = 1 / 27
 REDUCTION_FACTOR = 3
+# Before the name of a worker that the study knows; its value is how much it takes at once.
+WORKER = "worker/"
 # A unit that ends its process again and again is not to take down one worker after the other.
 MAX_ATTEMPTS = 3
 
@@ -45,11 +48,13 @@ class Unit:
         stage: Of the sweep.
         model_type: Of the arm.
         name: A size in the grid, a number in the search, and after it the number of the trial that is trained anew.
+        seeds: That are wanted. Those that the study has already are not trained again.
     """
 
     stage: Stage
     model_type: ModelType
     name: str
+    seeds: tuple[int, ...]
 
     def __str__(self) -> str:
         return f"{self.stage} {self.model_type} {int(self.name):,}"
@@ -57,7 +62,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Claim:
-    """A unit that this worker has taken, its trial in Optuna, and the trial's values of what is searched."""
+    """A unit that this worker has taken, with the seeds that it lacks; its trial in Optuna, and the trial's values."""
 
     unit: Unit
     study: optuna.Study
@@ -97,31 +102,55 @@ class Study:
             return self.facts[name]
 
     @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
-        """While this lasts, what this worker has taken is its own."""
+    def at_work(self, capacity: int = 1) -> Iterator[None]:
+        """While this lasts, what this worker has taken is its own; it takes up to `capacity` units at once."""
         with self.locks.hold(self.worker):
+            self.root.set_user_attr(f"{WORKER}{self.worker}", capacity)
             yield
 
     def claim(self, units: Iterable[Unit], space: Mapping[ModelType, Space]) -> Claim | None:
-        """Take the first unit that nobody has done or is doing; None if there is none.
+        """Take the first unit that nobody has done or is doing.
 
+        None if there is none, or if this worker has its share of what is left: others would stand idle at the end.
         What is searched is chosen here, so that a sampler knows of everything that was chosen before.
         """
         with self.locks.hold(f"{self.name}.claims"):
-            for unit, attempts in self.attempts(units).items():
-                if any(is_done(trial) or self._is_alive(trial) for trial in attempts):
+            attempts = self.attempts(units)
+            alive = {unit: [trial for trial in trials if self._is_alive(trial)] for unit, trials in attempts.items()}
+            num_own = sum(trial.user_attrs["worker"] == self.worker for trials in alive.values() for trial in trials)
+            lacking = {unit: _lacking(unit, [t for t in attempts[unit] if is_done(t)]) for unit in attempts}
+            if num_own >= self._share(sum(unit is not None for unit in lacking.values())):
+                return None
+            for unit, trials in attempts.items():
+                free = lacking[unit] and _lacking(unit, [*alive[unit], *(t for t in trials if is_done(t))])
+                if free is None:
                     continue
                 study = self.part(unit.stage, unit.model_type)
                 self._give_up(study)
-                if len(attempts) >= MAX_ATTEMPTS:
+                left = [trial for trial in trials if not is_done(trial) and _seeds(trial) == free.seeds]
+                if len(left) >= MAX_ATTEMPTS:
                     trial = study.ask()
-                    trial.set_user_attr("unit", unit.name)
+                    self._mark(trial, free)
                     trial.set_user_attr("failure", f"its worker died {MAX_ATTEMPTS} times")
                     study.tell(trial, state=TrialState.FAIL)
                     logger.warning("%s is given up: its worker died %d times", unit, MAX_ATTEMPTS)
                     continue
-                return self._take(study, unit, attempts, space)
+                return self._take(study, free, left, space)
         return None
+
+    def _share(self, num_open: int) -> int:
+        """How many of the open units this worker may work on at once, beside the others that are alive."""
+        capacities: dict[str, int] = {}
+        for name, capacity in self.root.user_attrs.items():
+            worker = name.removeprefix(WORKER)
+            if worker == name or not capacity:
+                continue
+            if worker == self.worker or self.locks.is_held(worker):
+                capacities[worker] = capacity
+            else:
+                self.root.set_user_attr(name, 0)  # it has left, and need not be asked for again
+        own = capacities.get(self.worker, 1)
+        return math.ceil(num_open * own / max(own, sum(capacities.values())))
 
     def _give_up(self, study: optuna.Study) -> None:
         """Whatever nobody works on any more is failed, also what a worker left between two of its own steps."""
@@ -140,7 +169,7 @@ class Study:
         study.sampler = self._sampler(unit)
         trial = study.ask()
         try:
-            trial.set_user_attr("unit", unit.name)
+            self._mark(trial, unit)
             trial.set_user_attr("worker", self.worker)
             values = suggest(trial, space[unit.model_type]) if unit.stage == "search" else {}
         except BaseException:  # or this worker would seem to be at work on it
@@ -148,19 +177,26 @@ class Study:
             raise
         return Claim(unit, study, trial, values)
 
+    @staticmethod
+    def _mark(trial: optuna.Trial, unit: Unit) -> None:
+        trial.set_user_attr("unit", unit.name)
+        trial.set_user_attr("seeds", unit.seeds)
+
     def attempts(self, units: Iterable[Unit]) -> dict[Unit, list[FrozenTrial]]:
-        """All trials of each unit, the first one first."""
+        """All trials of each unit, of whichever seeds, the first one first."""
         attempts: dict[Unit, list[FrozenTrial]] = {unit: [] for unit in units}
+        named = {(unit.stage, unit.model_type, unit.name): unit for unit in attempts}
         for stage, model_type in dict.fromkeys((unit.stage, unit.model_type) for unit in attempts):
             for trial in self.part(stage, model_type).get_trials(deepcopy=False):
-                unit = Unit(stage, model_type, trial.user_attrs.get("unit", ""))
-                if unit in attempts:
+                unit = named.get((stage, model_type, trial.user_attrs.get("unit", "")))
+                if unit is not None:
                     attempts[unit].append(trial)
         return attempts
 
-    def outcomes(self, units: Iterable[Unit]) -> dict[Unit, FrozenTrial]:
-        """The trial that is the result of each unit that is done."""
-        return {unit: trial for unit, attempts in self.attempts(units).items() for trial in attempts if is_done(trial)}
+    def outcomes(self, units: Iterable[Unit]) -> dict[Unit, list[FrozenTrial]]:
+        """The trials that are the result of each unit that is done, which together have all its seeds."""
+        done = {unit: [t for t in trials if is_done(t)] for unit, trials in self.attempts(units).items()}
+        return {unit: trials for unit, trials in done.items() if _lacking(unit, trials) is None}
 
     def part(self, stage: Stage, model_type: ModelType) -> optuna.Study:
         """Optuna's study of this stage and model type."""
@@ -196,6 +232,17 @@ class Study:
 def is_done(trial: FrozenTrial) -> bool:
     """Whether this trial is the result of its unit; one that its worker left is not."""
     return trial.state in {TrialState.COMPLETE, TrialState.PRUNED} or "failure" in trial.user_attrs
+
+
+def _seeds(trial: FrozenTrial) -> tuple[int, ...]:
+    return tuple(trial.user_attrs.get("seeds", ()))
+
+
+def _lacking(unit: Unit, trials: Iterable[FrozenTrial]) -> Unit | None:
+    """The unit with the seeds that these trials do not have, or None if they have all."""
+    had = {seed for trial in trials for seed in _seeds(trial)}
+    seeds = tuple(seed for seed in unit.seeds if seed not in had)
+    return replace(unit, seeds=seeds) if seeds else None
 
 
 def open_study(config: SweepConfig, name: str, identity: Mapping[str, Any], default: Path) -> Study:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 1.0
 # What may differ between the commands that share a study.
-OWN = ("device", "resume", "model_type", "comparison.", "sweep.")
+OWN = ("device", "resume", "model_type", "seeds", "comparison.", "sweep.")
 # What of a search may not; of a grid only its mode.
 SHARED = ("sweep.mode", "sweep.trial_epochs", "sweep.trial_seeds", "sweep.objective", "sweep.space.")
 
@@ -74,7 +74,7 @@ class Task:
 def identify(settings: Parameters, splits: Splits) -> dict[str, Any]:
     """The settings that all results of a study have in common.
 
-    More sizes, model types or trials only add to a study, so they are not among them.
+    More sizes, model types, trials or seeds only add to a study, so they are not among them.
     """
     kept = "sweep.mode" if settings.sweep.mode == "grid" else SHARED
     values = flatten(settings).items()
@@ -86,8 +86,9 @@ def list_units(settings: Parameters) -> list[Unit]:
     """The units of the sweep's first stage, all model types of a size or number before the next."""
     sweep = settings.sweep
     if sweep.mode == "grid":
-        return [Unit("grid", model_type, str(size)) for size in sorted(sweep.sizes) for model_type in sweep.model_types]
-    return [Unit("search", model_type, str(n)) for n in range(sweep.trials) for model_type in sweep.model_types]
+        seeds = settings.seeds
+        return [Unit("grid", name, str(size), seeds) for size in sorted(sweep.sizes) for name in sweep.model_types]
+    return [Unit("search", name, str(n), sweep.trial_seeds) for n in range(sweep.trials) for name in sweep.model_types]
 
 
 def list_finals(study: Study, settings: Parameters) -> list[tuple[Unit, optuna.trial.FrozenTrial]]:
@@ -108,7 +109,8 @@ def list_finals(study: Study, settings: Parameters) -> list[tuple[Unit, optuna.t
         done.sort(key=lambda trial: (-trial.values[0], trial.number))
         # By the trial, not by its rank: more trials later may change the ranks.
         finals += [
-            (Unit("final", model_type, trial.user_attrs["unit"]), trial) for trial in done[: settings.sweep.retrain]
+            (Unit("final", model_type, trial.user_attrs["unit"], settings.seeds), trial)
+            for trial in done[: settings.sweep.retrain]
         ]
     return finals
 
@@ -190,7 +192,7 @@ def work(task: Task, device: torch.device, *, num_workers: int = 1) -> None:
     num_devices = torch.cuda.device_count() if device.type == "cuda" and task.settings.device in {"auto", "cuda"} else 1
     with _threads(device, num_workers * side_by_side):
         worker = Worker(task, task.open(), device, side_by_side * math.ceil(num_workers / num_devices))
-        with worker.study.at_work(), ThreadPoolExecutor(side_by_side) as pool:
+        with worker.study.at_work(side_by_side), ThreadPoolExecutor(side_by_side) as pool:
             running = [pool.submit(worker.run) for _ in range(side_by_side)]
             for future in running:
                 future.result()
@@ -275,13 +277,13 @@ class Worker:
     def _settings_of(self, claim: Claim) -> Parameters:
         """What this unit is trained with."""
         settings, unit = self.settings, claim.unit
+        values: dict[str, Any] = {}
         if unit.stage == "search":
-            tried = with_values(settings, claim.values | {"training.epochs": settings.sweep.trial_epochs})
-            return tried.model_copy(update={"seeds": settings.sweep.trial_seeds})
-        if unit.stage == "final":
-            best = dict(list_finals(self.study, settings))[unit]
-            return with_values(settings, best.user_attrs["values"])
-        return settings
+            values = claim.values | {"training.epochs": settings.sweep.trial_epochs}
+        elif unit.stage == "final":
+            finals = list_finals(self.study, settings)
+            values = next(trial.user_attrs["values"] for final, trial in finals if _is_same(final, unit))
+        return with_values(settings, values).model_copy(update={"seeds": unit.seeds})
 
     def _train(self, claim: Claim, arm: Arm, settings: Parameters) -> None:
         unit, splits = claim.unit, self.task.splits
@@ -404,6 +406,11 @@ class _Pruner:
         self.claim.trial.report(self.best, epoch.number)
         if not epoch.finished and self.claim.trial.should_prune():
             raise optuna.TrialPruned
+
+
+def _is_same(one: Unit, other: Unit) -> bool:
+    """Whether they differ in their seeds at most."""
+    return replace(one, seeds=other.seeds) == other
 
 
 def _arm_of(unit: Unit, settings: Parameters, splits: Splits) -> Arm:
