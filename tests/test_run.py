@@ -155,9 +155,7 @@ def test_every_arm_is_a_model_to_take_away(phase1, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path[:])  # MLflow puts the model's code in front
     runs = runs_of(project)
     for _, run in runs[runs["tags.mlflow.parentRunId"].notna()].iterrows():
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*type hint")  # of MLflow about itself
-            model = mlflow.pyfunc.load_model(f"runs:/{run['run_id']}/model")
+        model = mlflow.pyfunc.load_model(f"runs:/{run['run_id']}/model")
         results = pd.read_csv(project / f"kept/data/07_model_output/{run['tags.model_type']}/results.csv")
         tables = [model.predict(images[:, None], params={"seed": seed}) for seed in (1, 2)]
         accuracies = [100 * (table["prediction"].astype(int) == labels).mean() for table in tables]

@@ -2,6 +2,7 @@
 
 import json
 
+import mlflow
 import pandas as pd
 import pytest
 from tests.test_run import TINY, as_params, kedro, runs_of
@@ -80,3 +81,17 @@ def test_a_search_tracks_pruned_trials_as_finished(tmp_path, new_project):
     assert sorted(tracked["tags.trial_state"]) == sorted(trials["state"])
     assert (runs["tags.stage"] == "final").sum() == 2
     assert "search" in (project / REPORTING / "report.html").read_text()
+
+    # The best of each type, trained anew, can be taken away: as a model of MLflow, and as a file for `predict`.
+    finals = runs[runs["tags.stage"] == "final"]
+    assert sorted(finals["tags.model_type"]) == ["collective", "shallow"]
+    model = mlflow.pyfunc.load_model(f"runs:/{finals['run_id'].iloc[0]}/model")
+    assert len(model.predict(model.input_example)) == 2
+    [file] = (project / "data/06_models/sweep").glob("search-mnist/final/shallow/*.safetensors")
+    predict = {
+        "model_type": "shallow",
+        "checkpoint": str(file),
+        "images": "data/01_raw/mnist/t10k-images-idx3-ubyte.gz",
+    }
+    told = kedro(project, "run", "--pipeline", "predict", "--env", "debug", "--params", as_params(predict))
+    assert told.exit_code == 0, told.output

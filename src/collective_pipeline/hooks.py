@@ -2,13 +2,11 @@
 
 import contextlib
 import errno
-import importlib.metadata
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any, cast
 
 import click
 import mlflow
-import numpy as np
 import pandas as pd
 import psutil
 from kedro.framework.context import KedroContext
@@ -24,19 +21,15 @@ from kedro.framework.hooks import hook_impl
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
-from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
-from collective_pipeline import serving
 from collective_pipeline.config import Arm, Parameters, UserError, check_parameters, flatten
 from collective_pipeline.evaluation.results import final_metrics
 from collective_pipeline.io.checkpoints import CheckpointDataset
-from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.matching import parameter_budget
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.progress import duration
-from collective_pipeline.training.tracking import log_gpu_temperatures, set_up_system_metrics
+from collective_pipeline.training.tracking import log_gpu_temperatures, log_model, set_up_system_metrics
 
 SPARE_BYTES = 64 * 2**20
 
@@ -232,43 +225,15 @@ class TrackArms:
 class LogModels:
     """Every evaluated arm's checkpoint as an MLflow model in the arm's run: a model to take away."""
 
-    # MLflow's own memory of what it is logging is shared by all threads.
-    lock = threading.Lock()
-
     # Before `TrackArms` ends the arm's run.
     @hook_impl(tryfirst=True)
     def after_node_run(self, node: Node, catalog: DataCatalog, inputs: dict[str, Any]) -> None:
-        """Log it, with the package's code, a signature, and two raw test images as an example."""
+        """Log it, with two raw test images as an example."""
         if mlflow.active_run() is None or "evaluate" not in node.tags:
             return
         name = f"{node.namespace}.checkpoint"
         weights = cast(CheckpointDataset, catalog[name])
-        images = inputs["splits"].test.images[:2].cpu().numpy()
-        with self.lock:
-            mlflow.pyfunc.log_model(
-                name="model",
-                loader_module=serving.__name__,
-                data_path=str(weights.path),
-                code_paths=[str(Path(serving.__file__).parent)],
-                signature=_signature(inputs[name]),
-                input_example=images,
-                pip_requirements=[f"{package}=={_public_version(package)}" for package in serving.REQUIREMENTS],
-            )
-
-
-def _signature(checkpoint: Checkpoint) -> ModelSignature:
-    """Bytes `(B, C, H, W)` to the columns of `evaluation.predict.tabulate`."""
-    probabilities = [ColSpec("float", name) for name in ("probability", *checkpoint.images.class_names)]
-    return ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *checkpoint.images.shape))]),
-        outputs=Schema([ColSpec("string", "prediction"), *probabilities]),
-        params=ParamSchema([ParamSpec("seed", "long", None)]),
-    )
-
-
-def _public_version(package: str) -> str:
-    """Without what names a build, such as +cu132, which no index has."""
-    return importlib.metadata.version(package).partition("+")[0]
+        log_model(inputs[name], weights.path, inputs["splits"].test.images[:2])
 
 
 def _status(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""A checkpoint as MLflow loads and serves it; `hooks.LogModels` names this module in the models that it logs.
+"""A checkpoint as MLflow loads and serves it; `training.tracking.log_model` names this module in what it logs.
 
 MLflow copies the package beside the weights, so that a model can be taken anywhere the packages in
-`REQUIREMENTS` are. This module and what it imports need nothing else: not Kedro, not MLflow.
+`training.tracking.REQUIREMENTS` are. This module and what it imports need nothing else: not Kedro, not MLflow.
 """
 
 from functools import cache
@@ -16,8 +16,6 @@ import torch
 from collective_pipeline.evaluation.predict import Predictor, tabulate
 from collective_pipeline.models.checkpoint import load_checkpoint
 from collective_pipeline.training.runtime import choose_device
-
-REQUIREMENTS = ("numpy", "pandas", "pydantic", "safetensors", "torch")
 
 
 class Served:

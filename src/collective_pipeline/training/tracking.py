@@ -1,23 +1,37 @@
-"""Live curves and temperatures in MLflow: the one module of the core that speaks to it, and only if a run is active."""
+"""Curves, temperatures and models in MLflow: the one module of the core that speaks to it, if a run is active."""
 
 import contextlib
+import importlib.metadata
 import math
 import statistics
+import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pynvml
 from mlflow.entities import Metric
+from mlflow.models import ModelSignature
 from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.tracking.fluent import run_id_to_system_metrics_monitor
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+from torch import Tensor
 
+import collective_pipeline
+from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.loop import Epoch
 
 SECONDS_BETWEEN = 2.0
 SYSTEM_METRICS_SECONDS = 2
+# The module that loads a logged model, and what it needs beside this package.
+LOADER = "collective_pipeline.serving"
+REQUIREMENTS = ("numpy", "pandas", "pydantic", "safetensors", "torch")
+# MLflow's own memory of what it is logging is shared by all threads.
+_LOGGING_MODEL = threading.Lock()
 
 
 class Curves:
@@ -80,3 +94,38 @@ def log_gpu_temperatures(run_id: str) -> None:
     if system is not None:
         found = [monitor for monitor in system.monitors if isinstance(monitor, GPUMonitor)]
         system.monitors += [GpuTemperatures(monitor.gpu_handles) for monitor in found]
+
+
+def log_model(checkpoint: Checkpoint, path: Path, images: Tensor) -> None:
+    """The checkpoint as a model of the active run, with the package's code and a signature: it can be taken away.
+
+    Args:
+        checkpoint: What is logged.
+        path: Its file.
+        images: Raw ones as an example of the input, uint8 `(B, C, H, W)`.
+    """
+    with _LOGGING_MODEL:
+        mlflow.pyfunc.log_model(
+            name="model",
+            loader_module=LOADER,
+            data_path=str(path),
+            code_paths=[str(Path(collective_pipeline.__file__).parent)],
+            signature=_signature(checkpoint),
+            input_example=images.cpu().numpy(),
+            pip_requirements=[f"{package}=={_public_version(package)}" for package in REQUIREMENTS],
+        )
+
+
+def _signature(checkpoint: Checkpoint) -> ModelSignature:
+    """Bytes `(B, C, H, W)` to the columns of `evaluation.predict.tabulate`."""
+    probabilities = [ColSpec("float", name) for name in ("probability", *checkpoint.images.class_names)]
+    return ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *checkpoint.images.shape))]),
+        outputs=Schema([ColSpec("string", "prediction"), *probabilities]),
+        params=ParamSchema([ParamSpec("seed", "long", None)]),
+    )
+
+
+def _public_version(package: str) -> str:
+    """Without what names a build, such as +cu132, which no index has."""
+    return importlib.metadata.version(package).partition("+")[0]

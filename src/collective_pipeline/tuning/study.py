@@ -195,7 +195,7 @@ class Study:
 
     def outcomes(self, units: Iterable[Unit]) -> dict[Unit, list[FrozenTrial]]:
         """The trials that are the result of each unit that is done, which together have all its seeds."""
-        done = {unit: [t for t in trials if is_done(t)] for unit, trials in self.attempts(units).items()}
+        done = {unit: _first_of_each_seed(trials) for unit, trials in self.attempts(units).items()}
         return {unit: trials for unit, trials in done.items() if _lacking(unit, trials) is None}
 
     def part(self, stage: Stage, model_type: ModelType) -> optuna.Study:
@@ -236,6 +236,18 @@ def is_done(trial: FrozenTrial) -> bool:
 
 def _seeds(trial: FrozenTrial) -> tuple[int, ...]:
     return tuple(trial.user_attrs.get("seeds", ()))
+
+
+def _first_of_each_seed(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Those that are done; of two with the same seeds the first.
+
+    A worker whose connection to the server was cut for a while has lost its lock, and another may have done the same.
+    """
+    firsts: dict[tuple[int, ...], FrozenTrial] = {}
+    for trial in trials:
+        if is_done(trial):
+            firsts.setdefault(_seeds(trial), trial)
+    return list(firsts.values())
 
 
 def _lacking(unit: Unit, trials: Iterable[FrozenTrial]) -> Unit | None:

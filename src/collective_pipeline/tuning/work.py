@@ -25,13 +25,14 @@ from optuna.trial import TrialState
 from collective_pipeline.config import MODEL_TYPES, Arm, Parameters, UserError, flatten, with_values
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.results import final_metrics, tabulate
+from collective_pipeline.models.checkpoint import Checkpoint, save_checkpoint
 from collective_pipeline.models.matching import match_arm, match_size
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.loop import Epoch
 from collective_pipeline.training.progress import Progress, duration
 from collective_pipeline.training.runtime import choose_device
 from collective_pipeline.training.snapshots import Snapshots
-from collective_pipeline.training.tracking import Curves
+from collective_pipeline.training.tracking import Curves, log_model
 from collective_pipeline.training.train import score, snapshots_at, train_arm
 from collective_pipeline.tuning.space import space_of
 from collective_pipeline.tuning.study import Claim, Study, Unit, open_study
@@ -331,7 +332,17 @@ class Worker:
             self._fail(claim, "the loss of every seed diverged before it had good weights", pruner)
             return
         log_outcome(TrialState.COMPLETE, final_metrics(rows))
+        if unit.stage == "final":
+            self._keep(unit, checkpoint)
         self._tell(claim, pruner, values=[float(rows["val_accuracy"].mean())])
+
+    def _keep(self, unit: Unit, checkpoint: Checkpoint) -> None:
+        """What the search found best, trained: a model to take away."""
+        seeds = "-".join(map(str, dict.fromkeys((unit.seeds[0], unit.seeds[-1]))))
+        path = self._folder(unit).with_suffix(f".seeds-{seeds}.safetensors")
+        save_checkpoint(checkpoint, path)
+        if self.task.tracking:
+            log_model(checkpoint, path, self.task.splits.test.images[:2])
 
     def _snapshots(self, unit: Unit, arm: Arm, settings: Parameters) -> Snapshots:
         """Where the unit's state is saved; what another code or other values left there is given up."""
