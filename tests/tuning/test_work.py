@@ -58,14 +58,14 @@ def test_a_study_that_is_done_is_not_trained_again(make_task, monkeypatch):
     assert len(runs) == 8
 
 
-def test_more_sizes_are_added_to_what_is_done(make_task):
-    small = make_task(sizes=[3000])
+def test_more_sizes_and_types_are_added_to_what_is_done(make_task):
+    small = make_task(sizes=[3000], model_types=["shallow", "deep"])
     finished(small)
-    larger = make_task(sizes=[3000, 5000])
+    larger = make_task(sizes=[3000, 5000], model_types=["shallow", "deep", "balanced"])
     study = finished(larger)
 
     assert len(collect_runs(study, small.settings)[0]) == 4
-    assert len(collect_runs(study, larger.settings)[0]) == 8
+    assert len(collect_runs(study, larger.settings)[0]) == 12
     assert all(len(attempts) == 1 for attempts in study.attempts(list_units(larger.settings)).values())
 
 

@@ -42,9 +42,10 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 1.0
 # What may differ between the commands that share a study.
-OWN = ("device", "resume", "model_type", "seeds", "comparison.", "sweep.")
-# What of a search may not; of a grid only its mode.
-SHARED = ("sweep.mode", "sweep.trial_epochs", "sweep.trial_seeds", "sweep.objective", "sweep.space.")
+OWN = ("device", "resume", "model_type", "seeds", "images", "checkpoint", "comparison.", "sweep.")
+# What of a sweep may not, and of a search.
+OF_ALL = ("sweep.mode",)
+OF_SEARCH = ("sweep.trial_epochs", "sweep.trial_seeds", "sweep.objective")
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,13 @@ def identify(settings: Parameters, splits: Splits) -> dict[str, Any]:
 
     More sizes, model types, trials or seeds only add to a study, so they are not among them.
     """
-    kept = "sweep.mode" if settings.sweep.mode == "grid" else SHARED
-    values = flatten(settings).items()
-    shared = {name: value for name, value in values if not name.startswith(OWN) or name.startswith(kept)}
+    search = settings.sweep.mode == "search"
+    kept = OF_ALL + OF_SEARCH * search
+
+    def is_shared(name: str) -> bool:
+        return not name.startswith(OWN) or name in kept or (search and name.startswith("sweep.space."))
+
+    shared = {name: value for name, value in flatten(settings).items() if is_shared(name)}
     return shared | {"images": splits.digest}
 
 
