@@ -214,10 +214,16 @@ class TrainingConfig(Config):
     accumulation_steps: int = Field(1, ge=1, description="batches whose mean gradient makes one update")
     eval_batch_size: int = Field(1024, ge=1)
     strategy: Strategy = "end_to_end"
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "adamax", "sgd", "rmsprop", "adagrad", "adadelta"] = "adam"
     learning_rate: Positive = Field(1e-3, description="its highest value, where a schedule moves it")
     weight_decay: float = Field(1e-4, ge=0, description="of weight matrices; biases and norms are not decayed")
-    momentum: Fraction = Field(0.9, description="sgd only")
+    momentum: Fraction = Field(0.9, description="sgd and rmsprop")
+    nesterov: bool = Field(False, description="sgd: momentum that looks ahead")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="adam, adamw and adamax")
+    epsilon: Positive = Field(1e-8, description="all but sgd")
+    alpha: Fraction = Field(0.99, description="rmsprop: how slowly the mean of squares forgets")
+    lr_decay: float = Field(0.0, ge=0, description="adagrad: the rate is divided by 1 + lr_decay for every update")
+    rho: Fraction = Field(0.9, description="adadelta: how slowly the means of squares forget")
     schedule: Literal["constant", "cosine", "one_cycle", "multi_step"] = "constant"
     warmup_epochs: float = Field(
         0, ge=0, description="linear, from 0; where a strategy has several phases, of each, and at most half of it"
@@ -232,10 +238,19 @@ class TrainingConfig(Config):
         1.0, ge=0, le=3, description="1: the seed documents' rotation, shift, scale, flip, crop; 0: off"
     )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="averaged weights are validated and kept, if given")
-    early_stopping_patience: int | None = Field(None, ge=1, description="epochs without a better validation accuracy")
+    early_stopping_patience: int | None = Field(None, ge=1, description="epochs without anything better")
+    early_stopping_metric: Literal["accuracy", "loss"] = Field(
+        "accuracy", description="of validation; which epoch is kept is always chosen by accuracy"
+    )
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
         "auto", description="auto: tf32 on CUDA, fp32 elsewhere"
     )
+
+    @model_validator(mode="after")
+    def _check_nesterov(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov=true looks ahead along the momentum, and momentum=0: give one, for example 0.9")
+        return self
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:

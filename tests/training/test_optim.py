@@ -16,7 +16,11 @@ from collective_pipeline.training.optim import (
 TORCH_OPTIMIZERS = {
     "adam": lambda groups, rate: torch.optim.Adam(groups, lr=rate),
     "adamw": lambda groups, rate: torch.optim.AdamW(groups, lr=rate),
+    "adamax": lambda groups, rate: torch.optim.Adamax(groups, lr=rate),
     "sgd": lambda groups, rate: torch.optim.SGD(groups, lr=rate, momentum=0.8),
+    "rmsprop": lambda groups, rate: torch.optim.RMSprop(groups, lr=rate, momentum=0.8),
+    "adagrad": lambda groups, rate: torch.optim.Adagrad(groups, lr=rate, eps=1e-8),
+    "adadelta": lambda groups, rate: torch.optim.Adadelta(groups, lr=rate, eps=1e-8),
 }
 
 
@@ -99,6 +103,22 @@ def test_optimizers_are_those_of_torch(name):
         optimizer.step()
         reference.step()
         torch.testing.assert_close(ours, theirs)
+
+
+def test_the_decay_of_adagrad_is_that_of_torch():
+    """In the schedule, where a recorded step reads its rate, and only Adagrad's."""
+    weight, other = (nn.Parameter(torch.ones(1, 1, 2, 2)) for _ in range(2))
+    config = TrainingConfig(optimizer="adagrad", lr_decay=0.3, weight_decay=0.0)
+    optimizer = make_optimizer([("weight", weight)], config)
+    reference = torch.optim.Adagrad([other], lr=2.0, lr_decay=0.3, eps=1e-8)
+    for rate in make_schedule(config, rate=2.0, num_updates=4, warmup_updates=0):
+        optimizer.param_groups[0]["lr"].copy_(rate)
+        for parameter in (weight, other):
+            parameter.grad = torch.full_like(parameter, 0.5)
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(weight, other)
+    assert set(rates(lr_decay=0.3)) == {1.0}
 
 
 @pytest.mark.parametrize("name", TORCH_OPTIMIZERS)

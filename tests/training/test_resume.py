@@ -88,8 +88,9 @@ def assert_same(one, other) -> None:
         {"strategy": "pretrain_freeze_finetune"},
         {"strategy": "layerwise_autoencoding", "epochs": 6},
         {"early_stopping_patience": 1, "epochs": 8},
+        {"early_stopping_patience": 1, "early_stopping_metric": "loss", "epochs": 8},
     ],
-    ids=["everything", "fp16", "pretrain", "autoencode", "early_stopping"],
+    ids=["everything", "fp16", "pretrain", "autoencode", "early_stopping", "early_stopping_by_loss"],
 )
 def test_going_on_equals_never_stopping(tmp_path, run, parameters, changes, updates):
     """Weights, moments, averages, scales, history, chosen epochs: in the middle of an epoch and at its end."""

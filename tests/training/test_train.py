@@ -209,6 +209,16 @@ def test_early_stopping_stops_each_seed_by_itself(arm, splits, training):
     assert min(result.num_epochs) < 30
 
 
+def test_early_stopping_may_watch_the_loss(arm, splits, training):
+    """A seed stops after `patience` epochs without a lower loss of validation, whatever its accuracy did."""
+    config = change(training, epochs=60, learning_rate=0.05, early_stopping_patience=3, early_stopping_metric="loss")
+    _, result = train_arm(arm, splits, config, seeds=(1, 2), device=CPU)
+
+    losses = [[epoch.metrics["val_loss"][s] for epoch in result.epochs if epoch.running[s]] for s in range(2)]
+    assert all(len(of_seed) == 1 + min(range(len(of_seed)), key=of_seed.__getitem__) + 3 for of_seed in losses)
+    assert max(map(len, losses)) < 60
+
+
 def explode(monkeypatch, in_epoch):
     """Let the weights of the second seed become infinite at the start of this epoch."""
     original = loop._PhaseTraining.begin

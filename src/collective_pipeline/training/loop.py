@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,8 @@ class Fit:
         diverged: Whether its loss was no longer finite.
         running: Whether it is still trained.
         best_accuracies: On the validation images, in percent.
+        best_losses: Likewise; None before there is a finite one.
+        waited_since: The epoch of what early stopping last found better.
         weights: State of the network with the seeds as first dimension, each seed's as after its best epoch.
     """
 
@@ -90,13 +92,15 @@ class Fit:
     diverged: list[bool]
     running: list[bool]
     best_accuracies: list[float]
+    best_losses: list[float | None]
+    waited_since: list[int]
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, seeds: Sequence[int]) -> "Fit":
         """Before the first epoch."""
         n = len(seeds)
-        return cls(tuple(seeds), [], [0] * n, [0] * n, [False] * n, [True] * n, [-1.0] * n)
+        return cls(tuple(seeds), [], [0] * n, [0] * n, [False] * n, [True] * n, [-1.0] * n, [None] * n, [0] * n)
 
     @property
     def history(self) -> list[dict[str, float | int | str]]:
@@ -140,19 +144,30 @@ class Fit:
             if is_better:
                 self.best_accuracies[s], self.best_epochs[s] = accuracies[s], epoch.number
 
-    def stop(self, epoch: Epoch, *, patience: int | None, since: int) -> None:
-        """Stop the seeds that diverged, or have been no better for `patience` epochs after epoch `since`."""
+    def stop(self, epoch: Epoch, *, patience: int | None, metric: Literal["accuracy", "loss"], since: int) -> None:
+        """Stop the seeds that diverged, or whose `metric` was no better for `patience` epochs after epoch `since`."""
         for s, loss in enumerate(epoch.metrics["train_loss"]):
             self.diverged[s] |= self.running[s] and not math.isfinite(loss)
-            waited = epoch.number - max(self.best_epochs[s], since)
+            if metric == "accuracy":
+                self.waited_since[s] = self.best_epochs[s]
+            elif "val_loss" in epoch.metrics:
+                self._note_loss(s, epoch.metrics["val_loss"][s], epoch.number)
+            waited = epoch.number - max(self.waited_since[s], since)
             self.running[s] &= not self.diverged[s] and (patience is None or waited < patience)
+
+    def _note_loss(self, s: int, loss: float, epoch: int) -> None:
+        best = self.best_losses[s]
+        if math.isfinite(loss) and (best is None or loss < best):
+            self.best_losses[s], self.waited_since[s] = loss, epoch
 
     @classmethod
     def join(cls, fits: Sequence["Fit"]) -> "Fit":
         """Of several groups of seeds, trained one after another, as if all had trained at once."""
         if len(fits) == 1:
             return fits[0]
-        names = ("best_epochs", "num_epochs", "diverged", "running", "best_accuracies")
+        names = (
+            "best_epochs", "num_epochs", "diverged", "running", "best_accuracies", "best_losses", "waited_since"
+        )  # fmt: skip
         joined: dict[str, Any] = {name: [value for fit in fits for value in getattr(fit, name)] for name in names}
         seeds = tuple(seed for fit in fits for seed in fit.seeds)
         weights = {name: torch.cat([fit.weights[name] for fit in fits]) for name in fits[0].weights}
@@ -297,7 +312,8 @@ class _Fitting:
         result.record(epoch)
         if phase.selects:
             result.select(epoch, training.validated)
-        result.stop(epoch, patience=config.early_stopping_patience if phase is self.phases[-1] else None, since=since)
+        patience = config.early_stopping_patience if phase is self.phases[-1] else None
+        result.stop(epoch, patience=patience, metric=config.early_stopping_metric, since=since)
         finished = number == config.epochs or not any(result.running)
         usage = self.meter.read() if finished else self.meter.usage
         result.epochs[-1] = replace(epoch, finished=finished, usage=usage)
