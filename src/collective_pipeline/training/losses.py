@@ -1,15 +1,20 @@
 """Loss terms: functions of `(logits, parts, labels)`, one value for each seed. An objective is a weighted sum.
 
-Suffixes: S seeds, B batch, N members, E member features, K classes.
+Suffixes: S seeds, B batch, N members, E member features, K classes, G gates of all layers side by side, C gates of one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collective_pipeline.config import CollectiveConfig, DiversityConfig, MlpArchitecture
+from collective_pipeline.config import (
+    Architecture,
+    CollectiveConfig,
+    DiversityConfig,
+    ImageArchitecture,
+)
 
 Parts = Mapping[str, Tensor]
 Term = Callable[[Tensor, Parts, Tensor], Tensor]
@@ -63,6 +68,39 @@ def reconstruction(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tenso
     return (parts["reconstruction"] - parts["original"]).square().mean(dim=(1, 2, 3))
 
 
+def gate_l1(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
+    """Mean over the batch of the sum of an image's gates `parts["gates"]`, `(S, B, G)`, whatever the batch's size."""
+    return parts["gates"].abs().sum(dim=2).mean(dim=1)
+
+
+def legacy_matrix1(channels: Sequence[int]) -> Term:
+    """Sum over layers of the matrix norm max_c sum_b |g_bc|, what the original has for the entrywise one.
+
+    It grows with the batch, and of each layer's `channels` only the most open one has a gradient.
+    """
+
+    def term(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
+        sum_SG = parts["gates"].abs().sum(dim=1)
+        return torch.stack([sum_SC.amax(dim=1) for sum_SC in sum_SG.split(list(channels), dim=1)]).sum(dim=0)
+
+    return term
+
+
+def embedding_cross_entropy(label_smoothing: float = 0.0) -> Term:
+    """Mean cross-entropy of what the embedding alone says, `parts["embedding_logits"]`, `(S, B, K)`."""
+    single = cross_entropy(label_smoothing)
+
+    def term(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
+        return single(parts["embedding_logits"], {}, labels_SB)
+
+    return term
+
+
+def open_gates(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
+    """Percent of the gates of the batch's images that are not shut; only to be logged, it has no gradient."""
+    return 100 * (parts["gates"] > 0).float().mean(dim=(1, 2))
+
+
 def weighted_sum(terms: Mapping[str, tuple[float, Term]]) -> Objective:
     """The weighted sum of named terms, as `{"loss": sum, **terms}` so that each is logged."""
 
@@ -74,12 +112,24 @@ def weighted_sum(terms: Mapping[str, tuple[float, Term]]) -> Objective:
     return evaluate
 
 
-def make_objective(architecture: CollectiveConfig | MlpArchitecture, label_smoothing: float) -> Objective:
-    """Cross-entropy, and for a collective the diversity terms that its configuration weighs."""
+def make_objective(architecture: Architecture, label_smoothing: float, *, gates_learn: bool = True) -> Objective:
+    """Cross-entropy, and what the architecture's configuration adds to it.
+
+    For a collective the diversity terms; for a network with gates their sparsity and the embedding's cross-entropy,
+    which without `gates_learn` are only logged.
+    """
     terms = {"cross_entropy": (1.0, cross_entropy(label_smoothing))}
     if isinstance(architecture, CollectiveConfig):
         terms |= weighted_diversity("experts", architecture.expert_diversity)
         terms |= weighted_diversity("analysts", architecture.analyst_diversity)
+    if isinstance(architecture, ImageArchitecture) and architecture.gates is not None:
+        gates, on = architecture.gates, float(gates_learn)
+        sparsity = gate_l1 if gates.sparsity == "l1" else legacy_matrix1(architecture.gated_channels)
+        terms |= {
+            "gate_sparsity": (on * gates.lambda_val, sparsity),
+            "embedding_cross_entropy": (on * gates.mu, embedding_cross_entropy(label_smoothing)),
+            "open_gates": (0.0, open_gates),
+        }
     return weighted_sum(terms)
 
 
