@@ -376,6 +376,8 @@ class TrainingConfig(Config):
 class ComparisonConfig(Config):
     """How the arms are compared."""
 
+    reference: ModelType | ImageModelType = Field("collective", description="the arm that the others are compared to")
+
     confidence: float = Field(0.95, gt=0.5, lt=1)
     resamples: int = Field(10_000, ge=100, description="of the bootstrap")
 

@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from collective_pipeline.config import Arm
+from collective_pipeline.data.batches import Normalise
+from collective_pipeline.data.splits import Images
 from collective_pipeline.models.build import DRAWN, build_arm
+from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.convolution import Conv2d
 from collective_pipeline.models.gating import GatedUnit
 from collective_pipeline.models.image_classifier import ImageClassifier
 
+BATCH_SIZE = 512
 WARM_UP = 10
 REPEATS = 100
 
@@ -109,6 +113,29 @@ def executed_macs(layers: Sequence[LayerMacs], open_L: Tensor) -> Tensor:
         read = whole if read_from is None else open_L[..., read_from]
         total += macs * made * read
     return total
+
+
+def measure_executed_macs(checkpoint: Checkpoint, images: Images, device: torch.device) -> list[float]:
+    """The mean over images of what each seed's closed gates leave of the multiply-accumulates; without gates, all.
+
+    Args:
+        checkpoint: What was trained.
+        images: Uint8.
+        device: Where to compute.
+    """
+    layers = count_layers(checkpoint.arm)
+    model = checkpoint.build().to(device)
+    if not isinstance(model, ImageClassifier) or model.gating is None:
+        return [float(sum(layer.macs for layer in layers))] * len(checkpoint.seeds)
+    normalise = Normalise(checkpoint.images, device)
+    total_S = torch.zeros(len(checkpoint.seeds), dtype=torch.float64, device=device)
+    with torch.inference_mode():
+        for chunk in images.images.split(BATCH_SIZE):
+            gates_SBG = model(normalise(chunk.to(device)).unsqueeze(0))[1]["gates"]
+            open_SBL = open_shares(gates_SBG, model.gated_channels).double()
+            total_S += executed_macs(layers, open_SBL).sum(dim=1)
+    means: list[float] = (total_S / len(images)).tolist()
+    return means
 
 
 def measure_latency(arm: Arm, device: torch.device, *, batch_size: int = 1) -> float:

@@ -52,13 +52,27 @@ def plot_accuracy_against_params(
     results: pd.DataFrame, comparison: pd.DataFrame, *, reference: str = "collective"
 ) -> go.Figure:
     """Test accuracy against parameters: every seed as a faint point, every arm's mean with its interval."""
+    figure = _plot_against("params", "parameters", results, comparison, reference)
+    return finish(figure, "Test accuracy against size", "Trainable parameters", "Test accuracy (%)", height=480)
+
+
+def plot_accuracy_against_macs(
+    results: pd.DataFrame, comparison: pd.DataFrame, *, reference: str = "collective"
+) -> go.Figure:
+    """The same against the multiply-adds that are executed for an image."""
+    figure = _plot_against("executed_macs", "multiply-adds", results, comparison, reference)
+    title = "Test accuracy against executed multiply-adds"
+    return finish(figure, title, "Multiply-adds executed per image", "Test accuracy (%)", height=480)
+
+
+def _plot_against(cost: str, unit: str, results: pd.DataFrame, comparison: pd.DataFrame, reference: str) -> go.Figure:
     figure = go.Figure()
     colors = colors_of(comparison["model_type"])
     for name in comparison["model_type"]:
         arm = comparison[comparison["model_type"] == name]
         runs = results[results["model_type"] == name]
         figure.add_scatter(
-            x=runs["params"].tolist(),
+            x=runs[cost].tolist(),
             y=runs["test_accuracy"].tolist(),
             customdata=runs["seed"].tolist(),
             mode="markers",
@@ -68,20 +82,20 @@ def plot_accuracy_against_params(
             hovertemplate=f"{name}, seed %{{customdata}}<br>%{{y:.2f}} %<extra></extra>",
         )
         figure.add_scatter(
-            x=arm["params"].tolist(),
+            x=arm[cost].tolist(),
             y=arm["test_accuracy_mean"].tolist(),
             error_y=error_bars(arm, ACCURACY, colors[name]),
             mode="markers",
             marker=marker_of(name, colors[name], reference),
             name=name,
             legendgroup=name,
-            hovertemplate=f"{name}, mean<br>%{{x:,}} parameters<br>%{{y:.2f}} %<extra></extra>",
+            hovertemplate=f"{name}, mean<br>%{{x:,.0f}} {unit}<br>%{{y:.2f}} %<extra></extra>",
         )
-    fewest, most = int(comparison["params"].min()), int(comparison["params"].max())
+    fewest, most = int(results[cost].min()), int(results[cost].max())
     # Arms of one size would otherwise get an axis of half parameters.
     pad = max(0.06 * (most - fewest), 0.0005 * most)
     figure.update_xaxes(range=[fewest - pad, most + pad], tickformat=",d", nticks=6)
-    return finish(figure, "Test accuracy against size", "Trainable parameters", "Test accuracy (%)", height=480)
+    return figure
 
 
 def plot_training_curves(history: pd.DataFrame) -> go.Figure:

@@ -15,6 +15,7 @@ from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_CO
 from collective_pipeline.evaluation.figures import (
     curve_points,
     plot_accuracy,
+    plot_accuracy_against_macs,
     plot_accuracy_against_params,
     plot_differences,
     plot_training_curves,
@@ -201,6 +202,7 @@ COST: Columns = {
     "Accuracy per million parameters": lambda arm: number(".1f", arm.accuracy_per_million_params),
     "Accuracy per log10 of parameters": lambda arm: number(".3f", arm.accuracy_per_log10_params),
     "Multiply-adds per image": lambda arm: f"{arm.macs:,.0f}",
+    "of them executed": lambda arm: f"{arm.executed_macs:,.0f}",
     "Latency (ms)": lambda arm: number(".3g", arm.latency_ms),
     "Training time per seed (s)": lambda arm: number(",.1f", arm.train_seconds),
 }
@@ -318,6 +320,14 @@ def _figures(
         results[list(RUN_COLUMNS)],
         "runs.csv",
     )
+    if (comparison["executed_macs"] != comparison["macs"]).any():
+        yield make_figure(
+            plot_accuracy_against_macs(results, comparison, reference=reference),
+            "What is left of an image's multiply-adds where gates are shut, counted on the test images. Whether hardware "
+            "rewards it is another matter: see the latency.",
+            results[list(RUN_COLUMNS)],
+            "runs.csv",
+        )
     yield make_figure(
         plot_training_curves(history),
         "Lines are means over seeds, bands reach from the lowest to the highest seed. The axis of accuracy leaves out "

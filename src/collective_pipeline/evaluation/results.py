@@ -19,6 +19,7 @@ def tabulate(
     config: TrainingConfig,
     *,
     num_images: int,
+    executed_macs: Sequence[float] | None = None,
 ) -> pd.DataFrame:
     """`comparison.RUN_COLUMNS`, `gpu.GPU_COLUMNS` and `test_top5_accuracy`, a row for each seed.
 
@@ -30,6 +31,7 @@ def tabulate(
         test: Accuracies in percent and loss on the test set, one for each seed.
         config: How it was trained.
         num_images: Of the training set.
+        executed_macs: Of a test image with each seed, where gates close some; by default all that there are.
     """
     arm, seeds = checkpoint.arm, checkpoint.seeds
     last = history.groupby("seed").tail(1).set_index("seed").loc[list(seeds)]
@@ -43,6 +45,7 @@ def tabulate(
             "target_params": arm.target_params,
             "param_error_pct": arm.param_error_pct,
             "macs": count_macs(arm),
+            "executed_macs": float(count_macs(arm)) if executed_macs is None else executed_macs,
             "epochs": last["epoch"].to_numpy(),
             "best_epoch": checkpoint.best_epochs,
             "test_accuracy": test["accuracy"],
@@ -72,6 +75,7 @@ def final_metrics(results: pd.DataFrame) -> dict[str, float]:
         "final/val_accuracy": float(results["val_accuracy"].mean()),
         "final/model_params": params,
         "final/macs": float(results["macs"].iloc[0]),
+        "final/executed_macs": float(results["executed_macs"].mean()),
         "final/train_seconds": float(results["train_seconds"].mean()),
         **{f"final/{name}": float(value) for name, value in efficiency(accuracy, params).items()},
         **{f"final/{name}": float(value) for name, value in results[list(GPU_COLUMNS)].mean().dropna().items()},
