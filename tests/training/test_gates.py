@@ -1,6 +1,7 @@
 """A gated network trains in two stages with the loop that trains every other arm."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from collective_pipeline.evaluation.cost import measure_latency
 from collective_pipeline.models.build import build_arm, count_products
 from collective_pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from collective_pipeline.models.image_arms import make_image_arm
+from collective_pipeline.training import snapshots
 from collective_pipeline.training.optim import SHAPES
 from collective_pipeline.training.strategies import plan_phases
 from collective_pipeline.training.train import train_arm
@@ -105,6 +107,16 @@ def test_a_checkpoint_gives_the_same_logits_bit_for_bit(trained, splits, tmp_pat
     assert all(torch.equal(parts_again[name], parts[name]) for name in parts)
 
 
+def test_a_checkpoint_of_images_of_another_shape_is_refused(trained, tmp_path):
+    """Though they have as many features: a convolution would read them without a word."""
+    checkpoint, _ = trained
+    path = tmp_path / "best.safetensors"
+    save_checkpoint(replace(checkpoint, images=change(checkpoint.images, shape=(3, 8, 32))), path)
+
+    with pytest.raises(UserError, match="the images that it names are not those that its network reads"):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize("freeze", ["gates", "embedding"])
 def test_the_second_stage_trains_the_network_and_no_gates(freeze):
     """In the original's way the heads go on, and the embedding alone is frozen; nothing teaches the classifier."""
@@ -147,6 +159,36 @@ def test_frozen_gates_do_not_move_and_the_network_does(splits):
     assert all(moves for name, moves in moved.items() if "gating." not in name)
 
 
+class Crash(Exception):
+    """In the place of SIGKILL."""
+
+
+@pytest.mark.parametrize("updates", [3, 8, 11])
+def test_going_on_equals_never_stopping(updates, splits, tmp_path, monkeypatch):
+    """In either stage and between them, to the last bit."""
+    monkeypatch.setattr(snapshots, "SECONDS_BETWEEN", -1.0)
+    monkeypatch.setattr(snapshots, "SHARE", float("inf"))
+    config, done = change(CONFIG, schedule="cosine"), iter(range(1, 100))
+
+    def crash(numbers):
+        for number in numbers:
+            yield number
+            if next(done) == updates:
+                raise Crash
+
+    def run(path, *, resume=False, **options):
+        saved = snapshots.Snapshots(path, name="gated", identity={}, circumstances={}, resume=resume)
+        return train(make_arm(), splits, config, snapshots=saved, **options)
+
+    whole, _ = run(tmp_path / "whole" / "last")
+    with pytest.raises(Crash):
+        run(tmp_path / "broken" / "last", watch=crash)
+    resumed, _ = run(tmp_path / "broken" / "last", resume=True)
+
+    assert whole.best_epochs == resumed.best_epochs
+    assert not [name for name, tensor in whole.weights.items() if not torch.equal(tensor, resumed.weights[name])]
+
+
 @pytest.mark.parametrize("schedule", SHAPES)
 def test_both_stages_share_one_schedule(splits, schedule):
     """The learning rate is that of a training without stages."""
@@ -159,6 +201,15 @@ def test_both_stages_share_one_schedule(splits, schedule):
         rates.append([epoch.learning_rate for epoch in fit.epochs])
 
     assert rates[0] == rates[1]
+
+
+def test_lambda_closes_gates(splits):
+    """And the network learns all the same, through those that are left and its shortcuts."""
+    config = change(CONFIG, epochs=8, optimizer="sgd", learning_rate=0.05)
+    free, pressed = (train(make_arm(lambda_val=weight), splits, config)[1].history[-1] for weight in (0.0, 0.03))
+
+    assert pressed["train_open_gates"] < 30 < 60 < free["train_open_gates"]
+    assert max(free["train_cross_entropy"], pressed["train_cross_entropy"]) < 0.2
 
 
 def test_a_stage_without_epochs_is_refused(splits):
