@@ -251,8 +251,8 @@ class ResNetArchitecture(Config):
 
     @property
     def smallest_side(self) -> int:
-        """Pixels that an image must have for every stage to see one."""
-        return (4 if self.stem == "imagenet" else 1) << len(self.blocks) - 1
+        """Pixels that an image must have for every stage to have something to halve."""
+        return ((4 if self.stem == "imagenet" else 1) << len(self.blocks) - 1) // 2 + 1
 
 
 class VggArchitecture(Config):
@@ -497,6 +497,56 @@ class SweepConfig(Config):
         return space
 
 
+class DeepMoeConfig(Config):
+    """`kedro run --pipeline deepmoe`: a network whose channels are gated, beside the same one without gates."""
+
+    model: ImageModelType = Field("resnet18_moe", description="any whose name has moe in it")
+    dataset: DatasetName = "cifar10"
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((42, 43, 44), min_length=1)
+    stem: Stem = Field("cifar", description="for about 32 pixels; imagenet: for 224")
+    width: Width = Field(64, description="channels of the first stage; 64 is the networks' own")
+    wide: bool = Field(False, description="twice the channels, with gates and without")
+    gates: GateConfig = GateConfig()
+    training: TrainingConfig = TrainingConfig(
+        epochs=30,
+        batch_size=512,
+        optimizer="sgd",
+        nesterov=True,
+        learning_rate=0.2,
+        weight_decay=5e-4,
+        schedule="one_cycle",
+        label_smoothing=0.1,
+        precision="bf16",
+    )
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _one_or_several(cls, seeds: Any) -> Any:
+        return _as_list(seeds)
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        return _once_each(seeds)
+
+    @model_validator(mode="after")
+    def _check_gates(self) -> Self:
+        if "_moe" not in self.model:
+            raise ValueError(f"model={self.model} has no gates: choose one with moe in its name")
+        if self.training.epochs <= self.gates.freeze_epochs:
+            raise ValueError(
+                f"gates.freeze_epochs={self.gates.freeze_epochs} leaves the gates none of training.epochs="
+                f"{self.training.epochs} to learn in: choose fewer, or more epochs"
+            )
+        return self
+
+    @property
+    def dense_model(self) -> ImageModelType:
+        """The same network without gates."""
+        name = self.model.partition("_moe")[0]
+        return next(known for known in IMAGE_MODEL_TYPES if known == name)
+
+
 class Parameters(Config):
     """All parameters of a run, as `conf/` and `--params` give them."""
 
@@ -516,6 +566,7 @@ class Parameters(Config):
     training: TrainingConfig = TrainingConfig()
     comparison: ComparisonConfig = ComparisonConfig()
     sweep: SweepConfig = SweepConfig()
+    deepmoe: DeepMoeConfig = DeepMoeConfig()
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -579,6 +630,14 @@ DEBUG = Parameters(
     collective=CollectiveConfig(expert_hidden=(128, 64), expert_output=32, analyst_hidden=(64, 32), analyst_output=16),
     training=TrainingConfig(epochs=5, batch_size=128, eval_batch_size=512, weight_decay=0.0, augmentation_strength=0.0),
     sweep=SweepConfig(sizes=(300_000, 560_000), trials=6, trial_epochs=5),
+    deepmoe=DeepMoeConfig(
+        dataset="mnist",
+        seeds=(42, 43),
+        stem="imagenet",
+        width=8,
+        gates=GateConfig(freeze_epochs=1),
+        training=DeepMoeConfig().training.model_copy(update={"epochs": 3, "precision": "auto"}),
+    ),
 )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import shlex
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +23,21 @@ from kedro.framework.hooks import hook_impl
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
+from omegaconf import OmegaConf
 
-from collective_pipeline.config import Arm, Parameters, UserError, check_parameters, flatten
+from collective_pipeline.config import (
+    Arm,
+    DatasetName,
+    Parameters,
+    TrainingConfig,
+    UserError,
+    check_parameters,
+    flatten,
+)
 from collective_pipeline.evaluation.results import final_metrics
 from collective_pipeline.io.checkpoints import CheckpointDataset
 from collective_pipeline.models.matching import parameter_budget
+from collective_pipeline.pipelines.deepmoe import list_arms
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.progress import duration
@@ -48,11 +60,13 @@ class CheckBeforeRun:
 
     def _check_globals(self, context: KedroContext) -> None:
         """The catalog, which cannot see parameters.yml, names files after the same arm and data as the settings."""
-        for name in ("model_type", "dataset"):
-            loader = context.config_loader
-            in_catalog = (loader.runtime_params or {}).get(name, loader["globals"][name])
-            if in_catalog != getattr(self.settings, name):
-                in_settings = getattr(self.settings, name)
+        loader = context.config_loader
+        for name in ("model_type", "dataset", "deepmoe.dataset"):
+            in_catalog = OmegaConf.select(OmegaConf.create(loader.runtime_params or {}), name)
+            if in_catalog is None:
+                in_catalog = OmegaConf.select(OmegaConf.create(loader["globals"]), name)
+            in_settings = attrgetter(name)(self.settings)
+            if in_catalog != in_settings:
                 raise UserError(
                     f"{name} is '{in_settings}' in a parameters.yml and '{in_catalog}' in globals.yml: change it in "
                     "the environment's globals.yml, which the catalog reads as well, or with --params"
@@ -62,10 +76,10 @@ class CheckBeforeRun:
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
         """All folders that the run writes to can be written to and have room."""
-        needed = SPARE_BYTES + self._weight_bytes(pipeline)
         paths = (_filepath(catalog, name) for name in pipeline.all_outputs())
         folders = {Path(path).parent for path in paths if path is not None}
         try:
+            needed = SPARE_BYTES + self._weight_bytes(pipeline)
             for folder in sorted(folders):
                 check_writable(folder, needed)
         except UserError as error:
@@ -77,13 +91,26 @@ class CheckBeforeRun:
         The best weights and MLflow's copy; and three states of training while the last is written: those, the weights
         and two moments.
         """
-        in_dim, num_classes = (784, 10) if "mnist" in self.settings.dataset else (3072, 100)
-        target = parameter_budget(
-            self.settings.collective, self.settings.baselines, in_dim=in_dim, num_classes=num_classes
-        )
-        num_arms = sum("train" in node.tags for node in pipeline.nodes)
-        copies = 2 + 3 * (4 + (self.settings.training.ema_decay is not None))
-        return 4 * target * copies * len(self.settings.seeds) * num_arms
+        settings = self.settings
+        arms = [str(node.namespace) for node in pipeline.nodes if "train" in node.tags]
+        if any(name.startswith("deepmoe") for name in arms):
+            deepmoe = settings.deepmoe
+            params = sum(arm.params for arm in list_arms(deepmoe, *_about(deepmoe.dataset)))
+            return 4 * params * _copies(deepmoe.training) * len(deepmoe.seeds)
+        image_shape, num_classes = _about(settings.dataset)
+        in_dim = math.prod(image_shape)
+        target = parameter_budget(settings.collective, settings.baselines, in_dim=in_dim, num_classes=num_classes)
+        return 4 * target * _copies(settings.training) * len(settings.seeds) * len(arms)
+
+
+def _about(dataset: DatasetName) -> tuple[tuple[int, int, int], int]:
+    """The shape of its images and how many classes it has at most."""
+    return ((1, 28, 28), 10) if "mnist" in dataset else ((3, 32, 32), 100)
+
+
+def _copies(training: TrainingConfig) -> int:
+    """Of all weights, on the disk at once."""
+    return 2 + 3 * (4 + (training.ema_decay is not None))
 
 
 def check_writable(folder: Path, num_bytes: int) -> None:
@@ -276,6 +303,8 @@ class TellAnswer:
 def format_comparison(comparison: pd.DataFrame) -> str:
     """The comparison as a table for a terminal."""
     interval = "{:.2f} to {:.2f}".format
+    is_reference = (comparison["difference_ci_low"] == 0) & (comparison["difference_ci_high"] == 0)
+    difference = f"minus {comparison.loc[is_reference, 'model_type'].iloc[0]}" if is_reference.any() else "minus none"
     arms = comparison.itertuples(index=False)
     table = pd.DataFrame(
         {
@@ -283,15 +312,14 @@ def format_comparison(comparison: pd.DataFrame) -> str:
             "parameters": f"{arm.params:,}",
             "test accuracy %": f"{arm.test_accuracy_mean:.2f}",
             "interval": interval(arm.test_accuracy_ci_low, arm.test_accuracy_ci_high),
-            "minus collective": f"{arm.difference_to_reference:+.2f}",
+            difference: f"{arm.difference_to_reference:+.2f}",
             "its interval": interval(arm.difference_ci_low, arm.difference_ci_high),
             "p (Holm)": f"{arm.p_value_holm:.3f}",
             "s/seed": f"{arm.train_seconds:.1f}",
         }
         for arm in arms
     )
-    is_reference = comparison["p_value_holm"].isna()
-    table.loc[is_reference.to_numpy(), ["minus collective", "its interval"]] = "-"
+    table.loc[comparison["p_value_holm"].isna().to_numpy(), [difference, "its interval"]] = "-"
     table = table.replace({"nan": "-", "+nan": "-", "nan to nan": "-"})
     return table.loc[:, (table != "-").any()].to_string(index=False)
 

@@ -1,32 +1,47 @@
 """The pipelines that `kedro run --pipeline` knows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 
 from kedro.pipeline import Pipeline
 
-from collective_pipeline.config import MODEL_TYPES, ModelType
-from collective_pipeline.pipelines import arm, comparison, data, predict, sweep
+from collective_pipeline.config import MODEL_TYPES, Arm
+from collective_pipeline.pipelines import arm, comparison, data, deepmoe, predict, sweep
 
 
-def make_experiment(name: str, arms: Mapping[str, ModelType | None]) -> Pipeline:
-    """Shared data, one namespaced copy of the arm's pipeline for each of `arms`, and their comparison."""
+def make_experiment(name: str, images: Pipeline, arms: Sequence[str], make: Callable[..., list[Arm]]) -> Pipeline:
+    """Shared data, one namespaced copy of the arm's pipeline for each of `arms`, and their comparison.
+
+    Args:
+        name: Of the experiment.
+        images: What gives settings, device and splits.
+        arms: The namespaces.
+        make: The node that makes their arms.
+    """
     return sum(
         (arm.create_pipeline(namespace, num_arms=len(arms)) for namespace in arms),
-        start=data.create_pipeline() + arm.create_preparation(arms) + comparison.create_pipeline(name, arms=list(arms)),
+        start=images + arm.create_preparation(arms, make) + comparison.create_pipeline(name, arms=arms),
     )
 
 
 def register_pipelines() -> dict[str, Pipeline]:
     """`single` runs the arm that the parameter `model_type` names, `phase1` all seven, `sweep` all at many sizes.
 
-    `predict` only uses what they trained.
+    `deepmoe` compares a network with gated channels to the one without. `predict` only uses what was trained.
     """
-    single = make_experiment("single", {"single": None})
-    phase1 = make_experiment("phase1", {model_type: model_type for model_type in MODEL_TYPES})
+    images = data.create_pipeline()
+    single = make_experiment("single", images, ["single"], arm.matched([None]))
+    phase1 = make_experiment("phase1", images, MODEL_TYPES, arm.matched(MODEL_TYPES))
+    gated = make_experiment(
+        "deepmoe",
+        data.create_pipeline(deepmoe.read_settings, raw_images="deepmoe.raw_images"),
+        ["deepmoe_gated", "deepmoe_dense"],
+        deepmoe.make_arms,
+    )
     return {
         "__default__": single,
         "single": single,
         "phase1": phase1,
-        "sweep": data.create_pipeline() + sweep.create_pipeline("sweep"),
+        "deepmoe": gated,
+        "sweep": images + sweep.create_pipeline("sweep"),
         "predict": predict.create_pipeline(),
     }

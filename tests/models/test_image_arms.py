@@ -114,7 +114,7 @@ def test_the_default_form_is_for_small_images(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "stem", "smallest"), [("resnet18", "cifar", 8), ("resnet50_moe_a", "imagenet", 32), ("vgg11", "cifar", 32)]
+    ("name", "stem", "smallest"), [("resnet18", "cifar", 5), ("resnet50_moe_a", "imagenet", 17), ("vgg11", "cifar", 32)]
 )
 def test_images_too_small_for_the_network_are_refused(name, stem, smallest):
     """In one sentence with both sizes; the smallest that it names is enough."""

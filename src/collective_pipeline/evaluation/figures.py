@@ -208,8 +208,9 @@ def marker_of(name: str, color: str, reference: str) -> dict[str, object]:
 
 
 def colors_of(arms: Iterable[str]) -> dict[str, str]:
-    """The arms' colours; arms that the configuration names have theirs whichever others are shown."""
-    names = dict.fromkeys([*MODEL_TYPES, *arms])
+    """The arms' colours; those of phase 1 have theirs whichever others are shown."""
+    arms = list(arms)
+    names = dict.fromkeys([*(MODEL_TYPES if set(arms) & set(MODEL_TYPES) or not arms else ()), *arms])
     return {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
 
 

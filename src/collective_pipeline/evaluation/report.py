@@ -323,8 +323,8 @@ def _figures(
     if (comparison["executed_macs"] != comparison["macs"]).any():
         yield make_figure(
             plot_accuracy_against_macs(results, comparison, reference=reference),
-            "What is left of an image's multiply-adds where gates are shut, counted on the test images. Whether hardware "
-            "rewards it is another matter: see the latency.",
+            "What is left of an image's multiply-adds where gates are shut, counted on the test images. Whether "
+            "hardware rewards it is another matter: see the latency.",
             results[list(RUN_COLUMNS)],
             "runs.csv",
         )

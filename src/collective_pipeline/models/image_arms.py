@@ -16,6 +16,9 @@ from collective_pipeline.config import (
 )
 from collective_pipeline.models.build import build_model
 
+WIDTH = 64
+VGG_FACTORS = (1, 2, 4, 8, 8)
+
 
 class _ResNet(NamedTuple):
     blocks: tuple[int, ...]
@@ -66,9 +69,6 @@ NETWORKS: dict[ImageModelType, _ResNet | _Vgg] = {
     "vgg19_bn_moe": _Vgg(_19, normalise=True, gated=True),
 }
 
-WIDTH = 64
-VGG_WIDTHS = (64, 128, 256, 512, 512)
-
 
 def image_architecture(
     name: ImageModelType,
@@ -76,6 +76,7 @@ def image_architecture(
     gates: GateConfig,
     *,
     stem: Stem = "cifar",
+    width: int = WIDTH,
     wide: bool = False,
 ) -> ImageArchitecture:
     """The network of this name.
@@ -87,6 +88,7 @@ def image_architecture(
         stem: `imagenet` is the form for 224 pixels. For about 32 pixels, a ResNet's stem keeps the size, and the head
             of a VGG reads one pixel, with 512 hidden features: replicated to 7x7, as the original does, that pixel
             would only cost 49 times the weights.
+        width: Channels of the first stage; those of the others, and a VGG's, are in proportion.
         wide: With twice the channels, but in the first convolution of a VGG; of a network without gates as well, so
             that there is a twin to compare with.
     """
@@ -96,14 +98,14 @@ def image_architecture(
                 image_shape=image_shape,
                 stem=stem,
                 blocks=blocks,
-                width=WIDTH * (1 + wide),
+                width=width * (1 + wide),
                 bottleneck=bottleneck,
                 gated=gated,
                 gates=gates if gated else None,
             )
         case _Vgg(repeats, normalise, is_gated):
-            channels = [[width * (1 + wide)] * n for width, n in zip(VGG_WIDTHS, repeats, strict=True)]
-            channels[0][0] = WIDTH
+            channels = [[width * factor * (1 + wide)] * n for factor, n in zip(VGG_FACTORS, repeats, strict=True)]
+            channels[0][0] = width
             return VggArchitecture(
                 image_shape=image_shape,
                 channels=tuple(map(tuple, channels)),

@@ -10,7 +10,15 @@ from pathlib import Path
 import torch
 
 import collective_pipeline
-from collective_pipeline.config import Arm, ModelType, NotEnoughMemory, Parameters, TrainingConfig, flatten
+from collective_pipeline.config import (
+    Arm,
+    ImageArchitecture,
+    ModelType,
+    NotEnoughMemory,
+    Parameters,
+    TrainingConfig,
+    flatten,
+)
 from collective_pipeline.data.batches import Batches, Normalise
 from collective_pipeline.data.small_images import load_images
 from collective_pipeline.data.splits import Images, Splits, make_splits
@@ -96,7 +104,13 @@ def train_arm(
     need = estimate_need(arm, splits, config)
     saved = snapshots.load() if snapshots else None
     free = free_bytes(device) // num_beside
-    groups = groups_that_fit(seeds, need, config, free=free) if saved is None else saved.facts["groups"]
+    if saved is not None:
+        groups = saved.facts["groups"]
+    elif isinstance(arm.architecture, ImageArchitecture):
+        # One network fills the device, and grouped convolutions are slower than one after another.
+        groups = [group for seed in seeds for group in groups_that_fit([seed], need, config, free=free)]
+    else:
+        groups = groups_that_fit(seeds, need, config, free=free)
     if saved is not None and not saved.facts["place"]["finished"]:
         place = saved.facts["place"]
         within = f" and {place['update']} updates of the next" if place["update"] else ""
@@ -127,7 +141,7 @@ class _ArmTraining:
         """Train one group after another, but for those that `saved` has done; halve those that do not fit."""
         groups = [list(group) for group in groups]
         done = [] if saved is None else _restore_done(saved)
-        if len(groups) > 1:
+        if len(groups) > 1 and not isinstance(self.arm.architecture, ImageArchitecture):
             self._tell_groups(groups)
         while len(done) < len(groups):
             if self.snapshots is not None:

@@ -9,6 +9,7 @@ import torch
 
 from collective_pipeline.config import Arm, ModelType, Parameters
 from collective_pipeline.data.splits import Splits
+from collective_pipeline.evaluation.cost import measure_executed_macs
 from collective_pipeline.evaluation.results import tabulate
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.progress import Progress
@@ -81,4 +82,5 @@ def evaluate(
 ) -> pd.DataFrame:
     """Read the test set, once, with the chosen weights; one row for each seed."""
     test = score(checkpoint, splits.test, splits, settings.training, device=device)
-    return tabulate(checkpoint, history, test, settings.training, num_images=len(splits.train))
+    executed = measure_executed_macs(checkpoint, splits.test, device)
+    return tabulate(checkpoint, history, test, settings.training, num_images=len(splits.train), executed_macs=executed)

@@ -1,29 +1,35 @@
 """Match, train, evaluate: the same nodes for every arm."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from functools import partial, update_wrapper
 
 from kedro.pipeline import Node, Pipeline
 
-from collective_pipeline.config import ModelType
+from collective_pipeline.config import Arm, ModelType
 from collective_pipeline.pipelines.arm.nodes import clear_for_training, evaluate, match_sizes, train
 
 
-def create_preparation(arms: Mapping[str, ModelType | None]) -> Pipeline:
+def matched(model_types: Sequence[ModelType | None]) -> Callable[..., list[Arm]]:
+    """The node that makes arms of these types at one size; None: of what the parameter `model_type` says."""
+    return update_wrapper(partial(match_sizes, model_types=list(model_types)), match_sizes)
+
+
+def create_preparation(arms: Sequence[str], make: Callable[..., list[Arm]]) -> Pipeline:
     """What all arms pass before any trains.
 
     It is in no arm's namespace: Kedro warns where a path leaves one and enters it again.
 
     Args:
-        arms: What each namespace's arm is; None: what the parameter `model_type` says.
+        arms: Their namespaces.
+        make: From settings and splits to the arm of each.
     """
     return Pipeline(
         [
             Node(
-                update_wrapper(partial(match_sizes, model_types=list(arms.values())), match_sizes),
+                make,
                 inputs=["settings", "splits"],
                 outputs=[f"{arm}.arm" for arm in arms],
-                name="match_sizes",
+                name=getattr(make, "__name__", "make_arms"),
             ),
             Node(
                 clear_for_training,

@@ -3,6 +3,8 @@
 import platform
 import shlex
 import sys
+from collections.abc import Callable
+from functools import update_wrapper
 from typing import Any
 
 import pandas as pd
@@ -30,15 +32,25 @@ def compare(
     settings: Parameters, latency: dict[str, float], *results: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """All runs, one row for each arm, and the answer with the figures that it rests on."""
-    runs = pd.concat(results, ignore_index=True)
-    comparison = compare_arms(runs.assign(latency_ms=runs["model_type"].map(latency)), settings.comparison)
+    runs, reference = pd.concat(results, ignore_index=True), settings.comparison.reference
+    timed = runs.assign(latency_ms=runs["model_type"].map(latency))
+    comparison = compare_arms(timed, settings.comparison, reference=reference)
     summary = {
-        "answer": answer(comparison, settings.comparison),
+        "answer": answer(comparison, settings.comparison, reference=reference),
         "test_accuracy": {
             str(name): round(mean, 3) for name, mean in comparison.set_index("model_type")["test_accuracy_mean"].items()
         },
     }
     return runs[list(RUN_COLUMNS)], comparison, summary
+
+
+def with_reference(plot: Callable[..., Figure]) -> Callable[..., Figure]:
+    """The plot as a node that takes the settings before its tables, for the arm that the others are compared to."""
+
+    def node(settings: Parameters, *tables: pd.DataFrame) -> Figure:
+        return plot(*tables, reference=settings.comparison.reference)
+
+    return update_wrapper(node, plot)
 
 
 def plot_curves(*histories: pd.DataFrame) -> Figure:
@@ -59,13 +71,18 @@ def report(
     return write_report(
         title=f"{settings.dataset}: {', '.join(comparison['model_type'])}"
         if len(comparison) == 1
-        else f"Does a collective use its parameters better? {settings.dataset}",
+        else f"{_question(settings.comparison.reference)} {settings.dataset}",
         answer=summary["answer"],
         results=runs,
         comparison=comparison,
         history=pd.concat(histories, ignore_index=True),
         facts=describe_run(settings, splits, device),
+        reference=settings.comparison.reference,
     )
+
+
+def _question(reference: str) -> str:
+    return "Does a collective use its parameters better?" if reference == "collective" else f"Is {reference} better?"
 
 
 def describe_run(settings: Parameters, splits: Splits, device: torch.device) -> dict[str, dict[str, str]]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from kedro.pipeline import Node, Pipeline
 
 from collective_pipeline.evaluation.figures import plot_accuracy, plot_accuracy_against_params, plot_differences
-from collective_pipeline.pipelines.comparison.nodes import compare, measure, plot_curves, report
+from collective_pipeline.pipelines.comparison.nodes import compare, measure, plot_curves, report, with_reference
 
 
 def create_pipeline(namespace: str, *, arms: Sequence[str]) -> Pipeline:
@@ -19,8 +19,18 @@ def create_pipeline(namespace: str, *, arms: Sequence[str]) -> Pipeline:
     nodes = [
         Node(measure, inputs=["device", *models, *results], outputs="latency", name="measure_latency"),
         Node(compare, inputs=["settings", "latency", *results], outputs=[*tables, "summary"], name="compare"),
-        Node(plot_accuracy, inputs="comparison", outputs="accuracy_figure", name="plot_accuracy"),
-        Node(plot_accuracy_against_params, inputs=tables, outputs="params_figure", name="plot_params"),
+        Node(
+            with_reference(plot_accuracy),
+            inputs=["settings", "comparison"],
+            outputs="accuracy_figure",
+            name="plot_accuracy",
+        ),
+        Node(
+            with_reference(plot_accuracy_against_params),
+            inputs=["settings", *tables],
+            outputs="params_figure",
+            name="plot_params",
+        ),
         Node(plot_curves, inputs=[*histories], outputs="curves_figure", name="plot_curves"),
         Node(
             report,
@@ -30,5 +40,12 @@ def create_pipeline(namespace: str, *, arms: Sequence[str]) -> Pipeline:
         ),
     ]
     if len(arms) > 1:
-        nodes.append(Node(plot_differences, inputs="comparison", outputs="differences_figure", name="plot_differences"))
+        nodes.append(
+            Node(
+                with_reference(plot_differences),
+                inputs=["settings", "comparison"],
+                outputs="differences_figure",
+                name="plot_differences",
+            )
+        )
     return Pipeline(nodes, namespace=namespace, inputs=shared | models | results | histories)

@@ -56,21 +56,22 @@ def compare(
     settings: Parameters, splits: Splits, results: pd.DataFrame, latency: Latencies
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """All runs, one row for each arm and size, one for each arm over all sizes, and the answer."""
+    reference = settings.comparison.reference
     names = zip(results["model_type"], results["target_params"], strict=True)
     runs = results.assign(latency_ms=[latency[name] for name in names])
     if settings.sweep.mode == "search":
         # Each arm has the size that its search found best: they are compared as they are, all in one family.
         own_size = runs.groupby("model_type")["target_params"].first()
         at_once = runs.assign(target_params=0)
-        comparison = compare_sizes(at_once, settings.comparison)
-        overall = compare_overall(at_once, settings.comparison)
-        told = answer(comparison, settings.comparison)
+        comparison = compare_sizes(at_once, settings.comparison, reference=reference)
+        overall = compare_overall(at_once, settings.comparison, reference=reference)
+        told = answer(comparison, settings.comparison, reference=reference)
         comparison["target_params"] = comparison["model_type"].map(own_size)
     else:
-        comparison = compare_sizes(runs, settings.comparison)
-        overall = compare_overall(runs, settings.comparison)
+        comparison = compare_sizes(runs, settings.comparison, reference=reference)
+        overall = compare_overall(runs, settings.comparison, reference=reference)
         near = count_collective(settings.collective, in_dim=splits.in_dim, num_classes=splits.num_classes)
-        told = answer_sizes(overall, comparison, settings.comparison, near=near)
+        told = answer_sizes(overall, comparison, settings.comparison, near=near, reference=reference)
     labels = comparison["model_type"] + " " + comparison["params"].astype(str)
     accuracies = dict(zip(labels, comparison["test_accuracy_mean"].round(3).tolist(), strict=True))
     return runs[list(RUN_COLUMNS)], comparison, overall, {"answer": told, "test_accuracy": accuracies}
@@ -109,4 +110,5 @@ def report(
         trials=trials,
         importance=importance,
         facts=describe_run(settings, splits, device),
+        reference=settings.comparison.reference,
     )

@@ -1,0 +1,39 @@
+"""What the parameters of DeepMoE say, in the form that every experiment has."""
+
+from typing import Any
+
+import torch
+
+from collective_pipeline.config import Arm, DeepMoeConfig, Parameters, check_parameters
+from collective_pipeline.data.splits import Splits
+from collective_pipeline.models.image_arms import image_architecture, make_image_arm
+from collective_pipeline.training.runtime import choose_device
+
+
+def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
+    """The settings with the data, seeds, training and reference of `deepmoe`, and the device."""
+    settings = check_parameters(parameters)
+    own = settings.deepmoe
+    comparison = settings.comparison.model_copy(update={"reference": own.model})
+    experiment = {"dataset": own.dataset, "seeds": own.seeds, "training": own.training, "comparison": comparison}
+    return settings.model_copy(update=experiment), choose_device(settings.device)
+
+
+def make_arms(settings: Parameters, splits: Splits) -> list[Arm]:
+    """The network with gates, and the same one without."""
+    return list_arms(settings.deepmoe, splits.image_shape, splits.num_classes)
+
+
+def list_arms(config: DeepMoeConfig, image_shape: tuple[int, int, int], num_classes: int) -> list[Arm]:
+    """The arms of the experiment for such images.
+
+    Raises:
+        UserError: If the images are too small.
+    """
+    arms = []
+    for name in (config.model, config.dense_model):
+        architecture = image_architecture(
+            name, image_shape, config.gates, stem=config.stem, width=config.width, wide=config.wide
+        )
+        arms.append(make_image_arm(name, architecture, num_classes=num_classes))
+    return arms

@@ -1,0 +1,85 @@
+"""`kedro run --pipeline deepmoe` as a user types it, on a few hundred images."""
+
+import json
+
+import pandas as pd
+import pytest
+from tests.test_run import as_params, kedro, runs_of
+
+REPORTING = "data/08_reporting/deepmoe"
+# Without an offset about half of the gates are shut from the start.
+TINY = {
+    "deepmoe.training.batch_size": 64,
+    "deepmoe.width": 2,
+    "deepmoe.gates.offset": 0.0,
+    "comparison.resamples": 200,
+}
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory, new_project):
+    """A run of the debug environment; the folder and what was printed."""
+    project = new_project(tmp_path_factory.mktemp("deepmoe"))
+    result = kedro(project, "run", "--pipeline", "deepmoe", "--env", "debug", "--params", as_params(TINY))
+    assert result.exit_code == 0, result.output
+    return project, result
+
+
+def test_the_gated_network_is_compared_to_the_one_without_gates(gated):
+    project, result = gated
+    comparison = pd.read_csv(project / REPORTING / "comparison.csv").set_index("model_type")
+    runs = pd.read_csv(project / REPORTING / "runs.csv")
+
+    assert list(comparison.index) == ["resnet18_moe", "resnet18"]
+    assert runs.groupby("model_type")["seed"].apply(list).to_dict() == {
+        "resnet18_moe": [42, 43],
+        "resnet18": [42, 43],
+    }
+    answer = json.loads((project / REPORTING / "summary.json").read_text())["answer"]
+    assert "the resnet18_moe is better than the other arm resnet18" in answer
+    assert "minus resnet18_moe" in result.stdout
+    page = (project / REPORTING / "report.html").read_text()
+    assert "Is resnet18_moe better? mnist" in page and "Test accuracy against executed multiply-adds" in page
+
+
+def test_what_closed_gates_leave_is_counted_for_each_seed(gated):
+    runs = pd.read_csv(gated[0] / REPORTING / "runs.csv").set_index("model_type")
+    gates, dense = runs.loc["resnet18_moe"], runs.loc["resnet18"]
+
+    assert (dense["executed_macs"] == dense["macs"]).all()
+    assert (gates["executed_macs"] < gates["macs"]).all() and (gates["executed_macs"] > 0).all()
+
+
+def test_gates_learn_in_a_first_stage_and_stay_in_a_second(gated):
+    history = pd.read_parquet(gated[0] / "data/07_model_output/deepmoe_gated/history.parquet")
+
+    assert history.groupby("phase", sort=False)["epoch"].unique().map(list).to_dict() == {
+        "train": [1, 2],
+        "freeze_gates": [3],
+    }
+    assert history["train_open_gates"].between(0, 100).all()
+
+
+def test_both_arms_are_runs_in_mlflow(gated):
+    runs = runs_of(gated[0])
+    arms = runs[runs["tags.mlflow.parentRunId"].notna()].set_index("tags.model_type")
+
+    assert set(arms.index) == {"resnet18_moe", "resnet18"} and set(arms["status"]) == {"FINISHED"}
+    assert (arms["metrics.final/executed_macs"] <= arms["metrics.final/macs"]).all()
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ("deepmoe.model=resnet18", "has no gates"),
+        ("deepmoe.model=resnet18_mo", "resnet18_moe"),
+        ("deepmoe.training.epochs=1", "freeze_epochs=1 leaves the gates none"),
+        ("deepmoe.stem=imagenet,deepmoe.model=vgg11_moe", "28x28 pixels are too small"),
+        ("deepmoe.gates.lambda=1", "lambda_val"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(gated, params, told):
+    result = kedro(gated[0], "run", "--pipeline", "deepmoe", "--env", "debug", "--params", params)
+
+    assert result.exit_code == 1
+    assert told in result.output and "Traceback" not in result.output
