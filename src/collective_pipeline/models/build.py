@@ -11,6 +11,7 @@ from torch import Generator, nn
 
 from collective_pipeline.config import Arm, CollectiveConfig, MlpArchitecture
 from collective_pipeline.models.collective import Collective, MemberDropout, Members
+from collective_pipeline.models.convolution import Conv2d
 from collective_pipeline.models.layers import Linear, Stack
 from collective_pipeline.models.mlp import Classifier, Mlp
 
@@ -36,15 +37,15 @@ def build_arm(arm: Arm, *, num_seeds: int = 1) -> nn.Module:
 
 
 def count_products(arm: Arm) -> int:
-    """How many matrix products a forward pass has, members of one shape counted once."""
+    """How many matrix products and convolutions a forward pass has, members of one shape counted once."""
     with torch.device("meta"):
-        return sum(isinstance(module, Linear) for module in build_arm(arm).modules())
+        return sum(isinstance(module, Linear | Conv2d) for module in build_arm(arm).modules())
 
 
 def initialise(model: nn.Module, generators: Sequence[Generator]) -> None:
-    """Draw all weights: He-normal by fan-in for every arm alike, seed s from `generators[s]` (on the CPU) alone."""
+    """Draw all weights: He-normal for every arm alike, seed s from `generators[s]` (on the CPU) alone."""
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | Conv2d):
             module.initialise(generators)
 
 

@@ -44,8 +44,8 @@ def make_optimizer(parameters: Sequence[tuple[str, nn.Parameter]], config: Train
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    # Weights of a Linear are (S, N, in, out); its bias is (S, N, 1, out).
-    return parameter.ndim == 4 and not name.endswith("bias")
+    # Weights of a Linear are (S, N, in, out), its bias is (S, N, 1, out); those of a Conv2d are (S, N, out, in, k, k).
+    return parameter.ndim >= 4 and not name.endswith("bias")
 
 
 def make_schedule(config: TrainingConfig, *, rate: float, num_updates: int, warmup_updates: int) -> Tensor:

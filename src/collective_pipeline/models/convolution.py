@@ -1,0 +1,138 @@
+"""Convolutions for a stack of independent networks: weights `(S, N, out, in, k, k)`, maps `(B, S*N*C, H, W)`.
+
+S seeds, N members, B batch, C channels, H height, W width, I input features, M all channels of a map side by side: of
+seed 0 those of its member 0, then of its member 1, ... One network alone is an ordinary convolution on ordinary
+maps; several are one grouped convolution. The members of a seed side by side are at the same time one map of N*C
+channels for `Stack(S)`: nothing has to be moved to read them together. Nothing in this file mixes two entries of S.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from collective_pipeline.models.layers import BN_EPSILON, BN_MOMENTUM, Stack
+
+
+class Conv2d(nn.Module):
+    """Cross-correlation with k x k kernels, for every seed and member.
+
+    Args:
+        stack: Seeds and members.
+        in_channels: Channels read by each member.
+        out_channels: Channels made by each.
+        kernel_size: k.
+        stride: Of both axes.
+        padding: Zeros on every side; by default as many as keep the size at stride 1.
+        groups: Within each member; `in_channels` for a depthwise convolution.
+        bias: Whether a constant is added to every channel.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        groups: int = 1,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.stride = stride
+        self.padding = kernel_size // 2 if padding is None else padding
+        self.groups = groups
+        self.weight = nn.Parameter(torch.zeros(*stack, out_channels, in_channels // groups, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(*stack, out_channels)) if bias else None
+
+    def initialise(self, generators: Sequence[Generator]) -> None:
+        """He-normal weights by fan-out, zero biases; seed s draws from `generators[s]` alone."""
+        fan_out = self.weight[0, 0, :, 0].numel() / self.groups
+        with torch.no_grad():
+            if self.bias is not None:
+                self.bias.zero_()
+            for weight_NOIKK, generator in zip(self.weight, generators, strict=True):
+                drawn = torch.randn(weight_NOIKK.shape, generator=generator)
+                weight_NOIKK.copy_(drawn * math.sqrt(2 / fan_out))
+
+    def forward(self, x_BMHW: Tensor) -> Tensor:
+        """Maps of every member, of every seed (its members share them) or of all seeds alike, to `(B, S*N*out, ...)`.
+
+        What is shared is read as it is, never copied, but for a convolution in groups.
+        """
+        num_inputs = x_BMHW.shape[1] // self.in_channels
+        num_networks = self.weight.shape[:2].numel()
+        if self.groups > 1 and num_inputs < num_networks:
+            maps = x_BMHW.unflatten(1, (num_inputs, self.in_channels))
+            x_BMHW, num_inputs = maps.repeat_interleave(num_networks // num_inputs, dim=1).flatten(1, 2), num_networks
+        return F.conv2d(
+            x_BMHW,
+            self.weight.flatten(0, 2),
+            None if self.bias is None else self.bias.flatten(),
+            stride=self.stride,
+            padding=self.padding,
+            groups=num_inputs * self.groups,
+        )
+
+
+class BatchNorm2d(nn.Module):
+    """Normalise every channel over batch and pixels, then scale and shift (Ioffe & Szegedy 2015), as torch's own."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, stack: Stack, num_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(*stack, num_channels))
+        self.bias = nn.Parameter(torch.zeros(*stack, num_channels))
+        self.register_buffer("running_mean", torch.zeros(*stack, num_channels))
+        self.register_buffer("running_var", torch.ones(*stack, num_channels))
+
+    def forward(self, x_BMHW: Tensor) -> Tensor:
+        """Same shape as the input."""
+        return F.batch_norm(
+            x_BMHW,
+            self.running_mean.view(-1),
+            self.running_var.view(-1),
+            self.weight.view(-1),
+            self.bias.view(-1),
+            training=self.training,
+            momentum=BN_MOMENTUM,
+            eps=BN_EPSILON,
+        )
+
+
+class GlobalAveragePool(nn.Module):
+    """The mean of every channel over all pixels."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, x_BMHW: Tensor) -> Tensor:
+        """Maps `(B, S*N*C, H, W)` to features `(S, N, B, C)`."""
+        return to_features(x_BMHW.mean(dim=(2, 3), keepdim=True), self.stack)
+
+
+def to_maps(x_SBI: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+    """Flattened images `(S, B, C*H*W)` as maps `(B, S*C, H, W)`, channels last in memory as cuDNN wants them.
+
+    Images that all seeds share come with S = 1 and stay so: `Conv2d` reads maps of C channels for every seed.
+    """
+    maps_BSCHW = x_SBI.transpose(0, 1).unflatten(-1, image_shape)
+    return maps_BSCHW.flatten(1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def to_features(x_BMHW: Tensor, stack: Stack) -> Tensor:
+    """Maps `(B, S*N*C, H, W)` as features `(S, N, B, C*H*W)`, the form that `layers` read."""
+    return x_BMHW.unflatten(1, (*stack, -1)).flatten(3).permute(1, 2, 0, 3)
+
+
+def to_channels(x_SNBC: Tensor) -> Tensor:
+    """Features `(S, N, B, C)` as maps of one pixel `(B, S*N*C, 1, 1)`: a factor for every channel of larger maps."""
+    return x_SNBC.permute(2, 0, 1, 3).flatten(1)[..., None, None]
