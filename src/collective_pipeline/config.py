@@ -74,6 +74,24 @@ class DataConfig(Config):
     split_seed: int = Field(42, ge=0, description="the same split for every arm and every training seed")
 
 
+class ClassGroupsConfig(Config):
+    """Which classes each sub-model of a mixture learns to tell apart."""
+
+    groups: tuple[tuple[str | int, ...], ...] | None = Field(
+        None, description="class names or labels; null: the data set's own (data/class_groups.py)"
+    )
+    leave_out_others: bool = Field(False, description="train and test on the groups' classes alone")
+
+    @field_validator("groups")
+    @classmethod
+    def _several(cls, groups: tuple[tuple[str | int, ...], ...] | None) -> tuple[tuple[str | int, ...], ...] | None:
+        if groups is not None and len(groups) < 2:
+            raise ValueError("one group makes no mixture: give two at least")
+        if groups is not None and not all(groups):
+            raise ValueError(f"group {groups.index(()) + 1} is empty: give it classes, or leave it out")
+        return groups
+
+
 class DiversityConfig(Config):
     """A loss that keeps members from agreeing, D = mean over pairs of |mean over batch of cosine| / temperature."""
 
@@ -384,6 +402,7 @@ class Parameters(Config):
     checkpoint: str | None = Field(None, min_length=1, description="predict: a file; null: the newest of the arm")
     checkpoint_seed: int | None = Field(None, ge=0, description="predict: this seed alone; null: the mean of all")
     data: DataConfig = DataConfig()
+    class_groups: ClassGroupsConfig = ClassGroupsConfig()
     collective: CollectiveConfig = CollectiveConfig()
     baselines: BaselineConfig = BaselineConfig()
     training: TrainingConfig = TrainingConfig()
