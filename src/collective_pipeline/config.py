@@ -23,6 +23,7 @@ from pydantic import (
 
 BaselineName = Literal["shallow", "balanced", "deep", "very_deep", "deep_resnet", "very_deep_resnet"]
 ModelType = Literal["collective", "shallow", "balanced", "deep", "very_deep", "deep_resnet", "very_deep_resnet"]
+MixtureModelType = Literal["merged_moe", "single_expert", "dense", "sub_model"]
 DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100"]
 Strategy = Literal["end_to_end", "pretrain_freeze_finetune", "layerwise_autoencoding"]
 
@@ -200,15 +201,90 @@ class MlpArchitecture(Config):
     dropout: Fraction = 0.1
 
 
+Channels = tuple[Width, Width, Width, Width]
+ImageShape = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)]]
+
+
+class SubModelArchitecture(Config):
+    """The network of one group of classes, and with all classes the dense baseline of a mixture."""
+
+    kind: Literal["sub_model"] = "sub_model"
+    image_shape: ImageShape = Field(description="channels, height, width; at least 4 x 4 pixels")
+    channels: Channels = Field((64, 128, 256, 512), description="of the extractor's four stages")
+    dropout: Fraction = 0.5
+
+
+class GateLossConfig(Config):
+    """Weights of the losses on a mixture's gates (training/losses.py has their formulas); 0 switches a term off.
+
+    Those called legacy are what the original's code computed, not what its documents say.
+    """
+
+    diversity: float = Field(0.1, ge=0, description="few experts for an image")
+    balance: float = Field(0.5, ge=0, description="all experts used alike")
+    min_usage: float = Field(0.0, ge=0, description="no expert hardly used")
+    decorrelation: float = Field(0.0, ge=0, description="no two experts used together")
+    legacy_diversity: float = Field(0.0, ge=0, description="the gates' entropy; the original: 0.1")
+    legacy_balance: float = Field(0.0, ge=0, description="depends on the batch size; the original: 0.5")
+    legacy_min_usage: float = Field(0.0, ge=0, description="of every image by itself; the original: 0.5")
+    legacy_correlation: float = Field(0.0, ge=0, description="constant, without a gradient; the original: 0.1")
+
+
+class MixtureArchitecture(Config):
+    """A mixture of experts merged from sub-models, what its gates are trained for included."""
+
+    kind: Literal["mixture"] = "mixture"
+    image_shape: ImageShape = Field(description="channels, height, width; at least 4 x 4 pixels")
+    n_experts: int = Field(3, ge=1, le=1024, description="1: no gate, the single-expert baseline")
+    combine: Literal["features", "logits"] = Field(
+        "features", description="features: of the experts and of an analyst, for one classifier; logits: one each"
+    )
+    channels: Channels = Field((64, 128, 256, 512), description="of the extractor's four stages")
+    gate_width: Width = 256
+    expert_dropout: Fraction = 0.5
+    gate_dropout: Fraction = 0.2
+    gate_noise: float = Field(0.1, ge=0, description="standard deviation, after the temperature, while training")
+    initial_temperature: Positive = Field(2.0, description="of the gate's softmax, at the first update")
+    final_temperature: Positive = Field(0.5, description="at the last one; between them half a cosine")
+    initialisation: Literal["average", "copy", "fresh"] = Field(
+        "average",
+        description="of the extractor: mean of the sub-models, statistics of norms included, or copied from one; the "
+        "experts are copied each from its own; fresh: everything drawn",
+    )
+    copy_of: int = Field(1, ge=1, description="copy: the number of the group whose sub-model gives the extractor")
+    losses: GateLossConfig = GateLossConfig()
+
+    @model_validator(mode="after")
+    def _check_gates(self) -> Self:
+        weighed = [name for name, weight in self.losses if weight]
+        if self.n_experts == 1 and weighed:
+            raise ValueError(
+                f"n_experts=1 leaves no gates for the losses {', '.join(weighed)}: choose two experts at least, or "
+                "weigh those losses with 0"
+            )
+        return self
+
+
+Architecture = CollectiveConfig | MlpArchitecture | SubModelArchitecture | MixtureArchitecture
+
+
 class Arm(Config):
     """One model of a comparison, complete: enough to build it again without anything else."""
 
-    model_type: ModelType
+    model_type: ModelType | MixtureModelType
     in_dim: int = Field(gt=0, description="features of one flattened image")
     num_classes: int = Field(ge=2)
     params: int = Field(gt=0, description="trainable parameters of one seed")
     target_params: int = Field(gt=0)
-    architecture: Annotated[CollectiveConfig | MlpArchitecture, Field(discriminator="kind")]
+    architecture: Annotated[Architecture, Field(discriminator="kind")]
+
+    @model_validator(mode="after")
+    def _check_images(self) -> Self:
+        if isinstance(self.architecture, SubModelArchitecture | MixtureArchitecture):
+            shape = self.architecture.image_shape
+            if math.prod(shape) != self.in_dim:
+                raise ValueError(f"images of {'x'.join(map(str, shape))} do not have in_dim={self.in_dim} features")
+        return self
 
     @property
     def param_error_pct(self) -> float:

@@ -9,16 +9,22 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, nn
 
-from collective_pipeline.config import Arm, CollectiveConfig, MlpArchitecture
+from collective_pipeline.config import (
+    Architecture,
+    Arm,
+    CollectiveConfig,
+    MixtureArchitecture,
+    MlpArchitecture,
+    SubModelArchitecture,
+)
 from collective_pipeline.models.collective import Collective, MemberDropout, Members
 from collective_pipeline.models.convolution import Conv2d
 from collective_pipeline.models.layers import Linear, Stack
+from collective_pipeline.models.mixture import build_mixture, build_sub_model
 from collective_pipeline.models.mlp import Classifier, Mlp
 
 
-def build_model(
-    architecture: CollectiveConfig | MlpArchitecture, *, in_dim: int, num_classes: int, num_seeds: int = 1
-) -> nn.Module:
+def build_model(architecture: Architecture, *, in_dim: int, num_classes: int, num_seeds: int = 1) -> nn.Module:
     """The network that `architecture` describes, for `num_seeds` seeds at once: `(S, B, in_dim)` to `(S, B, K)`.
 
     Its weights are zero until `initialise` draws them.
@@ -29,6 +35,22 @@ def build_model(
         case MlpArchitecture(hidden_dims=hidden_dims, dropout=rate, residual=residual):
             stack, dims = Stack(num_seeds), (in_dim, *hidden_dims, num_classes)
             return Classifier(Mlp(stack, dims, dropout=[rate] * len(hidden_dims), residual=residual))
+        case SubModelArchitecture(image_shape=image_shape, channels=channels, dropout=rate):
+            return build_sub_model(Stack(num_seeds), image_shape, channels, dropout=rate, num_classes=num_classes)
+        case MixtureArchitecture():
+            return build_mixture(
+                Stack(num_seeds),
+                architecture.image_shape,
+                architecture.channels,
+                num_experts=architecture.n_experts,
+                mixes_logits=architecture.combine == "logits",
+                gate_width=architecture.gate_width,
+                expert_dropout=architecture.expert_dropout,
+                gate_dropout=architecture.gate_dropout,
+                gate_noise=architecture.gate_noise,
+                temperature=architecture.initial_temperature,
+                num_classes=num_classes,
+            )
 
 
 def build_arm(arm: Arm, *, num_seeds: int = 1) -> nn.Module:
