@@ -23,12 +23,21 @@ from pydantic import (
 
 BaselineName = Literal["shallow", "balanced", "deep", "very_deep", "deep_resnet", "very_deep_resnet"]
 ModelType = Literal["collective", "shallow", "balanced", "deep", "very_deep", "deep_resnet", "very_deep_resnet"]
+ImageModelType = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnet18_moe", "resnet34_moe",
+    "resnet50_moe_a", "resnet50_moe_b", "resnet101_moe_a", "resnet101_moe_b", "resnet152_moe_a", "resnet152_moe_b",
+    "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn",
+    "vgg11_moe", "vgg13_moe", "vgg16_moe", "vgg19_moe", "vgg11_bn_moe", "vgg13_bn_moe", "vgg16_bn_moe", "vgg19_bn_moe",
+]  # fmt: skip
+Stem = Literal["cifar", "imagenet"]
 MixtureModelType = Literal["merged_moe", "single_expert", "dense", "sub_model"]
 DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100"]
 Strategy = Literal["end_to_end", "pretrain_freeze_finetune", "layerwise_autoencoding"]
 
 BASELINES: tuple[BaselineName, ...] = get_args(BaselineName)
 MODEL_TYPES: tuple[ModelType, ...] = get_args(ModelType)
+IMAGE_MODEL_TYPES: tuple[ImageModelType, ...] = get_args(ImageModelType)
 DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
 
 # What people who come from the originals type.
@@ -201,21 +210,109 @@ class MlpArchitecture(Config):
     dropout: Fraction = 0.1
 
 
+class GateConfig(Config):
+    """Gates on the channels of convolutions, from an embedding of the image (DeepMoE, Wang et al. 2019).
+
+    Their losses and stages are configured here too: a network without gates has none.
+    """
+
+    embedding_dim: int = Field(128, ge=5, le=65_536)
+    embedding: Stem = Field("cifar", description="4 convolutions (cifar) or 5 (imagenet)")
+    position: Literal["post_norm", "pre_norm"] = Field(
+        "post_norm", description="post_norm: a closed gate makes a zero channel; pre_norm: a constant one (original)"
+    )
+    offset: float = Field(1.0, ge=0, description="about what gates are at first; 0: the original, most are nearly shut")
+    lambda_val: float = Field(1e-4, ge=0, description="weight of the sparsity term in stage 1")
+    sparsity: Literal["l1", "legacy_matrix1"] = Field(
+        "l1", description="l1: sum of an image's gates; legacy_matrix1: the original's largest column sum of each layer"
+    )
+    mu: float = Field(1.0, ge=0, description="weight of the embedding's own cross-entropy in stage 1")
+    freeze_epochs: int = Field(5, ge=0, description="the last ones, stage 2: without both terms, gates frozen")
+    freeze: Literal["gates", "embedding"] = Field(
+        "gates", description="gates: what an image opens stays as it is; embedding: the heads go on (original)"
+    )
+
+
+class ResNetArchitecture(Config):
+    """A residual network (He et al. 2016) with any of its blocks' convolutions gated."""
+
+    kind: Literal["resnet"] = "resnet"
+    image_shape: tuple[int, int, int] = Field(description="channels, height, width")
+    stem: Stem = Field("cifar", description="3x3; imagenet: 7x7 at stride 2 and max-pooling")
+    blocks: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (2, 2, 2, 2)
+    width: Width = Field(64, description="channels of the stem and of the first stage; each stage doubles them")
+    bottleneck: bool = Field(False, description="blocks of 1x1, 3x3 and 1x1 to four times the width; else two 3x3")
+    gated: tuple[Annotated[int, Field(ge=0, le=2)], ...] = Field((), description="positions in a block, from 0")
+    gates: GateConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_gates(self) -> Self:
+        if (self.gates is None) != (not self.gated):
+            raise ValueError("gated and gates belong together: give both or neither")
+        if list(self.gated) != sorted({*self.gated} & {*range(len(self.block_channels(0)))}):
+            raise ValueError(f"gated={self.gated} are not positions of a block's convolutions in ascending order")
+        return self
+
+    def block_channels(self, stage: int) -> tuple[int, ...]:
+        """Channels that each convolution of a block makes."""
+        width = self.width << stage
+        return (width, width, 4 * width) if self.bottleneck else (width, width)
+
+    @property
+    def gated_channels(self) -> tuple[int, ...]:
+        """Of every gated layer, from the image on."""
+        return tuple(
+            self.block_channels(stage)[position]
+            for stage, num_blocks in enumerate(self.blocks)
+            for _ in range(num_blocks)
+            for position in self.gated
+        )
+
+    @property
+    def smallest_side(self) -> int:
+        """Pixels that an image must have for every stage to see one."""
+        return (4 if self.stem == "imagenet" else 1) << len(self.blocks) - 1
+
+
+class VggArchitecture(Config):
+    """A VGG network (Simonyan & Zisserman 2015); with gates, all of its convolutions are gated."""
+
+    kind: Literal["vgg"] = "vgg"
+    image_shape: tuple[int, int, int] = Field(description="channels, height, width")
+    channels: Annotated[tuple[Annotated[tuple[Width, ...], Field(min_length=1)], ...], Field(min_length=1)] = Field(
+        description="of every convolution, stage by stage; max-pooling ends a stage"
+    )
+    normalise: bool = False
+    pooled_side: int = Field(1, ge=1, description="of the maps that the head reads; 7 in the imagenet form")
+    hidden: Width = Field(512, description="of the head's two hidden layers; 4096 in the imagenet form")
+    dropout: Fraction = 0.5
+    gates: GateConfig | None = None
+
+    @property
+    def gated_channels(self) -> tuple[int, ...]:
+        """Of every gated layer, from the image on."""
+        return () if self.gates is None else tuple(width for stage in self.channels for width in stage)
+
+    @property
+    def smallest_side(self) -> int:
+        """Pixels that an image must have for something to be left of it."""
+        return 1 << len(self.channels)
+
+
 Channels = tuple[Width, Width, Width, Width]
-ImageShape = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)]]
 
 
 class SubModelArchitecture(Config):
     """The network of one group of classes, and with all classes the dense baseline of a mixture."""
 
     kind: Literal["sub_model"] = "sub_model"
-    image_shape: ImageShape = Field(description="channels, height, width; at least 4 x 4 pixels")
+    image_shape: tuple[int, int, int] = Field(description="channels, height, width")
     channels: Channels = Field((64, 128, 256, 512), description="of the extractor's four stages")
     dropout: Fraction = 0.5
 
 
-class GateLossConfig(Config):
-    """Weights of the losses on a mixture's gates (training/losses.py has their formulas); 0 switches a term off.
+class RoutingLossConfig(Config):
+    """Weights of the losses on a mixture's gates (training/routing_losses.py has their formulas); 0 switches a term off.
 
     Those called legacy are what the original's code computed, not what its documents say.
     """
@@ -234,7 +331,7 @@ class MixtureArchitecture(Config):
     """A mixture of experts merged from sub-models, what its gates are trained for included."""
 
     kind: Literal["mixture"] = "mixture"
-    image_shape: ImageShape = Field(description="channels, height, width; at least 4 x 4 pixels")
+    image_shape: tuple[int, int, int] = Field(description="channels, height, width")
     n_experts: int = Field(3, ge=1, le=1024, description="1: no gate, the single-expert baseline")
     combine: Literal["features", "logits"] = Field(
         "features", description="features: of the experts and of an analyst, for one classifier; logits: one each"
@@ -252,7 +349,7 @@ class MixtureArchitecture(Config):
         "experts are copied each from its own; fresh: everything drawn",
     )
     copy_of: int = Field(1, ge=1, description="copy: the number of the group whose sub-model gives the extractor")
-    losses: GateLossConfig = GateLossConfig()
+    losses: RoutingLossConfig = RoutingLossConfig()
 
     @model_validator(mode="after")
     def _check_gates(self) -> Self:
@@ -265,13 +362,14 @@ class MixtureArchitecture(Config):
         return self
 
 
-Architecture = CollectiveConfig | MlpArchitecture | SubModelArchitecture | MixtureArchitecture
+ImageArchitecture = ResNetArchitecture | VggArchitecture
+Architecture = CollectiveConfig | MlpArchitecture | ImageArchitecture | SubModelArchitecture | MixtureArchitecture
 
 
 class Arm(Config):
     """One model of a comparison, complete: enough to build it again without anything else."""
 
-    model_type: ModelType | MixtureModelType
+    model_type: ModelType | ImageModelType | MixtureModelType
     in_dim: int = Field(gt=0, description="features of one flattened image")
     num_classes: int = Field(ge=2)
     params: int = Field(gt=0, description="trainable parameters of one seed")
@@ -280,7 +378,7 @@ class Arm(Config):
 
     @model_validator(mode="after")
     def _check_images(self) -> Self:
-        if isinstance(self.architecture, SubModelArchitecture | MixtureArchitecture):
+        if not isinstance(self.architecture, CollectiveConfig | MlpArchitecture):
             shape = self.architecture.image_shape
             if math.prod(shape) != self.in_dim:
                 raise ValueError(f"images of {'x'.join(map(str, shape))} do not have in_dim={self.in_dim} features")

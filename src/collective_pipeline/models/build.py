@@ -3,6 +3,7 @@
 Suffixes as in `collective`.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -13,21 +14,35 @@ from collective_pipeline.config import (
     Architecture,
     Arm,
     CollectiveConfig,
+    GateConfig,
+    ImageArchitecture,
     MixtureArchitecture,
     MlpArchitecture,
+    ResNetArchitecture,
     SubModelArchitecture,
+    UserError,
+    VggArchitecture,
 )
 from collective_pipeline.models.collective import Collective, MemberDropout, Members
-from collective_pipeline.models.convolution import Conv2d
+from collective_pipeline.models.convolution import BatchNorm2d, Conv2d, GlobalAveragePool
+from collective_pipeline.models.gating import GatedUnit, GateHeads, Gating, ShallowEmbedding
+from collective_pipeline.models.image_classifier import ImageClassifier
 from collective_pipeline.models.layers import Linear, Stack
-from collective_pipeline.models.mixture import build_mixture, build_sub_model
+from collective_pipeline.models.mixture import POOLED, build_mixture, build_sub_model
 from collective_pipeline.models.mlp import Classifier, Mlp
+from collective_pipeline.models.resnet import ResidualBlock, ResNet
+from collective_pipeline.models.vgg import Vgg, VggStage
+
+DRAWN = (Linear, Conv2d, GateHeads)  # what has weights to draw, and is a product
 
 
 def build_model(architecture: Architecture, *, in_dim: int, num_classes: int, num_seeds: int = 1) -> nn.Module:
     """The network that `architecture` describes, for `num_seeds` seeds at once: `(S, B, in_dim)` to `(S, B, K)`.
 
     Its weights are zero until `initialise` draws them.
+
+    Raises:
+        UserError: If the images are too small for it.
     """
     match architecture:
         case CollectiveConfig():
@@ -36,8 +51,10 @@ def build_model(architecture: Architecture, *, in_dim: int, num_classes: int, nu
             stack, dims = Stack(num_seeds), (in_dim, *hidden_dims, num_classes)
             return Classifier(Mlp(stack, dims, dropout=[rate] * len(hidden_dims), residual=residual))
         case SubModelArchitecture(image_shape=image_shape, channels=channels, dropout=rate):
+            _check_size(image_shape, POOLED, "use larger images")
             return build_sub_model(Stack(num_seeds), image_shape, channels, dropout=rate, num_classes=num_classes)
         case MixtureArchitecture():
+            _check_size(architecture.image_shape, POOLED, "use larger images")
             return build_mixture(
                 Stack(num_seeds),
                 architecture.image_shape,
@@ -51,6 +68,8 @@ def build_model(architecture: Architecture, *, in_dim: int, num_classes: int, nu
                 temperature=architecture.initial_temperature,
                 num_classes=num_classes,
             )
+        case _:
+            return _build_image_classifier(architecture, num_classes=num_classes, num_seeds=num_seeds)
 
 
 def build_arm(arm: Arm, *, num_seeds: int = 1) -> nn.Module:
@@ -61,13 +80,13 @@ def build_arm(arm: Arm, *, num_seeds: int = 1) -> nn.Module:
 def count_products(arm: Arm) -> int:
     """How many matrix products and convolutions a forward pass has, members of one shape counted once."""
     with torch.device("meta"):
-        return sum(isinstance(module, Linear | Conv2d) for module in build_arm(arm).modules())
+        return sum(isinstance(module, DRAWN) for module in build_arm(arm).modules())
 
 
 def initialise(model: nn.Module, generators: Sequence[Generator]) -> None:
     """Draw all weights: He-normal for every arm alike, seed s from `generators[s]` (on the CPU) alone."""
     for module in model.modules():
-        if isinstance(module, Linear | Conv2d):
+        if isinstance(module, DRAWN):
             module.initialise(generators)
 
 
@@ -124,3 +143,107 @@ def _build_collective(config: CollectiveConfig, *, in_dim: int, num_classes: int
         expert_dropout=MemberDropout(Stack(num_seeds, config.num_experts), drop.expert_rate, drop.form),
         analyst_dropout=MemberDropout(Stack(num_seeds, config.num_analysts), drop.analyst_rate, drop.form),
     )
+
+
+class _GatedUnits:
+    """Makes the units of one network, numbering those that are gated."""
+
+    def __init__(self, stack: Stack, gates: GateConfig | None, *, normalise: bool, bias: bool) -> None:
+        self.stack = stack
+        self.gates = gates
+        self.normalise = normalise
+        self.bias = bias
+        self.numbers = itertools.count()
+
+    @property
+    def gates_have_bias(self) -> bool:
+        """The bias that a norm behind the convolution would cancel belongs to the gate behind the norm instead."""
+        return self.normalise and self.gates is not None and self.gates.position == "post_norm"
+
+    def make(self, i: int, o: int, kernel_size: int, *, stride: int = 1, gated: bool = False) -> GatedUnit:
+        """From `i` to `o` channels; a gated convolution has a bias wherever it has an effect, as in the original."""
+        bias = not self.gates_have_bias if gated else self.bias
+        return GatedUnit(
+            Conv2d(self.stack, i, o, kernel_size, stride=stride, bias=bias),
+            BatchNorm2d(self.stack, o) if self.normalise else None,
+            gate=next(self.numbers) if gated else None,
+            gate_first=self.gates is not None and self.gates.position == "pre_norm",
+        )
+
+
+def _check_size(image_shape: tuple[int, int, int], smallest_side: int, advice: str) -> None:
+    _, height, width = image_shape
+    if min(height, width) < smallest_side:
+        raise UserError(
+            f"images of {height}x{width} pixels are too small for this network, which halves them until nothing is "
+            f"left below {smallest_side}x{smallest_side}: {advice}"
+        )
+
+
+def _build_image_classifier(architecture: ImageArchitecture, *, num_classes: int, num_seeds: int) -> ImageClassifier:
+    channels = architecture.image_shape[0]
+    _check_size(
+        architecture.image_shape, architecture.smallest_side, "use larger images, or a network with fewer stages"
+    )
+    stack, gates = Stack(num_seeds), architecture.gates
+    network: ResNet | Vgg
+    match architecture:
+        case ResNetArchitecture():
+            make = _GatedUnits(stack, gates, normalise=True, bias=False)
+            network = _build_resnet(architecture, make, num_classes)
+        case VggArchitecture():
+            make = _GatedUnits(stack, gates, normalise=architecture.normalise, bias=True)
+            network = _build_vgg(architecture, make, num_classes)
+    gating = None
+    if gates is not None:
+        num_gates, dim = sum(architecture.gated_channels), gates.embedding_dim
+        gating = Gating(
+            ShallowEmbedding(stack, channels, dim, num_layers=4 if gates.embedding == "cifar" else 5),
+            GateHeads(stack, dim, num_gates, offset=gates.offset, bias=make.gates_have_bias),
+            Linear(stack, dim, num_classes),
+        )
+    return ImageClassifier(
+        network, gating, image_shape=architecture.image_shape, gated_channels=architecture.gated_channels
+    )
+
+
+def _build_resnet(architecture: ResNetArchitecture, make: _GatedUnits, num_classes: int) -> ResNet:
+    width = architecture.width
+    pool: nn.Module = nn.Identity()
+    if architecture.stem == "cifar":
+        stem = make.make(architecture.image_shape[0], width, 3)
+    else:
+        stem, pool = make.make(architecture.image_shape[0], width, 7, stride=2), nn.MaxPool2d(3, 2, padding=1)
+    blocks: list[ResidualBlock] = []
+    for stage, num_blocks in enumerate(architecture.blocks):
+        made = architecture.block_channels(stage)
+        for block in range(num_blocks):
+            stride = 2 if block == 0 and stage > 0 else 1
+            read = width if not blocks else architecture.block_channels(stage - (block == 0))[-1]
+            strided = 1 if architecture.bottleneck else 0
+            units = [
+                make.make(
+                    i,
+                    o,
+                    1 if architecture.bottleneck and position != strided else 3,
+                    stride=stride if position == strided else 1,
+                    gated=position in architecture.gated,
+                )
+                for position, (i, o) in enumerate(itertools.pairwise((read, *made)))
+            ]
+            same = stride == 1 and read == made[-1]
+            blocks.append(ResidualBlock(units, None if same else make.make(read, made[-1], 1, stride=stride)))
+    return ResNet(stem, pool, blocks, GlobalAveragePool(make.stack), Linear(make.stack, made[-1], num_classes))
+
+
+def _build_vgg(architecture: VggArchitecture, make: _GatedUnits, num_classes: int) -> Vgg:
+    widths = iter(itertools.pairwise([architecture.image_shape[0], *itertools.chain(*architecture.channels)]))
+    gated = architecture.gates is not None
+    stages = [
+        VggStage([make.make(i, o, 3, gated=gated) for i, o in itertools.islice(widths, len(stage))])
+        for stage in architecture.channels
+    ]
+    features = architecture.channels[-1][-1] * architecture.pooled_side**2
+    dims = (features, architecture.hidden, architecture.hidden, num_classes)
+    head = Mlp(make.stack, dims, dropout=[architecture.dropout] * 2, normalise=False)
+    return Vgg(make.stack, stages, head, pooled_side=architecture.pooled_side)

@@ -124,13 +124,14 @@ def to_maps(x_SBI: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
 
     Images that all seeds share come with S = 1 and stay so: `Conv2d` reads maps of C channels for every seed.
     """
-    maps_BSCHW = x_SBI.transpose(0, 1).unflatten(-1, image_shape)
+    maps_BSCHW: Tensor = x_SBI.transpose(0, 1).unflatten(-1, image_shape)
     return maps_BSCHW.flatten(1, 2).contiguous(memory_format=torch.channels_last)
 
 
 def to_features(x_BMHW: Tensor, stack: Stack) -> Tensor:
     """Maps `(B, S*N*C, H, W)` as features `(S, N, B, C*H*W)`, the form that `layers` read."""
-    return x_BMHW.unflatten(1, (*stack, -1)).flatten(3).permute(1, 2, 0, 3)
+    x_BSNCHW: Tensor = x_BMHW.unflatten(1, (*stack, -1))
+    return x_BSNCHW.flatten(3).permute(1, 2, 0, 3)
 
 
 def to_channels(x_SNBC: Tensor) -> Tensor:

@@ -351,14 +351,17 @@ class _PhaseTraining:
         self.parameters = [weight for _, weight in trained]
         self.optimizer = make_optimizer(trained, config)
         self.num_updates = -(-len(batches) // config.accumulation_steps)
-        is_only_phase = phase.epochs == config.epochs
-        warmup_epochs = config.warmup_epochs if is_only_phase else min(config.warmup_epochs, phase.epochs / 2)
-        self.schedule = make_schedule(
+        is_whole = phase.goes_on or phase.epochs == config.epochs
+        warmup_epochs = config.warmup_epochs if is_whole else min(config.warmup_epochs, phase.epochs / 2)
+        schedule = make_schedule(
             config,
             rate=config.learning_rate * phase.rate_factor,
-            num_updates=phase.epochs * self.num_updates,
+            num_updates=(config.epochs if is_whole else phase.epochs) * self.num_updates,
             warmup_updates=round(warmup_epochs * self.num_updates),
         )
+        # The part of the whole that is this phase's, or all of its own.
+        start = first_epoch * self.num_updates if is_whole else 0
+        self.schedule = schedule[start : start + phase.epochs * self.num_updates]
         self.rates = self.schedule.to(self.device)
         num_updates = phase.epochs * self.num_updates
         self.annealed = {

@@ -1,25 +1,26 @@
 """Loss terms: functions of `(logits, parts, labels)`, one value for each seed. An objective is a weighted sum.
 
-Suffixes: S seeds, B batch, N members, E member features, K classes. The gates of a mixture, g, are `(S, B, N)`; the
-usage of an expert is the mean of its gates over the batch.
+Suffixes: S seeds, B batch, N members, E member features, K classes, G gates of all layers side by side, C gates of one.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collective_pipeline.config import Architecture, CollectiveConfig, DiversityConfig, MixtureArchitecture
+from collective_pipeline.config import (
+    Architecture,
+    CollectiveConfig,
+    DiversityConfig,
+    ImageArchitecture,
+    MixtureArchitecture,
+)
+from collective_pipeline.training.routing_losses import weighted_routing
 
 Parts = Mapping[str, Tensor]
 Term = Callable[[Tensor, Parts, Tensor], Tensor]
 Objective = Callable[[Tensor, Parts, Tensor], dict[str, Tensor]]
-
-LEAST_USAGE = 0.3  # of the usage that all experts would have if they were used alike: 0.1 for three, as the original
-LEGACY_LEAST_GATE = 0.1
-LEGACY_EPSILON = 1e-6
 
 
 def cross_entropy(label_smoothing: float = 0.0) -> Term:
@@ -69,77 +70,37 @@ def reconstruction(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tenso
     return (parts["reconstruction"] - parts["original"]).square().mean(dim=(1, 2, 3))
 
 
-def gate_diversity(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
-    """Mean over images of the sum over pairs j != k of g_j g_k: 0 where one expert has all the weight.
+def gate_l1(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
+    """Mean over the batch of the sum of an image's gates `parts["gates"]`, `(S, B, G)`, whatever the batch's size."""
+    return parts["gates"].abs().sum(dim=2).mean(dim=1)
 
-    As in the original's documents, but for the mean: a sum over images would weigh it by the batch size.
+
+def legacy_matrix1(channels: Sequence[int]) -> Term:
+    """Sum over layers of the matrix norm max_c sum_b |g_bc|, what the original has for the entrywise one.
+
+    It grows with the batch, and of each layer's `channels` only the most open one has a gradient.
     """
-    g_SBN = parts["gates"]
-    return (g_SBN.sum(dim=-1).square() - g_SBN.square().sum(dim=-1)).mean(dim=1)
+
+    def term(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
+        sum_SG = parts["gates"].abs().sum(dim=1)
+        return torch.stack([sum_SC.amax(dim=1) for sum_SC in sum_SG.split(list(channels), dim=1)]).sum(dim=0)
+
+    return term
 
 
-def gate_balance(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
-    """Sum over experts of (1/N - usage)^2, as in the original's documents; the size of the batch does not scale it."""
-    usage_SN = parts["gates"].mean(dim=1)
-    return (1 / usage_SN.shape[-1] - usage_SN).square().sum(dim=-1)
+def embedding_cross_entropy(label_smoothing: float = 0.0) -> Term:
+    """Mean cross-entropy of what the embedding alone says, `parts["embedding_logits"]`, `(S, B, K)`."""
+    single = cross_entropy(label_smoothing)
+
+    def term(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
+        return single(parts["embedding_logits"], {}, labels_SB)
+
+    return term
 
 
-def gate_min_usage(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
-    """Sum over experts of what their usage lacks of 0.3/N. An image may still have all of its weight on one expert."""
-    usage_SN = parts["gates"].mean(dim=1)
-    return (LEAST_USAGE / usage_SN.shape[-1] - usage_SN).relu().sum(dim=-1)
-
-
-def gate_decorrelation(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
-    """Half the sum of the squared covariances of different experts' gates over the batch (Cogswell et al. 2016).
-
-    An image's gates sum to 1, and so a row of covariances to 0: with two experts this shrinks their variance alone.
-    """
-    g_SBN = parts["gates"]
-    centred_SBN = g_SBN - g_SBN.mean(dim=1, keepdim=True)
-    covariance_SNN = centred_SBN.mT @ centred_SBN / g_SBN.shape[1]
-    of_pairs = covariance_SNN.square().sum(dim=(1, 2))
-    return (of_pairs - covariance_SNN.diagonal(dim1=1, dim2=2).square().sum(dim=1)) / 2
-
-
-def legacy_gate_diversity(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
-    """The original's code: mean entropy of an image's gates."""
-    g_SBN = parts["gates"]
-    return -(g_SBN * (g_SBN + LEGACY_EPSILON).log()).sum(dim=-1).mean(dim=1)
-
-
-def legacy_gate_balance(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
-    """The original's code: KL(uniform | softmax(u)) / N with u the sums of the gates over the batch.
-
-    A softmax of sums: the larger the batch, the steeper.
-    """
-    log_shares_SN = parts["gates"].sum(dim=1).log_softmax(dim=-1)
-    num_experts = log_shares_SN.shape[-1]
-    return (-math.log(num_experts) - log_shares_SN.mean(dim=-1)) / num_experts
-
-
-def legacy_gate_min_usage(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
-    """The original's code: mean over images of what their smallest gate lacks of 0.1, whoever is used elsewhere."""
-    return (LEGACY_LEAST_GATE - parts["gates"].amin(dim=-1)).relu().mean(dim=1)
-
-
-def legacy_gate_correlation(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
-    """The original's code: mean of the N x N matrix G^T G. Its sum is that of (sum_n g_n)^2: constant, B / N^2."""
-    g_SBN = parts["gates"]
-    return (g_SBN.mT @ g_SBN).mean(dim=(1, 2))
-
-
-# By their names in `config.GateLossConfig`.
-GATE_TERMS: dict[str, Term] = {
-    "diversity": gate_diversity,
-    "balance": gate_balance,
-    "min_usage": gate_min_usage,
-    "decorrelation": gate_decorrelation,
-    "legacy_diversity": legacy_gate_diversity,
-    "legacy_balance": legacy_gate_balance,
-    "legacy_min_usage": legacy_gate_min_usage,
-    "legacy_correlation": legacy_gate_correlation,
-}
+def open_gates(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
+    """Percent of the gates of the batch's images that are not shut; only to be logged, it has no gradient."""
+    return 100 * (parts["gates"] > 0).float().mean(dim=(1, 2))
 
 
 def weighted_sum(terms: Mapping[str, tuple[float, Term]]) -> Objective:
@@ -153,14 +114,26 @@ def weighted_sum(terms: Mapping[str, tuple[float, Term]]) -> Objective:
     return evaluate
 
 
-def make_objective(architecture: Architecture, label_smoothing: float) -> Objective:
-    """Cross-entropy, and the terms that the configuration of a collective or a mixture weighs."""
+def make_objective(architecture: Architecture, label_smoothing: float, *, gates_learn: bool = True) -> Objective:
+    """Cross-entropy, and what the architecture's configuration adds to it.
+
+    For a collective the diversity terms; for a mixture those on its routing; for a network with gates on its channels
+    their sparsity and the embedding's cross-entropy, which without `gates_learn` are only logged.
+    """
     terms = {"cross_entropy": (1.0, cross_entropy(label_smoothing))}
     if isinstance(architecture, CollectiveConfig):
         terms |= weighted_diversity("experts", architecture.expert_diversity)
         terms |= weighted_diversity("analysts", architecture.analyst_diversity)
+    if isinstance(architecture, ImageArchitecture) and architecture.gates is not None:
+        gates, on = architecture.gates, float(gates_learn)
+        sparsity = gate_l1 if gates.sparsity == "l1" else legacy_matrix1(architecture.gated_channels)
+        terms |= {
+            "gate_sparsity": (on * gates.lambda_val, sparsity),
+            "embedding_cross_entropy": (on * gates.mu, embedding_cross_entropy(label_smoothing)),
+            "open_gates": (0.0, open_gates),
+        }
     if isinstance(architecture, MixtureArchitecture):
-        terms |= {f"gate_{name}": (weight, GATE_TERMS[name]) for name, weight in architecture.losses if weight}
+        terms |= weighted_routing(architecture.losses)
     return weighted_sum(terms)
 
 

@@ -5,6 +5,7 @@ trains the rest on the frozen experts, then everything at a tenth of the rate. `
 layer in turn, on top of the frozen ones before it, rebuild its own input, then trains everything.
 
 Only a collective has members to pretrain; a single network is trained end to end for the same number of updates.
+A network with gates has two stages in any case: its last epochs are without the gates' own losses, and these frozen.
 Suffixes as in `models.collective`.
 """
 
@@ -14,8 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from collective_pipeline.config import Arm, CollectiveConfig, MixtureArchitecture, TrainingConfig
+from collective_pipeline.config import (
+    Arm,
+    CollectiveConfig,
+    GateConfig,
+    ImageArchitecture,
+    MixtureArchitecture,
+    TrainingConfig,
+    UserError,
+)
 from collective_pipeline.models.collective import Collective, Members
+from collective_pipeline.models.gating import Gating
+from collective_pipeline.models.image_classifier import ImageClassifier
 from collective_pipeline.models.layers import Linear, Stack, concat_members
 from collective_pipeline.models.mlp import Mlp
 from collective_pipeline.training.losses import (
@@ -56,6 +67,8 @@ class Phase:
         rate_factor: Of the configured learning rate.
         classifies: Whether the logits mean anything, so that accuracy can be measured.
         selects: Whether the network is the arm itself, so that validation may choose one of the phase's epochs.
+        goes_on: Whether its learning rate is that of the same epochs in a training without phases, instead of a
+            schedule of its own.
         annealed: What of the network is neither learnt nor constant.
     """
 
@@ -68,6 +81,7 @@ class Phase:
     rate_factor: float = 1.0
     classifies: bool = True
     selects: bool = True
+    goes_on: bool = False
     annealed: Sequence[Annealing] = ()
 
 
@@ -107,8 +121,15 @@ class Autoencoder(nn.Module):
 
 
 def plan_phases(arm: Arm, model: nn.Module, config: TrainingConfig, *, num_seeds: int) -> list[Phase]:
-    """The phases of the configured strategy for this arm, their epochs adding up to `config.epochs`."""
+    """The phases of the configured strategy for this arm, their epochs adding up to `config.epochs`.
+
+    Raises:
+        UserError: If a stage has no epoch.
+    """
     objective = make_objective(arm.architecture, config.label_smoothing)
+    if isinstance(arm.architecture, ImageArchitecture) and arm.architecture.gates is not None:
+        assert isinstance(model, ImageClassifier) and model.gating is not None
+        return _gate_stages(arm, model, model.gating, arm.architecture.gates, config)
     if (
         config.strategy == "end_to_end"
         or not isinstance(model, Collective)
@@ -156,6 +177,25 @@ def _anneal(arm: Arm) -> list[Annealing]:
     if not isinstance(mixture, MixtureArchitecture) or mixture.n_experts == 1:
         return []
     return [Annealing("gate.temperature", mixture.initial_temperature, mixture.final_temperature)]
+
+
+def _gate_stages(
+    arm: Arm, model: ImageClassifier, gating: Gating, gates: GateConfig, config: TrainingConfig
+) -> list[Phase]:
+    """Everything with the gates' losses; then, for the last epochs, without those and with the gates frozen."""
+    first = config.epochs - gates.freeze_epochs
+    if first < 1:
+        raise UserError(
+            f"{arm.model_type}: freeze_epochs={gates.freeze_epochs} leaves its gates none of training.epochs="
+            f"{config.epochs} to learn in: choose fewer, or more epochs"
+        )
+    learning = make_objective(arm.architecture, config.label_smoothing)
+    stages = [Phase("train", first, model, learning, [model], goes_on=True)]
+    if gates.freeze_epochs:
+        fixed = make_objective(arm.architecture, config.label_smoothing, gates_learn=False)
+        trained = [model.network, *([gating.heads] if gates.freeze == "embedding" else [])]
+        stages.append(Phase("freeze_gates", gates.freeze_epochs, model, fixed, trained, goes_on=True))
+    return stages
 
 
 def _share(config: TrainingConfig, parts: Sequence[float]) -> list[int]:
