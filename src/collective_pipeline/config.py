@@ -312,7 +312,7 @@ class SubModelArchitecture(Config):
 
 
 class RoutingLossConfig(Config):
-    """Weights of the losses on a mixture's gates (training/routing_losses.py has their formulas); 0 switches a term off.
+    """Weights of the losses on a mixture's gates, whose formulas are in training/routing_losses.py; 0 switches one off.
 
     Those called legacy are what the original's code computed, not what its documents say.
     """

@@ -86,7 +86,7 @@ def test_default_groups_that_are_not_there_are_one_sentence(splits):
 
 def test_classes_of_no_group_can_be_left_out(splits):
     groups = groups_of(splits, ["elk", "bee"], ["cat", "bee"], leave_out_others=True)
-    left = restrict(splits, groups.labels)
+    left = restrict(splits, groups.labels, remeasure=True)
 
     assert groups.groups == ((0, 2), (0, 1))
     assert left.class_names == ("bee", "cat", "elk")
@@ -96,4 +96,8 @@ def test_classes_of_no_group_can_be_left_out(splits):
 
 
 def test_a_restriction_to_all_classes_changes_nothing(splits):
-    assert restrict(splits, range(5)).digest == splits.digest
+    assert restrict(splits, range(5), remeasure=True).digest == splits.digest
+
+
+def test_groups_of_one_mixture_keep_its_mean(splits):
+    assert restrict(splits, [3, 4], remeasure=False).mean == splits.mean

@@ -4,7 +4,7 @@ Suffixes: G groups, K classes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -79,15 +79,19 @@ def resolve_groups(config: ClassGroupsConfig, splits: Splits) -> ClassGroups:
     return ClassGroups(tuple(labels), tuple(tuple(map(labels.index, group)) for group in groups))
 
 
-def restrict(splits: Splits, labels: Sequence[int]) -> Splits:
+def restrict(splits: Splits, labels: Sequence[int], *, remeasure: bool) -> Splits:
     """The images of these classes alone; the class `labels[i]` has label i from then on.
 
-    Mean and standard deviation are those of the training images that are left.
+    Args:
+        splits: Of more classes.
+        labels: Of the classes to keep.
+        remeasure: Whether mean and standard deviation become those of the training images that are left. For the groups
+            of one mixture they must stay the same: its sub-models are merged, and have to read pixels alike.
     """
-    parts = {part: _restrict(getattr(splits, part), labels) for part in ("train", "val", "test")}
-    mean, std = moments(parts["train"].images)
+    train, val, test = (_restrict(part, labels) for part in (splits.train, splits.val, splits.test))
+    mean, std = moments(train.images) if remeasure else (splits.mean, splits.std)
     names = tuple(splits.class_names[label] for label in labels)
-    return replace(splits, **parts, class_names=names, mean=mean, std=std)
+    return Splits(splits.name, train, val, test, names, mean, std)
 
 
 def _restrict(images: Images, labels: Sequence[int]) -> Images:

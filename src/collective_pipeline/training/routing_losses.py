@@ -49,8 +49,8 @@ def decorrelation(logits: Tensor, parts: Mapping[str, Tensor], labels: Tensor) -
     g_SBN = parts["gates"]
     centred_SBN = g_SBN - g_SBN.mean(dim=1, keepdim=True)
     covariance_SNN = centred_SBN.mT @ centred_SBN / g_SBN.shape[1]
-    of_pairs = covariance_SNN.square().sum(dim=(1, 2))
-    return (of_pairs - covariance_SNN.diagonal(dim1=1, dim2=2).square().sum(dim=1)) / 2
+    variances_SNN = covariance_SNN.diagonal(dim1=1, dim2=2).diag_embed()
+    return (covariance_SNN - variances_SNN).square().sum(dim=(1, 2)) / 2
 
 
 def legacy_diversity(logits: Tensor, parts: Mapping[str, Tensor], labels: Tensor) -> Tensor:
