@@ -51,7 +51,8 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Origina
         # Read at once: PIL's many small reads of the file itself take half as long again.
         with Image.open(io.BytesIO(path.read_bytes())) as file:
             original = Original(file.size, file.mode)
-            image = ImageOps.exif_transpose(file)
+            ImageOps.exif_transpose(file, in_place=True)
+            image: Image.Image = file
             if image.mode in {"I", "F"}:
                 raise ValueError("its pixels are not bytes")
             if image.mode.startswith("I;16"):
@@ -59,10 +60,11 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Origina
             if image.has_transparency_data:
                 black = Image.new("RGBA", image.size, "black")
                 image = Image.alpha_composite(black, image.convert("RGBA"))
-            image = image.convert(MODES[channels])
+            if image.mode != MODES[channels]:
+                image = image.convert(MODES[channels])
             if image.size != (width, height):
                 image = image.resize((width, height), Image.Resampling.BILINEAR)
-            pixels = torch.from_numpy(np.array(image))
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     except Exception as error:  # damaged images raise almost anything
         # PIL names the object in memory, which tells nobody anything.
         reason = str(error).partition(" <_io.BytesIO")[0]
