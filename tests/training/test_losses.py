@@ -4,12 +4,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from collective_pipeline.config import CollectiveConfig, DiversityConfig, MlpArchitecture
+from collective_pipeline.config import (
+    CollectiveConfig,
+    DiversityConfig,
+    GateConfig,
+    MlpArchitecture,
+    ResNetArchitecture,
+)
 from collective_pipeline.training.losses import (
     cross_entropy,
     diversity,
+    embedding_cross_entropy,
+    gate_l1,
+    legacy_matrix1,
     make_objective,
     member_cross_entropy,
+    open_gates,
     reconstruction,
     weighted_sum,
 )
@@ -219,3 +229,100 @@ def test_the_objective_uses_every_knob(logits, features, labels):
     )
 
     torch.testing.assert_close(loss, expected)
+
+
+CHANNELS = (4, 3)
+
+
+@pytest.fixture
+def gates(random):
+    """Of two layers, in double precision: about half are shut, as ReLU leaves them, and no two are the same."""
+    return torch.randn(SEEDS, BATCH, sum(CHANNELS), generator=random, dtype=torch.float64).relu().requires_grad_()
+
+
+def of_gates(term):
+    """The term as a function of the gates alone."""
+    return lambda gates: term(None, {"gates": gates}, None)
+
+
+GATE_TERMS = {"l1": of_gates(gate_l1), "matrix1": of_gates(legacy_matrix1(CHANNELS))}
+
+
+def test_gate_l1_is_the_mean_over_images_of_their_gates(gates):
+    """It does not depend on the size of the batch; the original's does."""
+    loss = GATE_TERMS["l1"](gates)
+    twice = torch.cat([gates, gates], dim=1)
+
+    for s in range(SEEDS):
+        torch.testing.assert_close(loss[s], sum(image.sum() for image in gates[s]) / BATCH)
+    torch.testing.assert_close(GATE_TERMS["l1"](twice), loss)
+    torch.testing.assert_close(GATE_TERMS["matrix1"](twice), 2 * GATE_TERMS["matrix1"](gates))
+
+
+def test_legacy_matrix1_is_torchs_matrix_norm_of_every_layer(gates):
+    """Channels are columns, images are rows; layers are summed."""
+    loss = GATE_TERMS["matrix1"](gates)
+
+    for s in range(SEEDS):
+        expected = sum(torch.linalg.matrix_norm(layer, ord=1) for layer in gates[s].split(CHANNELS, dim=1))
+        torch.testing.assert_close(loss[s], expected)
+
+
+def test_l1_reaches_every_open_gate_and_matrix1_one_channel_of_a_layer(gates):
+    """Shut gates are left alone by both."""
+    is_open = gates > 0
+    reached = {name: torch.autograd.grad(term(gates).sum(), gates)[0] != 0 for name, term in GATE_TERMS.items()}
+
+    assert torch.equal(reached["l1"], is_open)
+    for seed, seed_open in zip(reached["matrix1"], is_open, strict=True):
+        for layer, layer_open in zip(seed.split(CHANNELS, dim=1), seed_open.split(CHANNELS, dim=1), strict=True):
+            (channel,) = layer.any(dim=0).nonzero()
+            assert torch.equal(layer[:, channel], layer_open[:, channel])
+
+
+@pytest.mark.parametrize("name", GATE_TERMS)
+def test_gate_terms_have_the_gradients_of_finite_differences(name, random):
+    """Away from the corners at 0."""
+    gates = torch.rand(SEEDS, BATCH, sum(CHANNELS), generator=random, dtype=torch.float64) + 0.1
+
+    assert torch.autograd.gradcheck(GATE_TERMS[name], gates.requires_grad_())
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_embedding_cross_entropy_is_that_of_its_own_logits(logits, labels, label_smoothing):
+    """The network's are not read; the gradient is that of finite differences."""
+    term = embedding_cross_entropy(label_smoothing)
+    loss = term(None, {"embedding_logits": logits}, labels)
+
+    torch.testing.assert_close(loss, cross_entropy(label_smoothing)(logits, {}, labels))
+    assert torch.autograd.gradcheck(
+        lambda own: term(None, {"embedding_logits": own}, labels), logits.detach().double().requires_grad_()
+    )
+
+
+def test_open_gates_are_counted_in_percent():
+    """Of all layers together, for every seed."""
+    gates = torch.tensor([[[0.0, 2.0, 0.5, 0.0]], [[1.0, 1.0, 1.0, 0.0]]])
+
+    assert of_gates(open_gates)(gates).tolist() == [50.0, 75.0]
+
+
+@pytest.mark.parametrize("sparsity", ["l1", "legacy_matrix1"])
+def test_a_gated_networks_objective_weighs_its_terms(sparsity, logits, labels, random):
+    """By lambda and mu; in the second stage both are only logged."""
+    gates = GateConfig(lambda_val=0.3, mu=0.7, sparsity=sparsity)
+    architecture = ResNetArchitecture(image_shape=(1, 4, 4), blocks=(1,), width=2, gated=(0, 1), gates=gates)
+    parts = {
+        "gates": torch.rand(SEEDS, BATCH, 4, generator=random),
+        "embedding_logits": torch.randn(SEEDS, BATCH, CLASSES, generator=random),
+    }
+    term = gate_l1 if sparsity == "l1" else legacy_matrix1((2, 2))
+    first = make_objective(architecture, 0.0)(logits, parts, labels)
+    second = make_objective(architecture, 0.0, gates_learn=False)(logits, parts, labels)
+
+    own = cross_entropy()(logits, {}, labels)
+    auxiliary = 0.3 * term(None, parts, None) + 0.7 * embedding_cross_entropy()(None, parts, labels)
+    torch.testing.assert_close(first["loss"], own + auxiliary)
+    torch.testing.assert_close(second["loss"], own)
+    assert first.keys() == second.keys() >= {"gate_sparsity", "embedding_cross_entropy", "open_gates"}
+    torch.testing.assert_close(second["gate_sparsity"], first["gate_sparsity"])

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from collective_pipeline.config import PHASE1, UserError
+from collective_pipeline.config import PHASE1, GateConfig, ResNetArchitecture, UserError, VggArchitecture
+from collective_pipeline.models.build import build_arm
+from collective_pipeline.models.image_arms import make_image_arm
 from collective_pipeline.models.matching import match_arm
 from collective_pipeline.training import train
 from collective_pipeline.training.memory import Need, estimate_need, groups_that_fit, split
@@ -54,6 +56,41 @@ def test_the_estimate_grows_with_what_takes_memory(splits, model_type):
     assert 0.05e9 < need.of(config) < 0.3e9
     assert need.of(change(config, batch_size=2560)) > need.of(config)
     assert estimate_need(arm, splits, change(config, ema_decay=0.9)).fixed > need.fixed
+
+
+GATES = GateConfig(embedding_dim=8)
+IMAGES = {"image_shape": (3, 16, 16), "gates": GATES}
+NETWORKS = {
+    "basic": ResNetArchitecture(**IMAGES, blocks=(2, 2), width=8, gated=(0, 1)),
+    "bottleneck": ResNetArchitecture(**IMAGES, blocks=(2, 2), width=8, bottleneck=True, gated=(0, 1)),
+    "dense": ResNetArchitecture(image_shape=(3, 16, 16), blocks=(2, 2), width=8),
+    "vgg": VggArchitecture(**IMAGES, channels=((8, 8), (16, 16)), normalise=True),
+}
+
+
+@pytest.mark.parametrize("architecture", NETWORKS.values(), ids=NETWORKS)
+def test_the_estimate_covers_what_the_backward_pass_keeps(splits, training, architecture):
+    """Of every image of a batch, and is not far above it."""
+    arm = make_image_arm("resnet18", architecture, num_classes=10)
+    kept = {num_images: bytes_kept(build_arm(arm), torch.randn(1, num_images, arm.in_dim)) for num_images in (2, 4)}
+    per_image = (kept[4] - kept[2]) / 2
+
+    assert per_image < estimate_need(arm, splits, training).per_image < 2.5 * per_image
+
+
+def bytes_kept(model, x):
+    """Of all that autograd saves in a forward pass, every storage once, parameters left out."""
+    storages = {}
+
+    def note(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = model.train()(x)
+    assert len(outputs) == 2  # alive until here, and with them all that is saved
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in parameters)
 
 
 def grouped(monkeypatch, groups):

@@ -120,12 +120,15 @@ class GlobalAveragePool(nn.Module):
 
 
 def to_maps(x_SBI: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
-    """Flattened images `(S, B, C*H*W)` as maps `(B, S*C, H, W)`, channels last in memory as cuDNN wants them.
+    """Flattened images `(S, B, C*H*W)` as maps `(B, S*C, H, W)`.
 
     Images that all seeds share come with S = 1 and stay so: `Conv2d` reads maps of C channels for every seed.
     """
     maps_BSCHW: Tensor = x_SBI.transpose(0, 1).unflatten(-1, image_shape)
-    return maps_BSCHW.flatten(1, 2).contiguous(memory_format=torch.channels_last)
+    maps_BMHW = maps_BSCHW.flatten(1, 2)
+    # cuDNN wants the channels last in memory. On a CPU, the backward pass of strided 1x1 convolutions of such maps
+    # writes where it must not (torch 2.15 with oneDNN: "corrupted size vs. prev_size").
+    return maps_BMHW.contiguous(memory_format=torch.channels_last) if maps_BMHW.is_cuda else maps_BMHW.contiguous()
 
 
 def to_features(x_BMHW: Tensor, stack: Stack) -> Tensor:

@@ -39,7 +39,8 @@ def estimate_need(arm: Arm, splits: Splits, config: TrainingConfig) -> Need:
     """What one seed of this arm takes, counted on a network without storage.
 
     The features of an image are the outputs of all modules. Containers repeat what their last module gave, which is
-    about what lives for a moment beside what the backward pass keeps.
+    about what lives for a moment beside what the backward pass keeps; a container of maps gives too small ones for
+    that, hence two more of the largest.
     """
     widths: list[int] = []
 
@@ -56,7 +57,7 @@ def estimate_need(arm: Arm, splits: Splits, config: TrainingConfig) -> Need:
     draws = 8 + BYTES * NUM_DRAWS * (config.augmentation_strength > 0)
     return Need(
         fixed=BYTES * arm.params * copies + 2 * draws * len(splits.train),
-        per_image=BYTES * (arm.in_dim + sum(widths)),
+        per_image=BYTES * (arm.in_dim + sum(widths) + 2 * max(widths)),
         per_eval_image=BYTES * (arm.in_dim + 3 * max(widths)),
     )
 
