@@ -31,6 +31,7 @@ ImageModelType = Literal[
     "vgg11_moe", "vgg13_moe", "vgg16_moe", "vgg19_moe", "vgg11_bn_moe", "vgg13_bn_moe", "vgg16_bn_moe", "vgg19_bn_moe",
 ]  # fmt: skip
 Stem = Literal["cifar", "imagenet"]
+MixtureModelType = Literal["merged_moe", "single_expert", "dense", "sub_model"]
 DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100"]
 Strategy = Literal["end_to_end", "pretrain_freeze_finetune", "layerwise_autoencoding"]
 
@@ -81,6 +82,24 @@ class DataConfig(Config):
 
     val_fraction: float = Field(0.1, gt=0, lt=1, description="of the training images, stratified by class")
     split_seed: int = Field(42, ge=0, description="the same split for every arm and every training seed")
+
+
+class ClassGroupsConfig(Config):
+    """Which classes each sub-model of a mixture learns to tell apart."""
+
+    groups: tuple[tuple[str | int, ...], ...] | None = Field(
+        None, description="class names or labels; null: the data set's own (data/class_groups.py)"
+    )
+    leave_out_others: bool = Field(False, description="train and test on the groups' classes alone")
+
+    @field_validator("groups")
+    @classmethod
+    def _several(cls, groups: tuple[tuple[str | int, ...], ...] | None) -> tuple[tuple[str | int, ...], ...] | None:
+        if groups is not None and len(groups) < 2:
+            raise ValueError("one group makes no mixture: give two at least")
+        if groups is not None and not all(groups):
+            raise ValueError(f"group {groups.index(()) + 1} is empty: give it classes, or leave it out")
+        return groups
 
 
 class DiversityConfig(Config):
@@ -280,14 +299,77 @@ class VggArchitecture(Config):
         return 1 << len(self.channels)
 
 
+Channels = tuple[Width, Width, Width, Width]
+
+
+class SubModelArchitecture(Config):
+    """The network of one group of classes, and with all classes the dense baseline of a mixture."""
+
+    kind: Literal["sub_model"] = "sub_model"
+    image_shape: tuple[int, int, int] = Field(description="channels, height, width")
+    channels: Channels = Field((64, 128, 256, 512), description="of the extractor's four stages")
+    dropout: Fraction = 0.5
+
+
+class RoutingLossConfig(Config):
+    """Weights of the losses on a mixture's gates, whose formulas are in training/routing_losses.py; 0 switches one off.
+
+    Those called legacy are what the original's code computed, not what its documents say.
+    """
+
+    diversity: float = Field(0.1, ge=0, description="few experts for an image")
+    balance: float = Field(0.5, ge=0, description="all experts used alike")
+    min_usage: float = Field(0.0, ge=0, description="no expert hardly used")
+    decorrelation: float = Field(0.0, ge=0, description="no two experts used together")
+    legacy_diversity: float = Field(0.0, ge=0, description="the gates' entropy; the original: 0.1")
+    legacy_balance: float = Field(0.0, ge=0, description="depends on the batch size; the original: 0.5")
+    legacy_min_usage: float = Field(0.0, ge=0, description="of every image by itself; the original: 0.5")
+    legacy_correlation: float = Field(0.0, ge=0, description="constant, without a gradient; the original: 0.1")
+
+
+class MixtureArchitecture(Config):
+    """A mixture of experts merged from sub-models, what its gates are trained for included."""
+
+    kind: Literal["mixture"] = "mixture"
+    image_shape: tuple[int, int, int] = Field(description="channels, height, width")
+    n_experts: int = Field(3, ge=1, le=1024, description="1: no gate, the single-expert baseline")
+    combine: Literal["features", "logits"] = Field(
+        "features", description="features: of the experts and of an analyst, for one classifier; logits: one each"
+    )
+    channels: Channels = Field((64, 128, 256, 512), description="of the extractor's four stages")
+    gate_width: Width = 256
+    expert_dropout: Fraction = 0.5
+    gate_dropout: Fraction = 0.2
+    gate_noise: float = Field(0.1, ge=0, description="standard deviation, after the temperature, while training")
+    initial_temperature: Positive = Field(2.0, description="of the gate's softmax, at the first update")
+    final_temperature: Positive = Field(0.5, description="at the last one; between them half a cosine")
+    initialisation: Literal["average", "copy", "fresh"] = Field(
+        "average",
+        description="of the extractor: mean of the sub-models, statistics of norms included, or copied from one; the "
+        "experts are copied each from its own; fresh: everything drawn",
+    )
+    copy_of: int = Field(1, ge=1, description="copy: the number of the group whose sub-model gives the extractor")
+    losses: RoutingLossConfig = RoutingLossConfig()
+
+    @model_validator(mode="after")
+    def _check_gates(self) -> Self:
+        weighed = [name for name, weight in self.losses if weight]
+        if self.n_experts == 1 and weighed:
+            raise ValueError(
+                f"n_experts=1 leaves no gates for the losses {', '.join(weighed)}: choose two experts at least, or "
+                "weigh those losses with 0"
+            )
+        return self
+
+
 ImageArchitecture = ResNetArchitecture | VggArchitecture
-Architecture = CollectiveConfig | MlpArchitecture | ImageArchitecture
+Architecture = CollectiveConfig | MlpArchitecture | ImageArchitecture | SubModelArchitecture | MixtureArchitecture
 
 
 class Arm(Config):
     """One model of a comparison, complete: enough to build it again without anything else."""
 
-    model_type: ModelType | ImageModelType
+    model_type: ModelType | ImageModelType | MixtureModelType
     in_dim: int = Field(gt=0, description="features of one flattened image")
     num_classes: int = Field(ge=2)
     params: int = Field(gt=0, description="trainable parameters of one seed")
@@ -296,7 +378,7 @@ class Arm(Config):
 
     @model_validator(mode="after")
     def _check_images(self) -> Self:
-        if isinstance(self.architecture, ImageArchitecture):
+        if not isinstance(self.architecture, CollectiveConfig | MlpArchitecture):
             shape = self.architecture.image_shape
             if math.prod(shape) != self.in_dim:
                 raise ValueError(f"images of {'x'.join(map(str, shape))} do not have in_dim={self.in_dim} features")
@@ -561,6 +643,7 @@ class Parameters(Config):
     checkpoint: str | None = Field(None, min_length=1, description="predict: a file; null: the newest of the arm")
     checkpoint_seed: int | None = Field(None, ge=0, description="predict: this seed alone; null: the mean of all")
     data: DataConfig = DataConfig()
+    class_groups: ClassGroupsConfig = ClassGroupsConfig()
     collective: CollectiveConfig = CollectiveConfig()
     baselines: BaselineConfig = BaselineConfig()
     training: TrainingConfig = TrainingConfig()

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from collective_pipeline.config import UserError
-from collective_pipeline.data.image_files import find_images, read_image
+from collective_pipeline.data.decoding import read_image
+from collective_pipeline.data.image_files import find_images
 
 GREY, COLOUR = (1, 4, 6), (3, 4, 6)  # channels, height, width
 

@@ -1,25 +1,21 @@
 """A user's own images, read a batch at a time: a folder of image files, one of them, or an idx file."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from collective_pipeline.config import UserError
+from collective_pipeline.data.decoding import MODES, SUFFIXES, list_image_files, read_image
 from collective_pipeline.data.small_images import IDX_IMAGES, read_idx
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 ADVICE = "give an idx file of images, or a folder of png, jpg or bmp files"
-MODES = {1: "L", 3: "RGB"}  # PIL's names for as many channels
 
 
 @dataclass(frozen=True)
@@ -58,14 +54,9 @@ def find_images(path: Path, shape: tuple[int, int, int]) -> ImageSource:
     if not path.exists():
         raise UserError(f"there is no {path}: {ADVICE}")
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-        chosen = [file for file in files if file.suffix.lower() in SUFFIXES]
-        others = Counter(file.suffix.lower() or "no suffix" for file in files if file.suffix.lower() not in SUFFIXES)
+        chosen = list_image_files(path)
         if not chosen:
             raise UserError(f"{path} holds no png, jpg or bmp file: {ADVICE}")
-        if others:
-            told = ", ".join(f"{count:,} x {suffix}" for suffix, count in sorted(others.items()))
-            logger.warning("%s: files that are no png, jpg or bmp are left out: %s", path, told)
         return ImageSource("file", [file.relative_to(path).as_posix() for file in chosen], _Reader(chosen, shape))
     if path.suffix.lower() in SUFFIXES:
         return ImageSource("file", [path.name], _Reader([path], shape))
@@ -106,42 +97,3 @@ class _Reader:
         if what not in self.told:
             self.told.add(what)
             logger.info("Where needed, %s; the first is %s (%s)", what, file, was)
-
-
-@dataclass(frozen=True)
-class Original:
-    """An image file as it was: `(width, height)`, and PIL's name for its channels."""
-
-    size: tuple[int, int]
-    mode: str
-
-
-def read_image(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Original]:
-    """The image as uint8 of this `shape`, channels, height and width, and what it was.
-
-    It is turned as its camera says, put on black where it is transparent, and stretched to the size.
-
-    Raises:
-        UserError: If the file cannot be read.
-    """
-    channels, height, width = shape
-    try:
-        with Image.open(path) as file:
-            original = Original(file.size, file.mode)
-            image = ImageOps.exif_transpose(file)
-            if image.mode in {"I", "F"}:
-                raise ValueError("its pixels are not bytes")
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                black = Image.new("RGBA", image.size, "black")
-                image = Image.alpha_composite(black, image.convert("RGBA"))
-            image = image.convert(MODES[channels])
-            if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.BILINEAR)
-            pixels = torch.from_numpy(np.array(image))
-    except Exception as error:  # damaged images raise almost anything
-        raise UserError(
-            f"{path} is not an image that can be read ({error}): replace it, or remove it from the folder"
-        ) from error
-    return pixels.view(height, width, channels).permute(2, 0, 1).contiguous(), original

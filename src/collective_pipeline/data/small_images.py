@@ -1,6 +1,7 @@
 """MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 from their published files, which are fetched where they are absent.
 
-One table of data sets, one reader per format. A file that cannot be used is a `UserError` of one sentence.
+CIFAR-10 may also lie there as image files. One table of data sets, one reader per format. A file that cannot be used
+is a `UserError` of one sentence.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ import numpy.typing as npt
 import torch
 
 from collective_pipeline.config import DatasetName, UserError
+from collective_pipeline.data.image_folders import read_image_folders
 from collective_pipeline.data.splits import Images, RawImages
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ IDX_IMAGES, IDX_LABELS = b"\0\0\x08\x03", b"\0\0\x08\x01"  # 0, 0, unsigned byte
 IDX_CONTENT = {IDX_IMAGES: "images", IDX_LABELS: "labels"}
 IDX_SIDE = 28
 CIFAR_SHAPE = (3, 32, 32)
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 # What a pickled array is made of, in numpy 2's names. Any other global could run code of the file's choosing.
 PICKLED_ARRAYS = {
@@ -109,6 +112,23 @@ def read_idx(path: Path, expected: bytes, *, advice: str = PUBLISHED) -> npt.NDA
         state = "truncated" if len(content) < num_bytes else "too long"
         raise _unusable(path, f"is {state} ({len(content):,} bytes where its header announces {num_bytes:,})", advice)
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def _read_cifar10(name: DatasetName, folder: Path) -> RawImages:
+    """From image files `train/<class>/*` and `test/<class>/*` where such folders lie there, else as published."""
+    train, test = folder / "train", folder / "test"
+    if not train.is_dir() and not test.is_dir():
+        return _read_published_cifar10(name, folder)
+    logger.info("%s is read from the image files in %s", name, folder)
+    for part in (train, test):
+        if not part.is_dir():
+            raise UserError(f"{folder} lacks the folder {part.name}: put the images of that part there, by class")
+    return RawImages(
+        name,
+        read_image_folders(train, CIFAR10_CLASSES, CIFAR_SHAPE),
+        read_image_folders(test, CIFAR10_CLASSES, CIFAR_SHAPE),
+        CIFAR10_CLASSES,
+    )
 
 
 def _read_cifar(
@@ -265,6 +285,17 @@ def _unpack(published: Any, folder: Path, arriving: Path) -> None:
 
 # `source` names the class of torchvision that knows addresses and checksums. It is imported only to download: that
 # takes four seconds, which every command would pay.
+_read_published_cifar10 = partial(
+    _read_cifar,
+    source="CIFAR10",
+    subfolder="cifar-10-batches-py",
+    train=("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"),
+    test="test_batch",
+    meta="batches.meta",
+    labels_key="labels",
+    names_key="label_names",
+    num_classes=10,
+)
 READERS: dict[DatasetName, Callable[[DatasetName, Path], RawImages]] = {
     "mnist": partial(_read_idx, source="MNIST", class_names=tuple("0123456789")),
     "fashion_mnist": partial(
@@ -275,17 +306,7 @@ READERS: dict[DatasetName, Callable[[DatasetName, Path], RawImages]] = {
             *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
         ),
     ),
-    "cifar10": partial(
-        _read_cifar,
-        source="CIFAR10",
-        subfolder="cifar-10-batches-py",
-        train=("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"),
-        test="test_batch",
-        meta="batches.meta",
-        labels_key="labels",
-        names_key="label_names",
-        num_classes=10,
-    ),
+    "cifar10": _read_cifar10,
     "cifar100": partial(
         _read_cifar,
         source="CIFAR100",

@@ -106,7 +106,7 @@ def make_splits(raw: RawImages, *, val_fraction: float, split_seed: int) -> Spli
         is_val[rows[torch.randperm(len(rows), generator=generator)[:val_count]]] = True
 
     train = raw.train[~is_val]
-    mean, std = _moments(train.images)
+    mean, std = moments(train.images)
     if 0 in std:
         raise UserError(
             f"all training pixels of channel {std.index(0)} of {raw.name} are alike: replace its files with fresh ones"
@@ -124,7 +124,7 @@ def _apportion(counts: list[int], fraction: float) -> list[int]:
     return shares
 
 
-def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel: exact from 256 counts, where a float copy would be 8 times the set."""
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []

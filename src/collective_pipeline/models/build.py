@@ -16,8 +16,10 @@ from collective_pipeline.config import (
     CollectiveConfig,
     GateConfig,
     ImageArchitecture,
+    MixtureArchitecture,
     MlpArchitecture,
     ResNetArchitecture,
+    SubModelArchitecture,
     UserError,
     VggArchitecture,
 )
@@ -26,6 +28,7 @@ from collective_pipeline.models.convolution import BatchNorm2d, Conv2d, GlobalAv
 from collective_pipeline.models.gating import GatedUnit, GateHeads, Gating, ShallowEmbedding
 from collective_pipeline.models.image_classifier import ImageClassifier
 from collective_pipeline.models.layers import Linear, Stack
+from collective_pipeline.models.mixture import POOLED, build_mixture, build_sub_model
 from collective_pipeline.models.mlp import Classifier, Mlp
 from collective_pipeline.models.resnet import ResidualBlock, ResNet
 from collective_pipeline.models.vgg import Vgg, VggStage
@@ -47,6 +50,24 @@ def build_model(architecture: Architecture, *, in_dim: int, num_classes: int, nu
         case MlpArchitecture(hidden_dims=hidden_dims, dropout=rate, residual=residual):
             stack, dims = Stack(num_seeds), (in_dim, *hidden_dims, num_classes)
             return Classifier(Mlp(stack, dims, dropout=[rate] * len(hidden_dims), residual=residual))
+        case SubModelArchitecture(image_shape=image_shape, channels=channels, dropout=rate):
+            _check_size(image_shape, POOLED, "use larger images")
+            return build_sub_model(Stack(num_seeds), image_shape, channels, dropout=rate, num_classes=num_classes)
+        case MixtureArchitecture():
+            _check_size(architecture.image_shape, POOLED, "use larger images")
+            return build_mixture(
+                Stack(num_seeds),
+                architecture.image_shape,
+                architecture.channels,
+                num_experts=architecture.n_experts,
+                mixes_logits=architecture.combine == "logits",
+                gate_width=architecture.gate_width,
+                expert_dropout=architecture.expert_dropout,
+                gate_dropout=architecture.gate_dropout,
+                gate_noise=architecture.gate_noise,
+                temperature=architecture.initial_temperature,
+                num_classes=num_classes,
+            )
         case _:
             return _build_image_classifier(architecture, num_classes=num_classes, num_seeds=num_seeds)
 
@@ -150,14 +171,20 @@ class _GatedUnits:
         )
 
 
-def _build_image_classifier(architecture: ImageArchitecture, *, num_classes: int, num_seeds: int) -> ImageClassifier:
-    channels, height, width = architecture.image_shape
-    if min(height, width) < architecture.smallest_side:
+def _check_size(image_shape: tuple[int, int, int], smallest_side: int, advice: str) -> None:
+    _, height, width = image_shape
+    if min(height, width) < smallest_side:
         raise UserError(
             f"images of {height}x{width} pixels are too small for this network, which halves them until nothing is "
-            f"left below {architecture.smallest_side}x{architecture.smallest_side}: use larger images, or a network "
-            "with fewer stages"
+            f"left below {smallest_side}x{smallest_side}: {advice}"
         )
+
+
+def _build_image_classifier(architecture: ImageArchitecture, *, num_classes: int, num_seeds: int) -> ImageClassifier:
+    channels = architecture.image_shape[0]
+    _check_size(
+        architecture.image_shape, architecture.smallest_side, "use larger images, or a network with fewer stages"
+    )
     stack, gates = Stack(num_seeds), architecture.gates
     network: ResNet | Vgg
     match architecture:

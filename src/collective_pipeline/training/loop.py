@@ -19,7 +19,14 @@ from collective_pipeline.data.splits import Images
 from collective_pipeline.training import cuda, interrupt
 from collective_pipeline.training.dropout_bits import DropoutBits
 from collective_pipeline.training.gpu import Meter, Usage
-from collective_pipeline.training.optim import AveragedWeights, LossScaler, clip_by_seed, make_optimizer, make_schedule
+from collective_pipeline.training.optim import (
+    AveragedWeights,
+    LossScaler,
+    clip_by_seed,
+    make_annealing,
+    make_optimizer,
+    make_schedule,
+)
 from collective_pipeline.training.runtime import autocast
 from collective_pipeline.training.snapshots import Snapshot, Snapshots
 from collective_pipeline.training.strategies import Phase
@@ -372,6 +379,11 @@ class _PhaseTraining:
         start = first_epoch * self.num_updates if is_whole else 0
         self.schedule = schedule[start : start + phase.epochs * self.num_updates]
         self.rates = self.schedule.to(self.device)
+        num_updates = phase.epochs * self.num_updates
+        self.annealed = {
+            annealing.buffer: make_annealing(annealing.start, annealing.end, num_updates=num_updates).to(self.device)
+            for annealing in phase.annealed
+        }
         self.scaler = LossScaler(len(batches.seeds), self.device, enabled=config.precision == "fp16")
         self.averaged = AveragedWeights(phase.network, config.ema_decay) if config.ema_decay else None
         # Of the epoch, of all epochs, and of the phase.
@@ -454,6 +466,7 @@ class _PhaseTraining:
 
     def _run_update(self, num_batches: int) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        self._anneal()
         for _ in range(num_batches):
             x, y = self.batches.take(self.step)
             self.bits.draw(self.steps_done)
@@ -484,6 +497,14 @@ class _PhaseTraining:
         if self.averaged is not None:
             self.averaged.update(self.phase.network, self.updates_done)
         self.updates_done += 1
+
+    def _anneal(self) -> None:
+        # In the averaged network too: an average would be of what it was long ago.
+        networks = [self.phase.network] if self.averaged is None else [self.phase.network, self.averaged.network]
+        for name, values in self.annealed.items():
+            value = values.index_select(0, self.updates_done)
+            for network in networks:
+                network.get_buffer(name).copy_(value.expand_as(network.get_buffer(name)))
 
     def _set_modes(self) -> None:
         self.phase.network.eval()

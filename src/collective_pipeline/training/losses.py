@@ -14,7 +14,9 @@ from collective_pipeline.config import (
     CollectiveConfig,
     DiversityConfig,
     ImageArchitecture,
+    MixtureArchitecture,
 )
+from collective_pipeline.training.routing_losses import weighted_routing
 
 Parts = Mapping[str, Tensor]
 Term = Callable[[Tensor, Parts, Tensor], Tensor]
@@ -115,8 +117,8 @@ def weighted_sum(terms: Mapping[str, tuple[float, Term]]) -> Objective:
 def make_objective(architecture: Architecture, label_smoothing: float, *, gates_learn: bool = True) -> Objective:
     """Cross-entropy, and what the architecture's configuration adds to it.
 
-    For a collective the diversity terms; for a network with gates their sparsity and the embedding's cross-entropy,
-    which without `gates_learn` are only logged.
+    For a collective the diversity terms; for a mixture those on its routing; for a network with gates on its channels
+    their sparsity and the embedding's cross-entropy, which without `gates_learn` are only logged.
     """
     terms = {"cross_entropy": (1.0, cross_entropy(label_smoothing))}
     if isinstance(architecture, CollectiveConfig):
@@ -130,6 +132,8 @@ def make_objective(architecture: Architecture, label_smoothing: float, *, gates_
             "embedding_cross_entropy": (on * gates.mu, embedding_cross_entropy(label_smoothing)),
             "open_gates": (0.0, open_gates),
         }
+    if isinstance(architecture, MixtureArchitecture):
+        terms |= weighted_routing(architecture.losses)
     return weighted_sum(terms)
 
 

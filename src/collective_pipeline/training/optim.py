@@ -89,6 +89,12 @@ def make_schedule(config: TrainingConfig, *, rate: float, num_updates: int, warm
     )
 
 
+def make_annealing(start: float, end: float, *, num_updates: int) -> Tensor:
+    """A value for every update, `(num_updates,)`: `start` at the first, `end` at the last, half a cosine between."""
+    progress = torch.linspace(0, 1, num_updates, dtype=torch.float64)
+    return (end + (start - end) * 0.5 * (1 + (math.pi * progress).cos())).float()
+
+
 def cosine(progress: float, config: TrainingConfig) -> float:
     """From 1 to 0 along half a cosine (Loshchilov & Hutter 2017)."""
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

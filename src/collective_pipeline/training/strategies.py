@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from collective_pipeline.config import Arm, CollectiveConfig, GateConfig, ImageArchitecture, TrainingConfig, UserError
+from collective_pipeline.config import (
+    Arm,
+    CollectiveConfig,
+    GateConfig,
+    ImageArchitecture,
+    MixtureArchitecture,
+    TrainingConfig,
+    UserError,
+)
 from collective_pipeline.models.collective import Collective, Members
 from collective_pipeline.models.gating import Gating
 from collective_pipeline.models.image_classifier import ImageClassifier
@@ -34,6 +42,21 @@ FINETUNE_FACTOR = 0.1
 
 
 @dataclass(frozen=True)
+class Annealing:
+    """A buffer of the phase's network that goes from one value to another along half a cosine, update by update.
+
+    Attributes:
+        buffer: Its name in the network.
+        start: Its value at the first update.
+        end: At the last one.
+    """
+
+    buffer: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
 class Phase:
     """A stretch of training with its own network, objective and trained modules.
 
@@ -46,6 +69,7 @@ class Phase:
         selects: Whether the network is the arm itself, so that validation may choose one of the phase's epochs.
         goes_on: Whether its learning rate is that of the same epochs in a training without phases, instead of a
             schedule of its own.
+        annealed: What of the network is neither learnt nor constant.
     """
 
     name: str
@@ -58,6 +82,7 @@ class Phase:
     classifies: bool = True
     selects: bool = True
     goes_on: bool = False
+    annealed: Sequence[Annealing] = ()
 
 
 class ExpertClassifiers(nn.Module):
@@ -110,7 +135,7 @@ def plan_phases(arm: Arm, model: nn.Module, config: TrainingConfig, *, num_seeds
         or not isinstance(model, Collective)
         or not isinstance(arm.architecture, CollectiveConfig)
     ):
-        return [Phase("train", config.epochs, model, objective, [model])]
+        return [Phase("train", config.epochs, model, objective, [model], annealed=_anneal(arm))]
     match config.strategy:
         case "pretrain_freeze_finetune":
             pretrain, train, finetune = _share(config, [0.3, 0.4, 0.3])
@@ -144,6 +169,14 @@ def plan_phases(arm: Arm, model: nn.Module, config: TrainingConfig, *, num_seeds
                 ),
                 Phase("finetune", finetune, model, objective, [model]),
             ]
+
+
+def _anneal(arm: Arm) -> list[Annealing]:
+    """The temperature of a mixture's gate, where it has one."""
+    mixture = arm.architecture
+    if not isinstance(mixture, MixtureArchitecture) or mixture.n_experts == 1:
+        return []
+    return [Annealing("gate.temperature", mixture.initial_temperature, mixture.final_temperature)]
 
 
 def _gate_stages(

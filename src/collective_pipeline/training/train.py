@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import collective_pipeline
 from collective_pipeline.config import (
@@ -79,6 +80,7 @@ def train_arm(
     watch: Callable[[Iterable[int]], Iterable[int]] = iter,
     snapshots: Snapshots | None = None,
     num_beside: int = 1,
+    prepare: Callable[[nn.Module, Sequence[int]], None] | None = None,
 ) -> tuple[Checkpoint, Fit]:
     """Build the arm once for all `seeds`, draw each seed's weights, train, and return what validation chose.
 
@@ -95,6 +97,7 @@ def train_arm(
         watch: A wrapper around the stops of an epoch, the numbers of updates done, for progress within it.
         snapshots: Where to save the state of training now and then, and where to go on from.
         num_beside: How many arms share the device at the same time, this one included.
+        prepare: Called with the network, whose weights are drawn, and its seeds, to give it other ones.
 
     Raises:
         Interrupted: If the run was told to stop, after its state was saved in `snapshots`.
@@ -115,7 +118,7 @@ def train_arm(
         place = saved.facts["place"]
         within = f" and {place['update']} updates of the next" if place["update"] else ""
         logger.info("%-16s  goes on after epoch %d/%d%s", arm.model_type, place["epoch"], config.epochs, within)
-    training = _ArmTraining(arm, splits, config, device, list(callbacks), watch, snapshots)
+    training = _ArmTraining(arm, splits, config, device, list(callbacks), watch, snapshots, prepare)
     fits = training.run(groups, need, saved)
     result = Fit.join(fits)
     if len(fits) > 1:
@@ -136,6 +139,7 @@ class _ArmTraining:
     callbacks: Sequence[Callback]
     watch: Callable[[Iterable[int]], Iterable[int]]
     snapshots: Snapshots | None
+    prepare: Callable[[nn.Module, Sequence[int]], None] | None
 
     def run(self, groups: Sequence[Sequence[int]], need: Need, saved: Snapshot | None) -> list[Fit]:
         """Train one group after another, but for those that `saved` has done; halve those that do not fit."""
@@ -196,6 +200,8 @@ class _ArmTraining:
             splits = self.splits.to(self.device)
             model = build_arm(self.arm, num_seeds=len(seeds))
             initialise(model, [make_generator(seed, "weights") for seed in seeds])
+            if self.prepare is not None:
+                self.prepare(model, seeds)
             phases = plan_phases(self.arm, model, config, num_seeds=len(seeds))
             for phase in phases:
                 if phase.new is not None:

@@ -1,0 +1,74 @@
+"""One image file to bytes of a wanted shape, and which files of a folder are images."""
+
+import io
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from collective_pipeline.config import UserError
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+MODES = {1: "L", 3: "RGB"}  # PIL's names for as many channels
+
+
+@dataclass(frozen=True)
+class Original:
+    """An image file as it was: `(width, height)`, and PIL's name for its channels."""
+
+    size: tuple[int, int]
+    mode: str
+
+
+def list_image_files(folder: Path) -> list[Path]:
+    """Every image file in `folder` and below, sorted, hidden ones left out; files of other kinds are told."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    chosen = [file for file in files if file.suffix.lower() in SUFFIXES]
+    others = Counter(file.suffix.lower() or "no suffix" for file in files if file.suffix.lower() not in SUFFIXES)
+    if chosen and others:
+        told = ", ".join(f"{count:,} x {suffix}" for suffix, count in sorted(others.items()))
+        logger.warning("%s: files that are no png, jpg or bmp are left out: %s", folder, told)
+    return chosen
+
+
+def read_image(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Original]:
+    """The image as uint8 of this `shape`, channels, height and width, and what it was.
+
+    It is turned as its camera says, put on black where it is transparent, and stretched to the size.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
+    channels, height, width = shape
+    try:
+        # Read at once: PIL's many small reads of the file itself take half as long again.
+        with Image.open(io.BytesIO(path.read_bytes())) as file:
+            original = Original(file.size, file.mode)
+            ImageOps.exif_transpose(file, in_place=True)
+            image: Image.Image = file
+            if image.mode in {"I", "F"}:
+                raise ValueError("its pixels are not bytes")
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                black = Image.new("RGBA", image.size, "black")
+                image = Image.alpha_composite(black, image.convert("RGBA"))
+            if image.mode != MODES[channels]:
+                image = image.convert(MODES[channels])
+            if image.size != (width, height):
+                image = image.resize((width, height), Image.Resampling.BILINEAR)
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    except Exception as error:  # damaged images raise almost anything
+        # PIL names the object in memory, which tells nobody anything.
+        reason = str(error).partition(" <_io.BytesIO")[0]
+        raise UserError(
+            f"{path} is not an image that can be read ({reason}): replace it, or remove it from the folder"
+        ) from error
+    return pixels.view(height, width, channels).permute(2, 0, 1).contiguous(), original
