@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, max_pool2d, relu
 
-from collective_pipeline.models.convolution import to_features
+from collective_pipeline.models.convolution import Conv2d, to_features
 from collective_pipeline.models.gating import GatedUnit
 from collective_pipeline.models.layers import Linear, Stack
 from collective_pipeline.models.mlp import Mlp
@@ -38,10 +38,20 @@ class Vgg(nn.Module):
         self.head = head
         self.pooled_side = pooled_side
 
+    @property
+    def num_channels(self) -> int:
+        """Of the last stage's maps, for each seed."""
+        last = [module for module in self.stages.modules() if isinstance(module, Conv2d)][-1]
+        return last.weight.shape[2]
+
     def forward(self, x_BMHW: Tensor, gates: Sequence[Tensor]) -> Tensor:
         """Maps of images, and gates as for `GatedUnit`, to logits `(S, 1, B, K)`."""
         for stage in self.stages:
             x_BMHW = stage(x_BMHW, gates)
+        return self.read(x_BMHW)
+
+    def read(self, x_BMHW: Tensor) -> Tensor:
+        """What the head makes of the last stage's maps."""
         x_BMHW = adaptive_avg_pool2d(x_BMHW, self.pooled_side)
         return self.head(to_features(x_BMHW, self.stack))  # type: ignore[no-any-return]
 

@@ -152,7 +152,11 @@ class Fit:
                 self.best_accuracies[s], self.best_epochs[s] = accuracies[s], epoch.number
 
     def stop(self, epoch: Epoch, *, patience: int | None, metric: Literal["accuracy", "loss"], since: int) -> None:
-        """Stop the seeds that diverged, or whose `metric` was no better for `patience` epochs after epoch `since`."""
+        """Stop the seeds that diverged, or whose `metric` was no better for `patience` epochs after epoch `since`.
+
+        And those all of whose gates were shut throughout the epoch: nothing can open them again.
+        """
+        opened = epoch.metrics.get("train_open_gates", [math.nan] * len(self.seeds))
         for s, loss in enumerate(epoch.metrics["train_loss"]):
             self.diverged[s] |= self.running[s] and not math.isfinite(loss)
             if metric == "accuracy":
@@ -160,7 +164,7 @@ class Fit:
             elif "val_loss" in epoch.metrics:
                 self._note_loss(s, epoch.metrics["val_loss"][s], epoch.number)
             waited = epoch.number - max(self.waited_since[s], since)
-            self.running[s] &= not self.diverged[s] and (patience is None or waited < patience)
+            self.running[s] &= not self.diverged[s] and opened[s] != 0 and (patience is None or waited < patience)
 
     def _note_loss(self, s: int, loss: float, epoch: int) -> None:
         best = self.best_losses[s]

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,6 +126,7 @@ def train_arm(
         for epoch in result.epochs:
             training.tell(epoch)
     _tell_diverged(arm, result)
+    _tell_shut(arm, result)
     return _checkpoint(arm, splits, result), result
 
 
@@ -253,6 +255,19 @@ def _tell_diverged(arm: Arm, result: Fit) -> None:
                 seed,
                 epoch,
                 f"its weights after epoch {best} are kept" if best else "there were no good weights before",
+            )
+
+
+def _tell_shut(arm: Arm, result: Fit) -> None:
+    for s, seed in enumerate(result.seeds):
+        epoch = next((epoch for epoch in reversed(result.epochs) if epoch.running[s]), None)
+        if epoch is not None and epoch.metrics.get("train_open_gates", [math.nan] * len(result.seeds))[s] == 0:
+            logger.warning(
+                "%s, seed %d: all of its gates are shut since epoch %d, which nothing can open again: it is stopped, "
+                "and a smaller gates.lambda_val may help",
+                arm.model_type,
+                seed,
+                epoch.number,
             )
 
 
