@@ -22,6 +22,7 @@ from collective_pipeline.config import (
     flatten,
     parameter_names,
 )
+from collective_pipeline.training.optim import make_schedule
 
 CONF = Path(__file__).parents[1] / "conf"
 INF, NAN = float("inf"), float("nan")
@@ -72,6 +73,16 @@ def test_base_is_phase_1():
 def test_debug_is_debug():
     """What the quick test changes is what the code calls DEBUG."""
     assert check_parameters(shipped("debug")) == DEBUG
+
+
+def test_deepmoe_paper_is_the_schedule_that_the_original_names():
+    """350 epochs, falling after 150 and 250; the last 80 with the gates as they are."""
+    deepmoe = check_parameters(shipped("deepmoe_paper")).deepmoe
+    rates = make_schedule(deepmoe.training, rate=0.1, num_updates=350, warmup_updates=0).tolist()
+
+    assert rates == pytest.approx([0.1] * 150 + [0.01] * 100 + [0.001] * 100)
+    assert deepmoe.training.epochs == 350 and deepmoe.gates.freeze_epochs == 80
+    assert deepmoe.training.optimizer == "sgd"
 
 
 def test_base_names_every_field_there_is():

@@ -94,6 +94,8 @@ class PackedClassifier(nn.Module):
             return Maps(_convolve(unit, maps.values, weight_OIKK, bias_O))
         gates_BO = gates[unit.gate]
         channels = (gates_BO > 0).any(dim=0).nonzero().squeeze(1)
+        if len(channels) == len(bias_O):  # nothing to copy
+            return Maps(_convolve(unit, maps.values, weight_OIKK, bias_O) * gates_BO[:, :, None, None])
         y_BOHW = _convolve(unit, maps.values, weight_OIKK.index_select(0, channels), bias_O[channels])
         return Maps(y_BOHW * gates_BO[:, channels, None, None], channels)
 
