@@ -60,6 +60,22 @@ def test_gates_learn_in_a_first_stage_and_stay_in_a_second(gated):
     assert history["train_open_gates"].between(0, 100).all()
 
 
+def test_gates_are_told_layer_by_layer_and_class_by_class(gated):
+    project, _ = gated
+    units, classes = (pd.read_csv(project / REPORTING / f"{name}.csv") for name in ("gates", "gates_by_class"))
+    runs = pd.read_csv(project / REPORTING / "runs.csv")
+
+    assert len(units) == 2 * 16 and len(classes) == 2 * 16 * 10
+    assert (units["information_bits"] >= -1e-9).all() and units["gate_pct"].between(0, 100).all()
+    # The test images have the same number of each class.
+    means = classes.groupby(["seed", "unit"])["gate_pct"].mean()
+    assert means.to_dict() == pytest.approx(units.set_index(["seed", "unit"])["gate_pct"].to_dict())
+    assert (units.groupby("seed")["gate_pct"].mean() < 100).all() and len(runs) == 4
+    page = (project / REPORTING / "report.html").read_text()
+    assert "Gates open, by class" in page and "layer 16" in page
+    assert json.loads((project / REPORTING / "gates.json").read_text())["data"][0]["type"] == "heatmap"
+
+
 def test_both_arms_are_runs_in_mlflow(gated):
     runs = runs_of(gated[0])
     arms = runs[runs["tags.mlflow.parentRunId"].notna()].set_index("tags.model_type")

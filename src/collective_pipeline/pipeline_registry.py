@@ -8,7 +8,9 @@ from collective_pipeline.config import MODEL_TYPES, Arm
 from collective_pipeline.pipelines import arm, comparison, data, deepmoe, predict, sweep
 
 
-def make_experiment(name: str, images: Pipeline, arms: Sequence[str], make: Callable[..., list[Arm]]) -> Pipeline:
+def make_experiment(
+    name: str, images: Pipeline, arms: Sequence[str], make: Callable[..., list[Arm]], *, gated: str | None = None
+) -> Pipeline:
     """Shared data, one namespaced copy of the arm's pipeline for each of `arms`, and their comparison.
 
     Args:
@@ -16,10 +18,11 @@ def make_experiment(name: str, images: Pipeline, arms: Sequence[str], make: Call
         images: What gives settings, device and splits.
         arms: The namespaces.
         make: The node that makes their arms.
+        gated: The arm whose gates are looked into.
     """
     return sum(
         (arm.create_pipeline(namespace, num_arms=len(arms)) for namespace in arms),
-        start=images + arm.create_preparation(arms, make) + comparison.create_pipeline(name, arms=arms),
+        start=images + arm.create_preparation(arms, make) + comparison.create_pipeline(name, arms=arms, gated=gated),
     )
 
 
@@ -36,6 +39,7 @@ def register_pipelines() -> dict[str, Pipeline]:
         data.create_pipeline(deepmoe.read_settings, raw_images="deepmoe.raw_images"),
         ["deepmoe_gated", "deepmoe_dense"],
         deepmoe.make_arms,
+        gated="deepmoe_gated",
     )
     return {
         "__default__": single,

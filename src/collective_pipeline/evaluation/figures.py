@@ -158,6 +158,28 @@ def plot_training_curves(history: pd.DataFrame) -> go.Figure:
     return finish(figure, "Training curves", None, None, height=900)
 
 
+def plot_gates(classes: pd.DataFrame) -> go.Figure:
+    """How far each unit's gates open for each class, mean over seeds, as a heat map.
+
+    Args:
+        classes: `experts.CLASS_COLUMNS`.
+    """
+    means = classes.groupby(["unit", "class"], sort=False)["gate_pct"].mean().unstack(sort=False)
+    figure = go.Figure(
+        go.Heatmap(
+            x=means.columns.tolist(),
+            y=means.index.tolist(),
+            z=means.to_numpy().tolist(),
+            colorscale="Viridis",
+            colorbar={"title": {"text": "%"}},
+            hovertemplate="%{y}, %{x}: %{z:.1f} %<extra></extra>",
+        )
+    )
+    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(type="category")
+    return finish(figure, "Gates open, by class", "Class", None, height=160 + 28 * len(means))
+
+
 def curve_points(history: pd.DataFrame) -> pd.DataFrame:
     """What the training curves show: mean, lowest and highest over seeds of each arm and epoch."""
     values = history.groupby(["model_type", "epoch"], sort=False)[list(PANELS)].agg(["mean", "min", "max"])

@@ -12,12 +12,14 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped,unused-ignore]
 
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS
+from collective_pipeline.evaluation.experts import UNIT_COLUMNS
 from collective_pipeline.evaluation.figures import (
     curve_points,
     plot_accuracy,
     plot_accuracy_against_macs,
     plot_accuracy_against_params,
     plot_differences,
+    plot_gates,
     plot_training_curves,
 )
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS, hints
@@ -56,6 +58,8 @@ def write_report(
     history: pd.DataFrame,
     facts: Mapping[str, Mapping[str, str]],
     reference: str = "collective",
+    units: pd.DataFrame | None = None,
+    classes: pd.DataFrame | None = None,
 ) -> str:
     """The page as HTML: answer, key figures, tables, figures, every run, and how it was run.
 
@@ -67,8 +71,23 @@ def write_report(
         history: A row per arm, seed and epoch.
         facts: Section, name and value of everything needed to run it again.
         reference: The arm that the others are compared to.
+        units: What its gates do, `experts.UNIT_COLUMNS`, if it has gates.
+        classes: Likewise, `experts.CLASS_COLUMNS`.
     """
-    compared = bool(comparison["p_value_holm"].notna().any())
+    details = [make_table("Every run, one row per arm and seed", RUNS, results, RUN_COLUMNS, "runs.csv")]
+    figures = list(_figures(results, comparison, history, reference, compared=_is_compared(comparison)))
+    if units is not None and classes is not None:
+        details.append(make_table("Gates, one row per seed and unit", UNITS, units, UNIT_COLUMNS, "gates.csv"))
+        figures.append(
+            make_figure(
+                plot_gates(classes),
+                "Percent of a layer's gates that test images of a class open, or an expert's mean weight; mean over "
+                "seeds.",
+                classes,
+                "gates_by_class.csv",
+            )
+        )
+    compared = _is_compared(comparison)
     return render(
         title=title,
         answer=answer,
@@ -78,11 +97,15 @@ def write_report(
         gpu=gpu_table(GPU, comparison, COMPARISON_COLUMNS),
         hints=hints(comparison),
         notes=[INTERVALS, *([difference_note(reference), P_VALUES] if compared else []), TEST_SET],
-        figures=list(_figures(results, comparison, history, reference, compared)),
-        details=[make_table("Every run, one row per arm and seed", RUNS, results, RUN_COLUMNS, "runs.csv")],
+        figures=figures,
+        details=details,
         facts=facts,
         highlighted=reference if compared else "",
     )
+
+
+def _is_compared(comparison: pd.DataFrame) -> bool:
+    return bool(comparison["p_value_holm"].notna().any())
 
 
 INTERVALS = (
@@ -230,6 +253,17 @@ RUNS: Columns = {
     "Test loss": lambda run: number(".4f", run.test_loss),
     "Training time (s)": lambda run: number(",.1f", run.train_seconds),
     "Images per second": lambda run: number(",.0f", run.samples_per_second),
+}
+
+
+UNITS: Columns = {
+    "Unit": lambda unit: unit.unit,
+    "Seed": lambda unit: str(unit.seed),
+    "Gates": lambda unit: f"{unit.num_gates:,}",
+    "Open (%)": lambda unit: number(".1f", unit.gate_pct),
+    "Information about the class (bits)": lambda unit: number(".3f", unit.information_bits),
+    "Accuracy alone (%)": lambda unit: number(".2f", unit.accuracy),
+    "Lost without it (points)": lambda unit: number("+z.2f", unit.accuracy_lost_without),
 }
 
 

@@ -16,9 +16,11 @@ from collective_pipeline.config import Arm, Parameters, flatten, hide_password
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.comparison import RUN_COLUMNS, compare_arms
 from collective_pipeline.evaluation.cost import measure_latency
+from collective_pipeline.evaluation.experts import describe_gates
 from collective_pipeline.evaluation.figures import plot_training_curves
 from collective_pipeline.evaluation.report import write_report
 from collective_pipeline.evaluation.verdict import answer
+from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.runtime import describe_device
 
 
@@ -58,6 +60,12 @@ def plot_curves(*histories: pd.DataFrame) -> Figure:
     return plot_training_curves(pd.concat(histories, ignore_index=True))
 
 
+def analyse_gates(checkpoint: Checkpoint, splits: Splits, device: torch.device) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What the gates of a trained network do on the test images, by unit, and by unit and class."""
+    units, classes, _ = describe_gates(checkpoint, splits.test, device)
+    return units, classes
+
+
 def report(
     settings: Parameters,
     splits: Splits,
@@ -65,9 +73,14 @@ def report(
     runs: pd.DataFrame,
     comparison: pd.DataFrame,
     summary: dict[str, Any],
-    *histories: pd.DataFrame,
+    *gates_and_histories: pd.DataFrame,
+    num_gates: int = 0,
 ) -> str:
-    """The page that answers the question, and says how the answer came about."""
+    """The page that answers the question, and says how the answer came about.
+
+    The last tables are those of `analyse_gates`, if `num_gates` of them are given, and every arm's history.
+    """
+    gates, histories = gates_and_histories[:num_gates], gates_and_histories[num_gates:]
     return write_report(
         title=f"{settings.dataset}: {', '.join(comparison['model_type'])}"
         if len(comparison) == 1
@@ -78,6 +91,8 @@ def report(
         history=pd.concat(histories, ignore_index=True),
         facts=describe_run(settings, splits, device),
         reference=settings.comparison.reference,
+        units=gates[0] if gates else None,
+        classes=gates[1] if gates else None,
     )
 
 
