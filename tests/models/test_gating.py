@@ -114,6 +114,19 @@ def test_a_closed_gate_makes_a_zero_channel(name, training):
         start += channels
 
 
+@pytest.mark.parametrize("architecture", GATED.values(), ids=GATED)
+def test_gates_leave_the_maps_their_precision(architecture):
+    """Or a network with gates would be trained in fp32 beside one in bfloat16."""
+    model, seen = network(architecture).float(), []
+    for module in model.modules():
+        if isinstance(module, GatedUnit):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images().float())
+
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_in_a_residual_sum_a_closed_gate_leaves_the_shortcut():
     """Nothing of the block's own is left in that channel."""
     model = network(ARCHITECTURES["basic_gated"]).eval()

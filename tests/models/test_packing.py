@@ -50,6 +50,14 @@ def test_what_has_nothing_to_skip_is_refused(name):
         PackedClassifier(network(ARCHITECTURES[name]).eval())
 
 
+def test_it_goes_where_it_is_sent():
+    packed = PackedClassifier(half_shut(GATED["basic_gated"]))
+    exact = packed(images())
+
+    assert packed.float()(images().float()).dtype == torch.float32
+    torch.testing.assert_close(packed(images().float()).double(), exact, rtol=1e-3, atol=1e-4)
+
+
 def test_several_seeds_are_refused():
     with pytest.raises(UserError, match="of one seed in evaluation mode"):
         PackedClassifier(network(ARCHITECTURES["basic_gated"], (0, 1)).eval())

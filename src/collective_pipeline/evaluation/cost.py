@@ -18,7 +18,7 @@ from collective_pipeline.data.batches import Normalise
 from collective_pipeline.data.splits import Images
 from collective_pipeline.models.build import DRAWN, build_arm
 from collective_pipeline.models.checkpoint import Checkpoint
-from collective_pipeline.models.convolution import Conv2d
+from collective_pipeline.models.convolution import Conv2d, to_maps
 from collective_pipeline.models.gating import GatedUnit
 from collective_pipeline.models.image_classifier import ImageClassifier
 
@@ -131,7 +131,8 @@ def measure_executed_macs(checkpoint: Checkpoint, images: Images, device: torch.
     total_S = torch.zeros(len(checkpoint.seeds), dtype=torch.float64, device=device)
     with torch.inference_mode():
         for chunk in images.images.split(BATCH_SIZE):
-            gates_SBG = model(normalise(chunk.to(device)).unsqueeze(0))[1]["gates"]
+            x_BMHW = to_maps(normalise(chunk.to(device)).unsqueeze(0), model.image_shape)
+            gates_SBG = model.gating(x_BMHW)[0].squeeze(1)
             open_SBL = open_shares(gates_SBG, model.gated_channels).double()
             total_S += executed_macs(layers, open_SBL).sum(dim=1)
     means: list[float] = (total_S / len(images)).tolist()

@@ -108,12 +108,12 @@ class GatedUnit(nn.Module):
         self.gate_first = gate_first
 
     def forward(self, x_BMHW: Tensor, gates: Sequence[Tensor]) -> Tensor:
-        """`gates` are of all gated layers, each `(B, S*C, 1, 1)`."""
+        """`gates` are of all gated layers, each `(B, S*C, 1, 1)`; the maps keep their precision."""
         y_BMHW: Tensor = self.conv(x_BMHW)
         if self.gate is not None and self.gate_first:
-            y_BMHW = y_BMHW * gates[self.gate]
+            y_BMHW = y_BMHW * gates[self.gate].to(y_BMHW.dtype)
         if self.norm is not None:
             y_BMHW = self.norm(y_BMHW)
         if self.gate is not None and not self.gate_first:
-            y_BMHW = y_BMHW * gates[self.gate]
+            y_BMHW = y_BMHW * gates[self.gate].to(y_BMHW.dtype)
         return y_BMHW

@@ -45,7 +45,11 @@ class PackedClassifier(nn.Module):
             raise UserError("closed gates are skipped in a network of one seed in evaluation mode: build it so")
         self.model = model
         self.group_size = group_size
-        self.folded = {unit: _fold(unit) for unit in units}
+        self.places = {unit: i for i, unit in enumerate(units)}
+        for i, unit in enumerate(units):  # as buffers they go where the network goes
+            weight_OIKK, bias_O = _fold(unit)
+            self.register_buffer(f"weight_{i}", weight_OIKK, persistent=False)
+            self.register_buffer(f"bias_{i}", bias_O, persistent=False)
 
     def forward(self, x_1BI: Tensor) -> Tensor:
         """Images `(1, B, I)` to logits `(1, B, K)`."""
@@ -87,7 +91,8 @@ class PackedClassifier(nn.Module):
 
     def _unit(self, unit: nn.Module, maps: "Maps", gates: Sequence[Tensor]) -> "Maps":
         assert isinstance(unit, GatedUnit)
-        weight_OIKK, bias_O = self.folded[unit]
+        place = self.places[unit]
+        weight_OIKK, bias_O = self.get_buffer(f"weight_{place}"), self.get_buffer(f"bias_{place}")
         if maps.channels is not None:
             weight_OIKK = weight_OIKK.index_select(1, maps.channels)
         if unit.gate is None:

@@ -32,6 +32,7 @@ from collective_pipeline.training.snapshots import Snapshot, Snapshots
 from collective_pipeline.training.strategies import Phase
 
 TOP_K = 5
+EPOCHS_SHUT = 3
 Metrics = dict[str, Tensor]
 
 
@@ -154,9 +155,8 @@ class Fit:
     def stop(self, epoch: Epoch, *, patience: int | None, metric: Literal["accuracy", "loss"], since: int) -> None:
         """Stop the seeds that diverged, or whose `metric` was no better for `patience` epochs after epoch `since`.
 
-        And those all of whose gates were shut throughout the epoch: nothing can open them again.
+        And those all of whose gates were shut throughout `EPOCHS_SHUT` epochs: few open again after that.
         """
-        opened = epoch.metrics.get("train_open_gates", [math.nan] * len(self.seeds))
         for s, loss in enumerate(epoch.metrics["train_loss"]):
             self.diverged[s] |= self.running[s] and not math.isfinite(loss)
             if metric == "accuracy":
@@ -164,7 +164,14 @@ class Fit:
             elif "val_loss" in epoch.metrics:
                 self._note_loss(s, epoch.metrics["val_loss"][s], epoch.number)
             waited = epoch.number - max(self.waited_since[s], since)
-            self.running[s] &= not self.diverged[s] and opened[s] != 0 and (patience is None or waited < patience)
+            self.running[s] &= not self.diverged[s] and not self.is_shut(s) and (patience is None or waited < patience)
+
+    def is_shut(self, s: int) -> bool:
+        """Whether no gate of this seed was open in any of its last `EPOCHS_SHUT` epochs."""
+        last = [epoch for epoch in self.epochs if epoch.running[s]][-EPOCHS_SHUT:]
+        return len(last) == EPOCHS_SHUT and all(
+            "train_open_gates" in epoch.metrics and epoch.metrics["train_open_gates"][s] == 0 for epoch in last
+        )
 
     def _note_loss(self, s: int, loss: float, epoch: int) -> None:
         best = self.best_losses[s]
@@ -323,7 +330,9 @@ class _Fitting:
         result.record(epoch)
         if phase.selects:
             result.select(epoch, training.validated)
-        patience = config.early_stopping_patience if phase is self.phases[-1] else None
+        # Phases that are one training have one patience, those before another training none.
+        since = 0 if phase.goes_on else since
+        patience = config.early_stopping_patience if phase.goes_on or phase is self.phases[-1] else None
         result.stop(epoch, patience=patience, metric=config.early_stopping_metric, since=since)
         finished = number == config.epochs or not any(result.running)
         usage = self.meter.read() if finished else self.meter.usage

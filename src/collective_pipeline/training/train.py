@@ -3,7 +3,6 @@
 import gc
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from collective_pipeline.models.build import build_arm, count_products, initiali
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.matching import match_arm
 from collective_pipeline.randomness import make_generator
-from collective_pipeline.training.loop import Callback, Epoch, Fit, evaluate, fit, to_host
+from collective_pipeline.training.loop import EPOCHS_SHUT, Callback, Epoch, Fit, evaluate, fit, to_host
 from collective_pipeline.training.memory import Need, advise, estimate_need, free_bytes, groups_that_fit, split
 from collective_pipeline.training.runtime import choose_device, describe_device, set_matmul_precision, side_stream
 from collective_pipeline.training.snapshots import Snapshot, Snapshots
@@ -260,14 +259,14 @@ def _tell_diverged(arm: Arm, result: Fit) -> None:
 
 def _tell_shut(arm: Arm, result: Fit) -> None:
     for s, seed in enumerate(result.seeds):
-        epoch = next((epoch for epoch in reversed(result.epochs) if epoch.running[s]), None)
-        if epoch is not None and epoch.metrics.get("train_open_gates", [math.nan] * len(result.seeds))[s] == 0:
+        if result.is_shut(s):
             logger.warning(
-                "%s, seed %d: all of its gates are shut since epoch %d, which nothing can open again: it is stopped, "
-                "and a smaller gates.lambda_val may help",
+                "%s, seed %d: all of its gates were shut throughout the %d epochs up to %d: it is stopped, and a "
+                "smaller gates.lambda_val may help",
                 arm.model_type,
                 seed,
-                epoch.number,
+                EPOCHS_SHUT,
+                result.num_epochs[s],
             )
 
 
