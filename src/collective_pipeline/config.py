@@ -5,9 +5,10 @@ look for them, `conf/debug/parameters.yml` holds what the quick test changes; a 
 """
 
 import difflib
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -487,6 +488,38 @@ def _kind_of_values(values: Any) -> str:
     return "range" if isinstance(values, Mapping | Range) else "choices"
 
 
+def _is_range(values: Any) -> bool:
+    return isinstance(values, Mapping) and bool(values) and values.keys() <= Range.model_fields.keys()
+
+
+def _is_nested(values: Any) -> bool:
+    """Whether these are names in a section, and not the ends of a range with or without a slip of the finger."""
+    return isinstance(values, Mapping) and bool(values) and not values.keys() & Range.model_fields.keys()
+
+
+def _list_nested(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted names in nested sections, with their choices or ranges."""
+    for name, values in section.items():
+        if _is_nested(values):
+            yield from _list_nested(values, f"{prefix}{name}.")
+        else:
+            yield prefix + name, values
+
+
+def _as_choices(values: Any) -> Any:
+    """Words of the command line as a list, with what they are in YAML: numbers, true, false and null among them."""
+    if isinstance(values, str):
+        return [_as_scalar(word) for word in values.split()]
+    return [values] if isinstance(values, bool | int | float) else values
+
+
+def _as_scalar(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
+
+
 Space = dict[
     str,
     Annotated[
@@ -562,13 +595,19 @@ class SweepConfig(Config):
 
     @field_validator("space", mode="before")
     @classmethod
-    def _without_null(cls, space: Any) -> Any:
-        """An environment cannot take a name out of what it adds to, but it can say that it is null."""
-        return (
-            {name: values for name, values in space.items() if values is not None}
-            if isinstance(space, Mapping)
-            else space
-        )
+    def _by_dotted_names(cls, space: Any) -> Any:
+        """Of the command line as well, whose dots Kedro makes nested sections of, beside the names in `conf/`."""
+        if not isinstance(space, Mapping):
+            return space
+        nested = {name: values for name, values in space.items() if _is_nested(values)}
+        named = {name: values for name, values in space.items() if name not in nested}
+        for name, values in _list_nested(nested):
+            before = named.get(name)
+            # An end of a range alone leaves the rest of it as it was.
+            kept = before if _is_range(values) and isinstance(before, Mapping) else {}
+            named[name] = {**kept, **values} if isinstance(values, Mapping) else values
+        # An environment cannot take a name out of what it adds to, but it can say that it is null.
+        return {name: _as_choices(values) for name, values in named.items() if values is not None}
 
     @field_validator("space")
     @classmethod
