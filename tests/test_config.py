@@ -23,6 +23,7 @@ from collective_pipeline.config import (
     flatten,
     parameter_names,
 )
+from collective_pipeline.models.matching import count_collective
 
 CONF = Path(__file__).parents[1] / "conf"
 INF, NAN = float("inf"), float("nan")
@@ -73,6 +74,13 @@ def test_base_is_phase_1():
 def test_debug_is_debug():
     """What the quick test changes is what the code calls DEBUG."""
     assert check_parameters(shipped("debug")) == DEBUG
+
+
+def test_the_quick_search_is_of_networks_about_as_large_as_the_quick_collective():
+    params = count_collective(DEBUG.collective, in_dim=784, num_classes=10)
+    sizes = DEBUG.sweep.space["baselines.target_params"]
+
+    assert min(sizes) < params < max(sizes) < 2 * params
 
 
 def test_base_names_every_field_there_is():

@@ -751,7 +751,17 @@ DEBUG = Parameters(
     seeds=(42, 43, 44),
     collective=CollectiveConfig(expert_hidden=(128, 64), expert_output=32, analyst_hidden=(64, 32), analyst_output=16),
     training=TrainingConfig(epochs=5, batch_size=128, eval_batch_size=512, weight_decay=0.0, augmentation_strength=0.0),
-    sweep=SweepConfig(sizes=(300_000, 560_000), trials=6, trial_epochs=5),
+    sweep=SweepConfig(
+        sizes=(300_000, 560_000),
+        trials=6,
+        trial_epochs=5,
+        space=SPACE
+        | {
+            "collective.expert_output": (16, 32, 64),
+            "collective.analyst_output": (8, 16, 32),
+            "baselines.target_params": (300_000, 430_000, 560_000, 690_000),
+        },
+    ),
     deepmoe=DeepMoeConfig(
         dataset="mnist",
         seeds=(42, 43),

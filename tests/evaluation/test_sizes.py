@@ -22,7 +22,7 @@ from collective_pipeline.evaluation.comparison import (
 )
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 from collective_pipeline.evaluation.sweep_report import write_sweep_report
-from collective_pipeline.evaluation.verdict import answer_sizes
+from collective_pipeline.evaluation.verdict import answer_search, answer_sizes
 from collective_pipeline.tuning.outcome import IMPORTANCE_COLUMNS, TRIAL_COLUMNS
 
 CONFIG = ComparisonConfig(resamples=500)
@@ -237,6 +237,21 @@ def test_a_grid_shows_nothing_of_a_search():
     assert "pruning" not in page.split("<script>")[0].lower()
     for cost in COSTS:
         assert f"on_front_{cost}" in page
+
+
+def test_a_search_says_that_its_arms_are_not_matched_in_size():
+    """In the answer and in how to read it: what looks like a better arm may be a larger one."""
+    runs = grid(8, arms=["collective", "shallow", "deep"], sizes=SIZES[:1])
+    runs.loc[runs["model_type"] == "deep", "params"] = 3_200_000
+    told = answer_search(compare_sizes(runs, CONFIG), CONFIG)
+    differ = "not matched in size: each has the size that its search found best, and these differ by up to 3.2 times"
+
+    assert differ in told
+    assert "not matched in size" in write(50) and "not matched" not in write()
+
+
+def test_a_search_of_one_arm_has_nothing_to_match():
+    assert "not matched" not in answer_search(compare_sizes(grid(arms=["deep"], sizes=SIZES[:1]), CONFIG), CONFIG)
 
 
 def test_a_report_of_two_thousand_trials_stays_small():

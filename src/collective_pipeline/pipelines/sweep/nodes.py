@@ -14,7 +14,7 @@ from collective_pipeline.evaluation.comparison import RUN_COLUMNS, compare_overa
 from collective_pipeline.evaluation.cost import measure_latency
 from collective_pipeline.evaluation.sweep_figures import no_figure, plot_importance, plot_pruning, plot_trials
 from collective_pipeline.evaluation.sweep_report import write_sweep_report
-from collective_pipeline.evaluation.verdict import answer, answer_sizes
+from collective_pipeline.evaluation.verdict import answer_search, answer_sizes
 from collective_pipeline.models.matching import count_collective
 from collective_pipeline.pipelines.comparison.nodes import describe_run
 from collective_pipeline.tuning import tracking
@@ -65,7 +65,7 @@ def compare(
         at_once = runs.assign(target_params=0)
         comparison = compare_sizes(at_once, settings.comparison, reference=reference)
         overall = compare_overall(at_once, settings.comparison, reference=reference)
-        told = answer(comparison, settings.comparison, reference=reference)
+        told = answer_search(comparison, settings.comparison, reference=reference)
         comparison["target_params"] = comparison["model_type"].map(own_size)
     else:
         comparison = compare_sizes(runs, settings.comparison, reference=reference)
@@ -101,8 +101,10 @@ def report(
 ) -> str:
     """The page that answers the question over sizes, and says how the answer came about."""
     runs, comparison, overall, trials, importance = tables
+    grid = settings.sweep.mode == "grid"
+    question = "Does a collective use its parameters better, at any size?" if grid else "What did the search find best?"
     return write_sweep_report(
-        title=f"Does a collective use its parameters better, at any size? {settings.dataset}",
+        title=f"{question} {settings.dataset}",
         answer=summary["answer"],
         runs=runs,
         comparison=comparison,
