@@ -151,6 +151,18 @@ def test_the_front_is_what_nothing_beats_in_both():
         assert front[i] != beaten
 
 
+def test_how_well_sizes_are_matched_puts_no_arm_on_the_front():
+    """Three arms of one target: the best of them is on the front of parameters, whichever came out smallest."""
+    runs = grid(arms=["collective", "shallow", "deep"], sizes=SIZES[:2])
+    place = runs["model_type"].map({"collective": 0, "shallow": 1, "deep": 2})
+    runs["test_accuracy"] = 95 + runs["target_params"] / 1e6 + 0.1 * place
+    runs["params"] = runs["macs"] = (runs["target_params"] * (0.999 + 0.001 * place)).astype(int)
+    comparison = compare_sizes(runs, CONFIG)
+
+    for cost in ("params", "macs"):
+        assert comparison.loc[comparison[f"on_front_{cost}"], "model_type"].tolist() == ["deep", "deep"]
+
+
 def test_what_has_no_accuracy_is_on_no_front():
     assert pareto_front(pd.Series([np.nan, 90.0]), pd.Series([1, 2])).tolist() == [False, True]
 

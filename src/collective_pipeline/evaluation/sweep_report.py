@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from collective_pipeline.evaluation.comparison import COSTS, OVERALL_COLUMNS, RUN_COLUMNS, SIZE_COLUMNS
+from collective_pipeline.evaluation.comparison import COSTS, MATCHED, OVERALL_COLUMNS, RUN_COLUMNS, SIZE_COLUMNS
 from collective_pipeline.evaluation.gpu import hints
 from collective_pipeline.evaluation.report import (
     ACCURACY,
@@ -207,7 +207,9 @@ def _figures(
     )
     yield make_figure(
         plot_pareto(comparison, reference=reference),
-        "Every point is an arm of a size. On the grey line lies what no other beats in accuracy and in cost.",
+        "Every point is an arm of a size. On the grey line lies what no other beats in accuracy and in cost. "
+        f"Parameters and multiply-adds that differ by less than {100 * (MATCHED - 1):.1f} % count as equal: arms of "
+        "one size are matched no better.",
         *by_size,
     )
     if not trials.empty:
