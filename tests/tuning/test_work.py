@@ -1,7 +1,9 @@
 """A sweep from end to end, on arms of a second."""
 
+import contextlib
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import optuna
 import pandas as pd
@@ -215,6 +217,31 @@ def test_a_size_out_of_reach_is_refused_before_any_work(make_task, splits):
     task = make_task(model_types=["collective"], sizes=[1000])
     with pytest.raises(UserError, match="no collective"):
         check_sizes(task.settings, splits)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_nobody_is_said_to_have_done_the_work_of_a_stopped_worker(make_task, monkeypatch, caplog, stopped):
+    """Where the run is stopped, all of its workers end early and nothing is done; where it is not, it is told."""
+
+    class Ended:
+        pid, exitcode = 1, 130
+
+        def start(self):
+            pass
+
+        terminate = join = start
+
+    def own_work(*_, **__):
+        if stopped:
+            raise interrupt.Interrupted("the study is saved")
+
+    context = SimpleNamespace(Process=lambda **_: Ended())
+    monkeypatch.setattr(module.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(module, "work", own_work)
+    with pytest.raises(interrupt.Interrupted) if stopped else contextlib.nullcontext():
+        run_workers(make_task(workers=2), CPU)
+
+    assert ("A worker ended early (exit status 130)" in caplog.text) is not stopped
 
 
 @pytest.mark.slow

@@ -151,8 +151,10 @@ def run_workers(task: Task, device: torch.device) -> None:
     finally:
         for other in (other for other in others if other.pid is not None):
             other.join()
-            if other.exitcode:
-                logger.warning("A worker ended early (exit status %d): the others have done its work", other.exitcode)
+    # Only here is all of the work done: one that is stopped leaves it to whoever goes on.
+    for other in others:
+        if other.exitcode:
+            logger.warning("A worker ended early (exit status %d): the others have done its work", other.exitcode)
 
 
 def _work_as_process(task: Task, index: int) -> None:
