@@ -506,6 +506,29 @@ def _list_nested(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
             yield prefix + name, values
 
 
+def _is_section(name: str, known: Sequence[str]) -> bool:
+    return any(other.startswith(f"{name}.") for other in known)
+
+
+def parameter_names(model: type[Config], prefix: str = "") -> list[str]:
+    """The dotted names of all fields of `model`, its nested ones included."""
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            names += parameter_names(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _check_searched(name: str) -> None:
+    """Of all names of a space, those that are left out by a null among them."""
+    if not name.startswith(("training", "collective", "baselines")):
+        raise ValueError(f"{name} cannot be searched: choose from training.*, collective.* and baselines.*")
+    known = parameter_names(Parameters)
+    if name not in known or _is_section(name, known):
+        raise ValueError(f"unknown parameter '{name}'{_nearest(name)}")
+
+
 def _as_choices(values: Any) -> Any:
     """Words of the command line as a list, with what they are in YAML: numbers, true, false and null among them."""
     if isinstance(values, str):
@@ -606,6 +629,8 @@ class SweepConfig(Config):
             # An end of a range alone leaves the rest of it as it was.
             kept = before if _is_range(values) and isinstance(before, Mapping) else {}
             named[name] = {**kept, **values} if isinstance(values, Mapping) else values
+        for name in named:
+            _check_searched(name)
         # An environment cannot take a name out of what it adds to, but it can say that it is null.
         return {name: _as_choices(values) for name, values in named.items() if values is not None}
 
@@ -851,20 +876,6 @@ def _nearest(path: str) -> str:
     for leaves in (beside, anywhere):
         guess = guess or leaves.get(next(iter(difflib.get_close_matches(leaf, leaves, n=1)), ""))
     return (f": did you mean '{guess}'? " if guess else ": ") + "all names stand in conf/base/parameters.yml"
-
-
-def _is_section(name: str, known: Sequence[str]) -> bool:
-    return any(other.startswith(f"{name}.") for other in known)
-
-
-def parameter_names(model: type[Config], prefix: str = "") -> list[str]:
-    """The dotted names of all fields of `model`, its nested ones included."""
-    names = []
-    for name, field in model.model_fields.items():
-        names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
-            names += parameter_names(field.annotation, f"{prefix}{name}.")
-    return names
 
 
 def hide_password(text: str) -> str:
