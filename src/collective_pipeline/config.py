@@ -634,6 +634,15 @@ class SweepConfig(Config):
         # An environment cannot take a name out of what it adds to, but it can say that it is null.
         return {name: _as_choices(values) for name, values in named.items() if values is not None}
 
+    @model_validator(mode="after")
+    def _check_retrain(self) -> Self:
+        if self.mode == "search" and self.retrain > self.trials:
+            raise ValueError(
+                f"retrain={self.retrain} is more than trials={self.trials}, of which the best are trained anew: choose "
+                "fewer, or more trials"
+            )
+        return self
+
     @field_validator("space")
     @classmethod
     def _some_choices(cls, space: Space) -> Space:

@@ -213,10 +213,31 @@ def test_a_stopped_worker_leaves_its_unit_and_another_goes_on_from_its_state(mak
     assert not any(stopped.folder.rglob("*.safetensors"))
 
 
-def test_a_size_out_of_reach_is_refused_before_any_work(make_task, splits):
-    task = make_task(model_types=["collective"], sizes=[1000])
-    with pytest.raises(UserError, match="no collective"):
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({"model_types": ["collective"], "sizes": [1000]}, "no collective .*; change sweep.sizes$"),
+        ({"model_types": ["collective", "shallow"], "sizes": [5_000_000_000]}, "no collective .*; change sweep.sizes$"),
+        (
+            {"mode": "search", "space": {"baselines.target_params": [3000, 5]}},
+            "no shallow .* 5 parameters .*; change baselines.target_params in sweep.space$",
+        ),
+        (
+            {"mode": "search", "space": {"baselines.target_params": {"low": 300, "high": 5000}}},
+            "no shallow .* 300 parameters .*; change baselines.target_params in sweep.space$",
+        ),
+    ],
+)
+def test_a_size_out_of_reach_is_refused_before_any_work(make_task, splits, sweep, message):
+    """By the name of what is to be changed."""
+    task = make_task(**sweep)
+    with pytest.raises(UserError, match=message):
         check_sizes(task.settings, splits)
+
+
+@pytest.mark.parametrize("mode", ["grid", "search"])
+def test_sizes_within_reach_are_not_refused(make_task, splits, mode):
+    check_sizes(make_task(mode=mode).settings, splits)
 
 
 @pytest.mark.parametrize("stopped", [True, False])

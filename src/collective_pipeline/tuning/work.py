@@ -1,6 +1,7 @@
 """The work of a study: claim a unit, train it, tell what came of it, until all of them are done."""
 
 import contextlib
+import itertools
 import logging
 import math
 import multiprocessing
@@ -22,11 +23,11 @@ import pandas as pd
 import torch
 from optuna.trial import TrialState
 
-from collective_pipeline.config import MODEL_TYPES, Arm, Parameters, UserError, flatten, with_values
+from collective_pipeline.config import MODEL_TYPES, Arm, Parameters, Range, UserError, flatten, with_values
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.results import final_metrics, tabulate
 from collective_pipeline.models.checkpoint import Checkpoint, save_checkpoint
-from collective_pipeline.models.matching import match_arm, match_size
+from collective_pipeline.models.matching import OutOfReach, match_arm, match_size
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.loop import Epoch
 from collective_pipeline.training.progress import Progress, duration
@@ -122,14 +123,25 @@ def list_finals(study: Study, settings: Parameters) -> list[tuple[Unit, optuna.t
 
 
 def check_sizes(settings: Parameters, splits: Splits) -> None:
-    """Every size of the grid can be met by every model type.
+    """Every size of the grid can be met by every model type, in a search every size of the single networks.
 
     Raises:
         UserError: Naming the first that cannot.
     """
-    if settings.sweep.mode == "grid":
-        for unit in list_units(settings):
-            _arm_of(unit, settings, splits)
+    sweep = settings.sweep
+    searched = sweep.space.get("baselines.target_params", ())
+    if sweep.mode == "grid":
+        tried, where = [(unit, settings) for unit in list_units(settings)], "sweep.sizes"
+    else:
+        sizes = (searched.low, searched.high) if isinstance(searched, Range) else searched
+        sized = [with_values(settings, {"baselines.target_params": size}) for size in sizes]
+        units = [unit for unit in list_units(settings)[: len(sweep.model_types)] if unit.model_type != "collective"]
+        tried, where = list(itertools.product(units, sized)), "baselines.target_params in sweep.space"
+    for unit, with_size in tried:
+        try:
+            _arm_of(unit, with_size, splits)
+        except OutOfReach as error:
+            raise UserError(f"{error.what}; change {where}") from None
 
 
 def run_workers(task: Task, device: torch.device) -> None:
