@@ -88,7 +88,7 @@ def test_a_search_tracks_pruned_trials_as_finished(tmp_path, new_project):
     assert sorted(finals["tags.model_type"]) == ["collective", "shallow"]
     model = mlflow.pyfunc.load_model(f"runs:/{finals['run_id'].iloc[0]}/model")
     assert len(model.predict(model.input_example)) == 2
-    [file] = (project / "data/06_models/sweep").glob("search-mnist/final/shallow/*.safetensors")
+    [file] = (project / "data/06_models/sweep").glob("search-mnist-*/final/shallow/*.safetensors")
     predict = {
         "model_type": "shallow",
         "checkpoint": str(file),

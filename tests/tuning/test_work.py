@@ -213,6 +213,15 @@ def test_a_stopped_worker_leaves_its_unit_and_another_goes_on_from_its_state(mak
     assert not any(stopped.folder.rglob("*.safetensors"))
 
 
+def test_studies_of_one_name_in_two_storages_share_no_folder(make_task, tmp_path):
+    """And whoever opens one of them again finds the states that were saved."""
+    one, other = make_task(), make_task(storage=str(tmp_path / "other.journal"))
+    names = [task.open().folder_name for task in (one, other, one)]
+
+    assert names[0] == names[2] != names[1]
+    assert all(name.startswith("grid-mnist-") for name in names)
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [

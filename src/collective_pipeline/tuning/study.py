@@ -94,6 +94,11 @@ class Study:
         """What is kept about the study as a whole."""
         return dict(self.root.user_attrs)
 
+    @property
+    def folder_name(self) -> str:
+        """Of what is kept beside the storage: another storage's study of the same name has another one."""
+        return f"{self.name}-{self.keep('key', uuid.uuid4().hex[:8])}"
+
     def keep(self, name: str, fact: Any) -> Any:
         """Keep a fact about the whole study unless there is one of this name; return the one that is kept."""
         with self.locks.hold(f"{self.name}.facts"):

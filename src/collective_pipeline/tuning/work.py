@@ -246,6 +246,7 @@ class Worker:
         self.study = study
         self.device = device
         self.num_beside = num_beside
+        self.folder = task.folder / study.folder_name
         self.started = time.perf_counter()
         self.num_done_before = self.num_done(self.units())
         model_types = self.settings.sweep.model_types
@@ -376,7 +377,7 @@ class Worker:
         return snapshots
 
     def _folder(self, unit: Unit) -> Path:
-        return self.task.folder / self.study.name / unit.stage / unit.model_type / unit.name
+        return self.folder / unit.stage / unit.model_type / unit.name
 
     def _fail(self, claim: Claim, reason: str, pruner: "_Pruner | None" = None) -> None:
         logger.warning("%s has no result: %s", claim.unit, reason)
