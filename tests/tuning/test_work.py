@@ -1,6 +1,7 @@
 """A sweep from end to end, on arms of a second."""
 
 import contextlib
+import logging
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ import torch
 from optuna.trial import TrialState
 
 from collective_pipeline.config import UserError
+from collective_pipeline.models.checkpoint import load_checkpoint
 from collective_pipeline.models.matching import match_size
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.train import score, train_arm
 from collective_pipeline.tuning import work as module
-from collective_pipeline.tuning.outcome import collect_runs, collect_trials, rank_importance
+from collective_pipeline.tuning.outcome import collect_models, collect_runs, collect_trials, rank_importance
 from collective_pipeline.tuning.study import Study
 from collective_pipeline.tuning.work import Task, check_sizes, list_finals, list_units, run_workers, work
 
@@ -58,6 +60,33 @@ def test_a_study_that_is_done_is_not_trained_again(make_task, monkeypatch):
 
     runs, _ = collect_runs(finished(task), task.settings)
     assert len(runs) == 8
+
+
+def test_a_study_that_is_done_says_so_and_starts_nobody(make_task, monkeypatch, caplog):
+    task = make_task(mode="search", workers=2, trials=1, trial_epochs=1)
+    finished(task)
+    monkeypatch.setattr(module, "work", None)
+    with caplog.at_level(logging.INFO, "collective_pipeline"):
+        run_workers(task, CPU)
+
+    assert "All 4 trainings of the study 'search-mnist' are done already" in caplog.text
+
+
+def test_the_best_models_of_a_search_are_told_by_their_files(make_task, tmp_path, monkeypatch):
+    """From where the command was typed, with those of seeds that were added later; a grid has none."""
+    task = make_task(mode="search", model_types=["shallow"], trials=2, trial_epochs=1, retrain=2)
+    finished(task)
+    more = replace(task, settings=task.settings.model_copy(update={"seeds": (1, 2, 3)}))
+    study = finished(more)
+    monkeypatch.chdir(tmp_path)
+    models = collect_models(study, more.settings, more.folder)
+
+    assert list(models) == ["shallow", "shallow 2"]
+    for files in models.values():
+        assert [load_checkpoint(tmp_path / file).seeds for file in files] == [(1, 2), (3,)]
+        assert all(file.startswith("states/search-mnist-") for file in files)
+    grid = make_task(study="grid")
+    assert collect_models(grid.open(), grid.settings, grid.folder) == {}
 
 
 def test_more_sizes_and_types_are_added_to_what_is_done(make_task):

@@ -122,6 +122,11 @@ def list_finals(study: Study, settings: Parameters) -> list[tuple[Unit, optuna.t
     return finals
 
 
+def all_units(study: Study, settings: Parameters) -> list[Unit]:
+    """Those of the first stage, and those that follow from its results as far as they are known."""
+    return list_units(settings) + [unit for unit, _ in list_finals(study, settings)]
+
+
 def check_sizes(settings: Parameters, splits: Splits) -> None:
     """Every size of the grid can be met by every model type, in a search every size of the single networks.
 
@@ -149,6 +154,11 @@ def run_workers(task: Task, device: torch.device) -> None:
 
     Each takes a CUDA device of its own as long as there are enough.
     """
+    study = task.open()
+    units = all_units(study, task.settings)
+    if len(study.outcomes(units)) == len(units):
+        logger.info("All %d trainings of the study '%s' are done already", len(units), study.name)
+        return
     num_workers = task.settings.sweep.workers
     context = multiprocessing.get_context("spawn")  # a fork would share what torch and the locks hold
     others = [context.Process(target=_work_as_process, args=(task, i)) for i in range(1, num_workers)]
@@ -273,7 +283,7 @@ class Worker:
 
     def units(self) -> list[Unit]:
         """All that are known by now."""
-        return list_units(self.settings) + [unit for unit, _ in list_finals(self.study, self.settings)]
+        return all_units(self.study, self.settings)
 
     def num_done(self, units: Sequence[Unit]) -> int:
         """How many of these have a result, whoever has found it."""
