@@ -17,11 +17,13 @@ from collective_pipeline.config import (
     CollectiveConfig,
     MlpArchitecture,
     Parameters,
+    Range,
     UserError,
     check_parameters,
     flatten,
     parameter_names,
 )
+from collective_pipeline.models.matching import count_collective
 from collective_pipeline.training.optim import make_schedule
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -83,6 +85,13 @@ def test_deepmoe_paper_is_the_schedule_that_the_original_names():
     assert rates == pytest.approx([0.1] * 150 + [0.01] * 100 + [0.001] * 100)
     assert deepmoe.training.epochs == 350 and deepmoe.gates.freeze_epochs == 80
     assert deepmoe.training.optimizer == "sgd"
+
+
+def test_the_quick_search_is_of_networks_about_as_large_as_the_quick_collective():
+    params = count_collective(DEBUG.collective, in_dim=784, num_classes=10)
+    sizes = DEBUG.sweep.space["baselines.target_params"]
+
+    assert min(sizes) < params < max(sizes) < 2 * params
 
 
 def test_base_names_every_field_there_is():
@@ -367,6 +376,36 @@ def test_seeds_come_in_several_forms(given, seeds):
 def test_seeds_that_cannot_be_used_are_refused(given):
     """None at all, no whole numbers, or out of range."""
     assert refusal("seeds", given).startswith("seeds")
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "searched"),
+    [
+        ({"training": {"batch_size": None}}, "training.batch_size", None),
+        ({"training": {"batch_size": "128 256"}}, "training.batch_size", (128, 256)),
+        ({"training": {"weight_decay": "0 1e-3"}}, "training.weight_decay", (0, 0.001)),
+        ({"training": {"optimizer": "adam"}}, "training.optimizer", ("adam",)),
+        ({"training": {"batch_size": 64}}, "training.batch_size", (64,)),
+        ({"collective": {"vary_expert_architectures": "true"}}, "collective.vary_expert_architectures", (True,)),
+        ({"training": {"learning_rate": {"high": 1}}}, "training.learning_rate", Range(low=5e-4, high=1, log=True)),
+        ({"baselines": {"target_params": {"low": 10, "high": 20}}}, "baselines.target_params", Range(low=10, high=20)),
+        ({"collective": {"expert_diversity": {"weight": "0 1"}}}, "collective.expert_diversity.weight", (0, 1)),
+    ],
+)
+def test_the_command_line_changes_the_space_name_by_name(given, name, searched):
+    """Kedro makes nested sections of its dotted names; all other names stay as they are in conf/."""
+    raw = shipped("base")
+    raw["sweep"]["space"] |= given
+    space = check_parameters(raw).sweep.space
+
+    assert space.get(name) == searched
+    assert {other: space[other] for other in space if other != name} == {n: SPACE[n] for n in SPACE if n != name}
+
+
+def test_a_range_with_a_slip_of_the_finger_is_told_by_its_name():
+    message = refusal("sweep.space.training.learning_rate", {"low": 1e-4, "hihg": 1e-2})
+
+    assert "sweep.space.training.learning_rate.high" in message and "hihg" in message
 
 
 @pytest.mark.parametrize(("given", "repeated"), [("7 8 7", "7"), ([9, 1, 9, 1, 5], "1, 9")])

@@ -230,7 +230,7 @@ def test_predict_answers_image_files_as_it_does_their_idx_file(trained):
         ({"images": "absent"}, "there is no absent: give"),
         ({"images": "conf"}, "conf holds no png, jpg or bmp file"),
         ({"images": LABELS}, "should hold idx images but holds labels"),
-        ({"images": IMAGES, "checkpoint": "absent"}, "checkpoint=absent is no file"),
+        ({"images": IMAGES, "checkpoint": "absent"}, "checkpoint=absent is no file: name a checkpoint, a .safetensors"),
         ({"images": IMAGES, "checkpoint": IMAGES}, "is not a checkpoint of this project"),
         ({"images": IMAGES, "dataset": "cifar10"}, "is of dataset=mnist and not of cifar10: add dataset=mnist"),
         ({"images": IMAGES, "checkpoint_seed": 5}, "this checkpoint of collective has no seed 5: choose from 1, 2"),
@@ -255,11 +255,13 @@ def test_predict_before_training_says_how_to_train(tmp_path, new_project):
     assert "train it first, kedro run --params model_type=deep,dataset=mnist" in result.output
 
 
-def test_predict_with_a_checkpoint_of_another_arm_is_refused(trained):
+def test_predict_takes_arm_and_data_set_from_the_file_that_it_is_given(trained):
     (path,) = (trained / "data/06_models/deep/best.safetensors").glob("*/best.safetensors")
-    result = predict(trained, images=IMAGES, checkpoint=path)
+    shutil.copy(path, trained / "taken away.safetensors")
+    result = predict(trained, images=IMAGES, dataset="cifar10", checkpoint="taken away.safetensors")
 
-    assert result.exit_code == 1 and "is of model_type=deep and not of collective: add model_type=deep" in result.output
+    assert result.exit_code == 0, result.output
+    assert len(pd.read_csv(trained / PREDICTIONS)) == 100
 
 
 def test_predict_that_is_stopped_writes_nothing(trained, monkeypatch):
@@ -322,7 +324,9 @@ def test_unknown_pipeline_is_refused(project):
     result = kedro(project, "run", "--pipeline", "phase2")
 
     assert result.exit_code == 1
-    sentence = "there is no pipeline 'phase2': did you mean 'phase1'? choose from single, phase1, sweep, predict"
+    sentence = (
+        "there is no pipeline 'phase2': did you mean 'phase1'? choose from single, phase1, deepmoe, sweep, predict"
+    )
     assert sentence in str(result.exception)
 
 
@@ -332,6 +336,7 @@ def test_registry_lists_the_pipelines(project):
 
     assert [line.strip("- ") for line in result.stdout.split("\n") if line] == [
         "__default__",
+        "deepmoe",
         "phase1",
         "predict",
         "single",

@@ -1,6 +1,7 @@
 """`kedro run --pipeline sweep` as a user types it, on a few hundred images."""
 
 import json
+import shlex
 
 import mlflow
 import pandas as pd
@@ -80,18 +81,18 @@ def test_a_search_tracks_pruned_trials_as_finished(tmp_path, new_project):
     tracked = runs[runs["tags.stage"] == "search"]
     assert sorted(tracked["tags.trial_state"]) == sorted(trials["state"])
     assert (runs["tags.stage"] == "final").sum() == 2
-    assert "search" in (project / REPORTING / "report.html").read_text()
+    page = (project / REPORTING / "report.html").read_text()
+    assert "not matched in size" in result.stdout and "not matched in size" in page and "at any size" not in page
 
     # The best of each type, trained anew, can be taken away: as a model of MLflow, and as a file for `predict`.
     finals = runs[runs["tags.stage"] == "final"]
     assert sorted(finals["tags.model_type"]) == ["collective", "shallow"]
     model = mlflow.pyfunc.load_model(f"runs:/{finals['run_id'].iloc[0]}/model")
     assert len(model.predict(model.input_example)) == 2
-    [file] = (project / "data/06_models/sweep").glob("search-mnist/final/shallow/*.safetensors")
-    predict = {
-        "model_type": "shallow",
-        "checkpoint": str(file),
-        "images": "data/01_raw/mnist/t10k-images-idx3-ubyte.gz",
-    }
-    told = kedro(project, "run", "--pipeline", "predict", "--env", "debug", "--params", as_params(predict))
+    [file] = (project / "data/06_models/sweep").glob("search-mnist-*/final/shallow/*.safetensors")
+    assert f"  shallow: {file.relative_to(project)}" in result.stdout
+    assert str(file.relative_to(project)) in page
+    (command,) = (line for line in result.stdout.split("\n") if line.startswith("To use one: kedro "))
+    typed = command.replace("photos/", "data/01_raw/mnist/t10k-images-idx3-ubyte.gz")
+    told = kedro(project, *shlex.split(typed.removeprefix("To use one: kedro ")))
     assert told.exit_code == 0, told.output

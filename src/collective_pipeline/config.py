@@ -5,9 +5,10 @@ look for them, `conf/debug/parameters.yml` holds what the quick test changes; a 
 """
 
 import difflib
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -487,6 +488,61 @@ def _kind_of_values(values: Any) -> str:
     return "range" if isinstance(values, Mapping | Range) else "choices"
 
 
+def _is_range(values: Any) -> bool:
+    return isinstance(values, Mapping) and bool(values) and values.keys() <= Range.model_fields.keys()
+
+
+def _is_nested(values: Any) -> bool:
+    """Whether these are names in a section, and not the ends of a range with or without a slip of the finger."""
+    return isinstance(values, Mapping) and bool(values) and not values.keys() & Range.model_fields.keys()
+
+
+def _list_nested(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted names in nested sections, with their choices or ranges."""
+    for name, values in section.items():
+        if _is_nested(values):
+            yield from _list_nested(values, f"{prefix}{name}.")
+        else:
+            yield prefix + name, values
+
+
+def _is_section(name: str, known: Sequence[str]) -> bool:
+    return any(other.startswith(f"{name}.") for other in known)
+
+
+def parameter_names(model: type[Config], prefix: str = "") -> list[str]:
+    """The dotted names of all fields of `model`, its nested ones included."""
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            names += parameter_names(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _check_searched(name: str) -> None:
+    """Of all names of a space, those that are left out by a null among them."""
+    if not name.startswith(("training", "collective", "baselines")):
+        raise ValueError(f"{name} cannot be searched: choose from training.*, collective.* and baselines.*")
+    known = parameter_names(Parameters)
+    if name not in known or _is_section(name, known):
+        raise ValueError(f"unknown parameter '{name}'{_nearest(name)}")
+
+
+def _as_choices(values: Any) -> Any:
+    """Words of the command line as a list, with what they are in YAML: numbers, true, false and null among them."""
+    if isinstance(values, str):
+        return [_as_scalar(word) for word in values.split()]
+    return [values] if isinstance(values, bool | int | float) else values
+
+
+def _as_scalar(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
+
+
 Space = dict[
     str,
     Annotated[
@@ -562,13 +618,30 @@ class SweepConfig(Config):
 
     @field_validator("space", mode="before")
     @classmethod
-    def _without_null(cls, space: Any) -> Any:
-        """An environment cannot take a name out of what it adds to, but it can say that it is null."""
-        return (
-            {name: values for name, values in space.items() if values is not None}
-            if isinstance(space, Mapping)
-            else space
-        )
+    def _by_dotted_names(cls, space: Any) -> Any:
+        """Of the command line as well, whose dots Kedro makes nested sections of, beside the names in `conf/`."""
+        if not isinstance(space, Mapping):
+            return space
+        nested = {name: values for name, values in space.items() if _is_nested(values)}
+        named = {name: values for name, values in space.items() if name not in nested}
+        for name, values in _list_nested(nested):
+            before = named.get(name)
+            # An end of a range alone leaves the rest of it as it was.
+            kept = before if _is_range(values) and isinstance(before, Mapping) else {}
+            named[name] = {**kept, **values} if isinstance(values, Mapping) else values
+        for name in named:
+            _check_searched(name)
+        # An environment cannot take a name out of what it adds to, but it can say that it is null.
+        return {name: _as_choices(values) for name, values in named.items() if values is not None}
+
+    @model_validator(mode="after")
+    def _check_retrain(self) -> Self:
+        if self.mode == "search" and self.retrain > self.trials:
+            raise ValueError(
+                f"retrain={self.retrain} is more than trials={self.trials}, of which the best are trained anew: choose "
+                "fewer, or more trials"
+            )
+        return self
 
     @field_validator("space")
     @classmethod
@@ -712,7 +785,17 @@ DEBUG = Parameters(
     seeds=(42, 43, 44),
     collective=CollectiveConfig(expert_hidden=(128, 64), expert_output=32, analyst_hidden=(64, 32), analyst_output=16),
     training=TrainingConfig(epochs=5, batch_size=128, eval_batch_size=512, weight_decay=0.0, augmentation_strength=0.0),
-    sweep=SweepConfig(sizes=(300_000, 560_000), trials=6, trial_epochs=5),
+    sweep=SweepConfig(
+        sizes=(300_000, 560_000),
+        trials=6,
+        trial_epochs=5,
+        space=SPACE
+        | {
+            "collective.expert_output": (16, 32, 64),
+            "collective.analyst_output": (8, 16, 32),
+            "baselines.target_params": (300_000, 430_000, 560_000, 690_000),
+        },
+    ),
     deepmoe=DeepMoeConfig(
         dataset="mnist",
         seeds=(42, 43),
@@ -802,20 +885,6 @@ def _nearest(path: str) -> str:
     for leaves in (beside, anywhere):
         guess = guess or leaves.get(next(iter(difflib.get_close_matches(leaf, leaves, n=1)), ""))
     return (f": did you mean '{guess}'? " if guess else ": ") + "all names stand in conf/base/parameters.yml"
-
-
-def _is_section(name: str, known: Sequence[str]) -> bool:
-    return any(other.startswith(f"{name}.") for other in known)
-
-
-def parameter_names(model: type[Config], prefix: str = "") -> list[str]:
-    """The dotted names of all fields of `model`, its nested ones included."""
-    names = []
-    for name, field in model.model_fields.items():
-        names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
-            names += parameter_names(field.annotation, f"{prefix}{name}.")
-    return names
 
 
 def hide_password(text: str) -> str:

@@ -286,7 +286,8 @@ class TellAnswer:
             report = Path(_filepath(catalog, name) or "")
             if mlflow.active_run() is not None:
                 mlflow.log_artifacts(str(report.parent), "reporting")
-            click.echo(f"\n{catalog.load(f'{box}.summary')['answer']}\n")
+            summary = catalog.load(f"{box}.summary")
+            click.echo(f"\n{summary['answer']}\n")
             click.echo(format_comparison(catalog.load(f"{box}.comparison")))
             runs = catalog.load(f"{box}.runs")
             training = runs.groupby(["model_type", "target_params"])["train_seconds"].sum()
@@ -296,6 +297,9 @@ class TellAnswer:
             share = f", {duration(seconds)} of them training" if known else ""
             click.echo(f"\n{duration(since_start)} in all{share}")
             click.echo(f"Report: {_relative(report)}\n")
+            if "models" in summary:
+                files = [f"  {name}: {', '.join(paths)}" for name, paths in summary["models"].items()]
+                click.echo("\n".join(["Best models:", *files, f"To use one: {summary['use']}\n"]))
         for name in (name for name in pipeline.all_outputs() if name.endswith(".predictions")):
             click.echo(f"Predictions: {_relative(Path(_filepath(catalog, name) or ''))}")
 

@@ -96,6 +96,14 @@ def test_other_images_are_refused(images):
         Predictor(checkpoint_of((1, 4, 4)), CPU)(images)
 
 
+def test_no_images_have_an_empty_table():
+    """Of the columns that images would have."""
+    predictor, none = Predictor(checkpoint_of((1, 4, 4)), CPU), images_of(0, (1, 4, 4))
+    table = tabulate(predictor(none), ("cat", "dog", "7"))
+
+    assert table.empty and list(table.columns) == ["prediction", "probability", "cat", "dog", "7"]
+
+
 def test_an_unknown_seed_is_refused():
     with pytest.raises(UserError, match=r"this checkpoint of shallow has no seed 4: choose from 3, 7, 9"):
         Predictor(checkpoint_of((1, 4, 4)), CPU, seed=4)

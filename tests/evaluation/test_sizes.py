@@ -22,7 +22,7 @@ from collective_pipeline.evaluation.comparison import (
 )
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 from collective_pipeline.evaluation.sweep_report import write_sweep_report
-from collective_pipeline.evaluation.verdict import answer_sizes
+from collective_pipeline.evaluation.verdict import answer_search, answer_sizes
 from collective_pipeline.tuning.outcome import IMPORTANCE_COLUMNS, TRIAL_COLUMNS
 
 CONFIG = ComparisonConfig(resamples=500)
@@ -151,6 +151,18 @@ def test_the_front_is_what_nothing_beats_in_both():
         assert front[i] != beaten
 
 
+def test_how_well_sizes_are_matched_puts_no_arm_on_the_front():
+    """Three arms of one target: the best of them is on the front of parameters, whichever came out smallest."""
+    runs = grid(arms=["collective", "shallow", "deep"], sizes=SIZES[:2])
+    place = runs["model_type"].map({"collective": 0, "shallow": 1, "deep": 2})
+    runs["test_accuracy"] = 95 + runs["target_params"] / 1e6 + 0.1 * place
+    runs["params"] = runs["macs"] = (runs["target_params"] * (0.999 + 0.001 * place)).astype(int)
+    comparison = compare_sizes(runs, CONFIG)
+
+    for cost in ("params", "macs"):
+        assert comparison.loc[comparison[f"on_front_{cost}"], "model_type"].tolist() == ["deep", "deep"]
+
+
 def test_what_has_no_accuracy_is_on_no_front():
     assert pareto_front(pd.Series([np.nan, 90.0]), pd.Series([1, 2])).tolist() == [False, True]
 
@@ -237,6 +249,21 @@ def test_a_grid_shows_nothing_of_a_search():
     assert "pruning" not in page.split("<script>")[0].lower()
     for cost in COSTS:
         assert f"on_front_{cost}" in page
+
+
+def test_a_search_says_that_its_arms_are_not_matched_in_size():
+    """In the answer and in how to read it: what looks like a better arm may be a larger one."""
+    runs = grid(8, arms=["collective", "shallow", "deep"], sizes=SIZES[:1])
+    runs.loc[runs["model_type"] == "deep", "params"] = 3_200_000
+    told = answer_search(compare_sizes(runs, CONFIG), CONFIG)
+    differ = "not matched in size: each has the size that its search found best, and these differ by up to 3.2 times"
+
+    assert differ in told
+    assert "not matched in size" in write(50) and "not matched" not in write()
+
+
+def test_a_search_of_one_arm_has_nothing_to_match():
+    assert "not matched" not in answer_search(compare_sizes(grid(arms=["deep"], sizes=SIZES[:1]), CONFIG), CONFIG)
 
 
 def test_a_report_of_two_thousand_trials_stays_small():

@@ -3,11 +3,37 @@
 import logging
 from types import SimpleNamespace
 
+import pytest
 import torch
+from tests.evaluation.test_predict import checkpoint_of
 
-from collective_pipeline.config import PHASE1
+from collective_pipeline.config import PHASE1, UserError
 from collective_pipeline.data.image_files import ImageSource
+from collective_pipeline.models.checkpoint import save_checkpoint
 from collective_pipeline.pipelines.predict import nodes
+
+
+@pytest.fixture
+def named(tmp_path):
+    """Settings that name a checkpoint of another arm and data set than they are of."""
+    path = tmp_path / "taken away.safetensors"
+    save_checkpoint(checkpoint_of((1, 4, 4)), path)
+    return PHASE1.model_copy(update={"images": "photos", "dataset": "cifar10", "checkpoint": str(path)})
+
+
+def test_a_file_that_is_named_says_itself_what_it_is_of(named, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "collective_pipeline"):
+        checkpoint = nodes.choose_checkpoint(named, tmp_path)
+
+    assert checkpoint.arm.model_type == "shallow"
+    assert "Predicting with the mean of 3 seeds of shallow for mnist" in caplog.text
+
+
+def test_an_unknown_seed_is_refused_before_anything_is_said(named, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "collective_pipeline"), pytest.raises(UserError, match="has no seed 4"):
+        nodes.choose_checkpoint(named.model_copy(update={"checkpoint_seed": 4}), tmp_path)
+
+    assert "Predicting" not in caplog.text
 
 
 def test_long_work_is_read_in_batches_and_told_of(monkeypatch, caplog):

@@ -46,6 +46,9 @@ def test_suggestions_are_in_the_space_and_of_its_types():
         ({"training.epochs.deep": [1]}, "unknown parameter 'training.epochs.deep'"),
         ({"training.optimizer": ["adam", "lion"]}, "training.optimizer='lion' is unknown"),
         ({"training.learning_rate": {"low": -1, "high": 1}}, "training.learning_rate=-1"),
+        ({"training.batch_size": [64], "collective.n_totl": None}, "did you mean 'collective.n_total'?"),
+        ({"training.batch_size": [64], "sweep.trials": None}, "sweep.trials cannot be searched"),
+        ({"training": [64]}, "unknown parameter 'training'"),
         ({"dataset": ["mnist"]}, "dataset cannot be searched"),
         ({"collective.n_total": [6]}, "nothing to search for shallow"),
     ],
@@ -57,3 +60,9 @@ def test_what_cannot_be_searched_is_refused(space, message):
 def test_a_plan_that_is_too_short_for_the_trials_is_refused():
     with pytest.raises(UserError, match=r"sweep\.trial_epochs=5: training: warmup_epochs"):
         check_space(check_parameters({"training": {"warmup_epochs": 10}, "sweep": {"trial_epochs": 5}}))
+
+
+def test_more_best_trials_than_trials_are_refused_in_a_search_alone():
+    with pytest.raises(UserError, match="sweep: retrain=5 is more than trials=2"):
+        check_parameters({"sweep": {"mode": "search", "trials": 2, "retrain": 5}})
+    check_parameters({"sweep": {"trials": 2, "retrain": 5}})

@@ -1,7 +1,10 @@
 """A sweep from end to end, on arms of a second."""
 
+import contextlib
+import logging
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import optuna
 import pandas as pd
@@ -10,11 +13,12 @@ import torch
 from optuna.trial import TrialState
 
 from collective_pipeline.config import UserError
+from collective_pipeline.models.checkpoint import load_checkpoint
 from collective_pipeline.models.matching import match_size
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.train import score, train_arm
 from collective_pipeline.tuning import work as module
-from collective_pipeline.tuning.outcome import collect_runs, collect_trials, rank_importance
+from collective_pipeline.tuning.outcome import collect_models, collect_runs, collect_trials, rank_importance
 from collective_pipeline.tuning.study import Study
 from collective_pipeline.tuning.work import Task, check_sizes, list_finals, list_units, run_workers, work
 
@@ -58,6 +62,33 @@ def test_a_study_that_is_done_is_not_trained_again(make_task, monkeypatch):
     assert len(runs) == 8
 
 
+def test_a_study_that_is_done_says_so_and_starts_nobody(make_task, monkeypatch, caplog):
+    task = make_task(mode="search", workers=2, trials=1, trial_epochs=1)
+    finished(task)
+    monkeypatch.setattr(module, "work", None)
+    with caplog.at_level(logging.INFO, "collective_pipeline"):
+        run_workers(task, CPU)
+
+    assert "All 4 trainings of the study 'search-mnist' are done already" in caplog.text
+
+
+def test_the_best_models_of_a_search_are_told_by_their_files(make_task, tmp_path, monkeypatch):
+    """From where the command was typed, with those of seeds that were added later; a grid has none."""
+    task = make_task(mode="search", model_types=["shallow"], trials=2, trial_epochs=1, retrain=2)
+    finished(task)
+    more = replace(task, settings=task.settings.model_copy(update={"seeds": (1, 2, 3)}))
+    study = finished(more)
+    monkeypatch.chdir(tmp_path)
+    models = collect_models(study, more.settings, more.folder)
+
+    assert list(models) == ["shallow", "shallow 2"]
+    for files in models.values():
+        assert [load_checkpoint(tmp_path / file).seeds for file in files] == [(1, 2), (3,)]
+        assert all(file.startswith("states/search-mnist-") for file in files)
+    grid = make_task(study="grid")
+    assert collect_models(grid.open(), grid.settings, grid.folder) == {}
+
+
 def test_more_sizes_and_types_are_added_to_what_is_done(make_task):
     small = make_task(sizes=[3000], model_types=["shallow", "deep"])
     finished(small)
@@ -84,6 +115,43 @@ def test_more_seeds_are_added_to_what_is_done(make_task, splits, tmp_path, make_
     pd.testing.assert_frame_equal(
         *(table.sort_values(keys, ignore_index=True)[keys + scores] for table in (runs, expected))
     )
+
+
+def test_two_that_train_other_seeds_of_the_same_keep_their_states_apart(make_task):
+    task = make_task()
+    worker = module.Worker(task, task.open(), CPU, 1)
+    one, other = (replace(list_units(task.settings)[0], seeds=seeds) for seeds in ((1, 2), (3, 4)))
+
+    assert worker._folder(one) != worker._folder(other)
+
+
+def test_what_a_sweep_does_not_read_does_not_part_its_studies(make_task):
+    """Settings of another pipeline, for example."""
+    task = make_task(sizes=[3000], model_types=["shallow"])
+    finished(task)
+    deepmoe = task.settings.deepmoe.model_copy(update={"width": 16})
+
+    assert (
+        len(
+            collect_runs(
+                finished(replace(task, settings=task.settings.model_copy(update={"deepmoe": deepmoe}))), task.settings
+            )[0]
+        )
+        == 2
+    )
+
+
+def test_more_trials_of_another_command_do_not_change_what_is_best_here(make_task):
+    few, more = (
+        make_task(mode="search", model_types=["shallow"], trials=1),
+        make_task(mode="search", model_types=["shallow"], trials=4),
+    )
+    work(few, CPU)
+    before = list_finals(few.open(), few.settings)
+    work(more, CPU)
+
+    assert [unit for unit, _ in list_finals(few.open(), few.settings)] == [unit for unit, _ in before]
+    assert collect_runs(few.open(), few.settings)[0]["seed"].tolist() == [1, 2]
 
 
 def test_a_search_tests_only_its_best_with_seeds_it_has_not_seen(make_task, monkeypatch):
@@ -211,10 +279,65 @@ def test_a_stopped_worker_leaves_its_unit_and_another_goes_on_from_its_state(mak
     assert not any(stopped.folder.rglob("*.safetensors"))
 
 
-def test_a_size_out_of_reach_is_refused_before_any_work(make_task, splits):
-    task = make_task(model_types=["collective"], sizes=[1000])
-    with pytest.raises(UserError, match="no collective"):
+def test_studies_of_one_name_in_two_storages_share_no_folder(make_task, tmp_path):
+    """And whoever opens one of them again finds the states that were saved."""
+    one, other = make_task(), make_task(storage=str(tmp_path / "other.journal"))
+    names = [task.open().folder_name for task in (one, other, one)]
+
+    assert names[0] == names[2] != names[1]
+    assert all(name.startswith("grid-mnist-") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({"model_types": ["collective"], "sizes": [1000]}, "no collective .*; change sweep.sizes$"),
+        ({"model_types": ["collective", "shallow"], "sizes": [5_000_000_000]}, "no collective .*; change sweep.sizes$"),
+        (
+            {"mode": "search", "space": {"baselines.target_params": [3000, 5]}},
+            "no shallow .* 5 parameters .*; change baselines.target_params in sweep.space$",
+        ),
+        (
+            {"mode": "search", "space": {"baselines.target_params": {"low": 300, "high": 5000}}},
+            "no shallow .* 300 parameters .*; change baselines.target_params in sweep.space$",
+        ),
+    ],
+)
+def test_a_size_out_of_reach_is_refused_before_any_work(make_task, splits, sweep, message):
+    """By the name of what is to be changed."""
+    task = make_task(**sweep)
+    with pytest.raises(UserError, match=message):
         check_sizes(task.settings, splits)
+
+
+@pytest.mark.parametrize("mode", ["grid", "search"])
+def test_sizes_within_reach_are_not_refused(make_task, splits, mode):
+    check_sizes(make_task(mode=mode).settings, splits)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_nobody_is_said_to_have_done_the_work_of_a_stopped_worker(make_task, monkeypatch, caplog, stopped):
+    """Where the run is stopped, all of its workers end early and nothing is done; where it is not, it is told."""
+
+    class Ended:
+        pid, exitcode = 1, 130
+
+        def start(self):
+            pass
+
+        terminate = join = start
+
+    def own_work(*_, **__):
+        if stopped:
+            raise interrupt.Interrupted("the study is saved")
+
+    context = SimpleNamespace(Process=lambda **_: Ended())
+    monkeypatch.setattr(module.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(module, "work", own_work)
+    with pytest.raises(interrupt.Interrupted) if stopped else contextlib.nullcontext():
+        run_workers(make_task(workers=2), CPU)
+
+    assert ("A worker ended early (exit status 130)" in caplog.text) is not stopped
 
 
 @pytest.mark.slow

@@ -59,7 +59,10 @@ COMPARISON_COLUMNS = (
     "probability_of_improvement",
     *GPU_COLUMNS,
 )
-COSTS = ("params", "macs", "latency_ms", "train_seconds")
+# What an arm costs, and the factor below which two costs count as equal. Two arms of one size miss it by up to 0.1 %
+# each (`baselines.tolerance`): what differs by less than both together is how well they were matched, no saving.
+MATCHED = 1.001 / 0.999
+COSTS = {"params": MATCHED, "macs": MATCHED, "latency_ms": 1.0, "train_seconds": 1.0}
 SIZE_COLUMNS = (
     "target_params",
     *COMPARISON_COLUMNS,
@@ -130,7 +133,8 @@ def compare_sizes(results: pd.DataFrame, config: ComparisonConfig, *, reference:
         loss = {"test_loss_mean": losses.mean(), "test_loss_ci_low": low, "test_loss_ci_high": high}
         sizes.append(table.assign(target_params=size, **{name: column.to_numpy() for name, column in loss.items()}))
     table = pd.concat(sizes, ignore_index=True)
-    fronts = {f"on_front_{cost}": pareto_front(table["test_accuracy_mean"], table[cost]) for cost in COSTS}
+    accuracy = table["test_accuracy_mean"]
+    fronts = {f"on_front_{cost}": pareto_front(accuracy, table[cost], equal) for cost, equal in COSTS.items()}
     return table.assign(p_value_holm=_holm_column(table["p_value"]), **fronts)[list(SIZE_COLUMNS)]
 
 
@@ -168,12 +172,15 @@ def compare_overall(results: pd.DataFrame, config: ComparisonConfig, *, referenc
     return table.assign(p_value_holm=_holm_column(table["p_value"]))[list(OVERALL_COLUMNS)]
 
 
-def pareto_front(accuracy: pd.Series, cost: pd.Series) -> pd.Series:
-    """Whether nothing else is at least as accurate at no more cost, and better in one of the two."""
+def pareto_front(accuracy: pd.Series, cost: pd.Series, equal: float = 1.0) -> pd.Series:
+    """Whether nothing else is at least as accurate at no more cost, and better in one of the two.
+
+    Costs that differ by at most the factor `equal` count as equal.
+    """
     front = []
     for own_accuracy, own_cost in zip(accuracy, cost, strict=True):
-        no_worse = (accuracy >= own_accuracy) & (cost <= own_cost)
-        better = (accuracy > own_accuracy) | (cost < own_cost)
+        no_worse = (accuracy >= own_accuracy) & (cost <= own_cost * equal)
+        better = (accuracy > own_accuracy) | (cost * equal < own_cost)
         front.append(math.isfinite(own_accuracy) and math.isfinite(own_cost) and not (no_worse & better).any())
     return pd.Series(front, index=accuracy.index, dtype=bool)
 

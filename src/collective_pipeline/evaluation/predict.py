@@ -11,6 +11,25 @@ from collective_pipeline.models.checkpoint import Checkpoint
 BATCH_SIZE = 1024
 
 
+def choose_seeds(checkpoint: Checkpoint, seed: int | None) -> list[int]:
+    """Those of the checkpoint that answer: this seed alone, or all that have good weights.
+
+    Raises:
+        UserError: If the checkpoint has no such seed, or no good weights of it.
+    """
+    name, seeds = checkpoint.arm.model_type, checkpoint.seeds
+    if seed is not None and seed not in seeds:
+        raise UserError(f"this checkpoint of {name} has no seed {seed}: choose from {', '.join(map(str, seeds))}")
+    good = [s for s, epoch in zip(seeds, checkpoint.best_epochs, strict=True) if epoch > 0 and seed in (None, s)]
+    if not good:
+        which = "every seed" if seed is None else f"seed {seed}"
+        raise UserError(
+            f"{name} diverged with {which} before it had good weights: choose another seed or checkpoint, or train "
+            "again with a smaller training.learning_rate"
+        )
+    return good
+
+
 class Predictor:
     """Preprocessing, network and the mean over seeds in one: uint8 images to class probabilities.
 
@@ -27,20 +46,10 @@ class Predictor:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, *, seed: int | None = None) -> None:
-        name, seeds = checkpoint.arm.model_type, checkpoint.seeds
-        if seed is not None and seed not in seeds:
-            raise UserError(f"this checkpoint of {name} has no seed {seed}: choose from {', '.join(map(str, seeds))}")
-        good = [s for s, epoch in zip(seeds, checkpoint.best_epochs, strict=True) if epoch > 0 and seed in (None, s)]
-        if not good:
-            which = "every seed" if seed is None else f"seed {seed}"
-            raise UserError(
-                f"{name} diverged with {which} before it had good weights: choose another seed or checkpoint, or train "
-                "again with a smaller training.learning_rate"
-            )
         self.images = checkpoint.images
         self.device = device
         self.normalise = Normalise(self.images, device)
-        self.network = checkpoint.of_seeds(good).build().to(device)
+        self.network = checkpoint.of_seeds(choose_seeds(checkpoint, seed)).build().to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Probabilities `(B, K)`, float32 on the CPU, of uint8 images `(B, C, H, W)`; `(B, H, W)` where C is 1.
@@ -55,6 +64,8 @@ class Predictor:
                 f"the images are {images.dtype} of shape {tuple(images.shape)}: give bytes, torch.uint8 of shape "
                 f"(images, {', '.join(map(str, self.images.shape))})"
             )
+        if not len(images):
+            return torch.empty(0, len(self.images.class_names))
         with torch.inference_mode():
             return torch.cat([self._predict(chunk.to(self.device)).cpu() for chunk in images.split(BATCH_SIZE)])
 

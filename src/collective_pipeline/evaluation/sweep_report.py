@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from collective_pipeline.evaluation.comparison import COSTS, OVERALL_COLUMNS, RUN_COLUMNS, SIZE_COLUMNS
+from collective_pipeline.evaluation.comparison import COSTS, MATCHED, OVERALL_COLUMNS, RUN_COLUMNS, SIZE_COLUMNS
 from collective_pipeline.evaluation.gpu import hints
 from collective_pipeline.evaluation.report import (
     ACCURACY,
@@ -37,6 +37,7 @@ from collective_pipeline.evaluation.sweep_figures import (
     plot_pruning,
     plot_trials,
 )
+from collective_pipeline.evaluation.verdict import unmatched_sizes
 
 SIZE: Columns = {"Size": lambda row: f"{row.target_params / 1e6:.2f} M"}
 IMPROVEMENT: Columns = {
@@ -108,7 +109,7 @@ def write_sweep_report(
         tables=by_size if searched or not compared else [overall_table],
         gpu=gpu_table({**_first("Arm", GPU), **SIZE, **_rest("Arm", GPU)}, comparison, SIZE_COLUMNS),
         hints=hints(comparison),
-        notes=_notes(reference, compared, searched),
+        notes=_notes(comparison, reference, compared, searched),
         figures=list(_figures(comparison, trials, importance, reference, compared)),
         details=[*([] if searched or not compared else by_size), *_details(runs, trials, importance)],
         facts=facts,
@@ -157,7 +158,7 @@ def _rest(name: str, columns: Columns) -> Columns:
     return {other: show for other, show in columns.items() if other != name}
 
 
-def _notes(reference: str, compared: bool, searched: bool) -> list[str]:
+def _notes(comparison: pd.DataFrame, reference: str, compared: bool, searched: bool) -> list[str]:
     notes = [INTERVALS]
     if compared:
         notes += [difference_note(reference), P_VALUES]
@@ -171,6 +172,8 @@ def _notes(reference: str, compared: bool, searched: bool) -> list[str]:
             "is counted once. At each size the correction is for all arms and sizes: few seeds cannot reach "
             "significance there. Training time depends on what trained beside it."
         )
+    if searched and len(comparison) > 1:
+        notes.append(f"{unmatched_sizes(comparison)} A difference between arms may be one of size.")
     if searched:
         notes.append(
             "The search saw validation images only, with seeds of its own; its best were trained anew with fresh "
@@ -204,7 +207,9 @@ def _figures(
     )
     yield make_figure(
         plot_pareto(comparison, reference=reference),
-        "Every point is an arm of a size. On the grey line lies what no other beats in accuracy and in cost.",
+        "Every point is an arm of a size. On the grey line lies what no other beats in accuracy and in cost. "
+        f"Parameters and multiply-adds that differ by less than {100 * (MATCHED - 1):.1f} % count as equal: arms of "
+        "one size are matched no better.",
         *by_size,
     )
     if not trials.empty:

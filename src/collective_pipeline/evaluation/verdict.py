@@ -19,6 +19,21 @@ def answer(comparison: pd.DataFrame, config: ComparisonConfig, *, reference: str
     return f"{verdict} The loss of {_join(diverged)} seeds diverged: their last good weights count, if there are any."
 
 
+def answer_search(comparison: pd.DataFrame, config: ComparisonConfig, *, reference: str = "collective") -> str:
+    """Whether `reference` is better than the other arms, each of the size that its search found best."""
+    told = answer(comparison, config, reference=reference)
+    return told if len(comparison) == 1 else f"{told} {unmatched_sizes(comparison)}"
+
+
+def unmatched_sizes(comparison: pd.DataFrame) -> str:
+    """How far the arms of a search are from one size."""
+    ratio = comparison["params"].max() / comparison["params"].min()
+    return (
+        "The arms are not matched in size: each has the size that its search found best, and these differ by up to "
+        f"{ratio:.{1 if ratio >= 1.1 else 3}f} times."
+    )
+
+
 def answer_sizes(
     overall: pd.DataFrame,
     comparison: pd.DataFrame,

@@ -38,6 +38,23 @@ IRREGULARITY = 0.25
 LARGEST_IRREGULARITY = 0.5
 
 
+class OutOfReach(UserError):
+    """No network of a type has the size that is asked for.
+
+    Attributes:
+        what: Which, and the nearest that there is.
+        advice: What to change where the size is the configuration's own; who asks for another one says so instead.
+    """
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(what, advice)
+        self.what = what
+        self.advice = advice
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.advice}"
+
+
 class Family(NamedTuple):
     """What makes a network shallow, deep, ...: how many layers, how wide each is, and whether they are skipped."""
 
@@ -88,7 +105,7 @@ def match_baseline(
     that take up the remainder are about as wide as they would regularly be.
 
     Raises:
-        UserError: If no network of this type is within `config.tolerance`; it names the nearest.
+        OutOfReach: If no network of this type is within `config.tolerance`; it names the nearest.
     """
     family = FAMILIES[model_type]
 
@@ -110,10 +127,10 @@ def match_baseline(
             fitting = [candidate for candidate in candidates if error(candidate) <= config.tolerance]
     if not fitting:
         nearest = min(candidates, key=error)
-        raise UserError(
+        raise OutOfReach(
             f"no {model_type} network has {target_params:,} parameters within {100 * config.tolerance:g} %: the "
-            f"nearest has {nearest.params:,} (hidden widths {', '.join(map(str, nearest.hidden_dims))}); change "
-            "baselines.target_params or baselines.tolerance"
+            f"nearest has {nearest.params:,} (hidden widths {', '.join(map(str, nearest.hidden_dims))})",
+            "change baselines.target_params or baselines.tolerance",
         )
 
     def preference(candidate: _Candidate) -> tuple[float, int, float, float]:
@@ -140,7 +157,7 @@ def match_collective(
     of the head, whose width relative to its input (`collective_hidden_scale`) stays as near as it can.
 
     Raises:
-        UserError: If no such collective is within `tolerance`; it names the nearest.
+        OutOfReach: If no such collective is within `tolerance`; it names the nearest.
     """
 
     def count(candidate: CollectiveConfig) -> int:
@@ -168,9 +185,10 @@ def match_collective(
     candidates = candidates or [(scaled, count(scaled)) for scaled in members]
     best, params = min(candidates, key=preference)
     if abs(params - target_params) > tolerance * target_params:
-        raise UserError(
+        raise OutOfReach(
             f"no collective of these proportions has {target_params:,} parameters within {100 * tolerance:g} %: the "
-            f"nearest has {params:,}; change the size, collective.* or baselines.tolerance"
+            f"nearest has {params:,}",
+            "change the size, collective.* or baselines.tolerance",
         )
     return Arm(
         model_type="collective",
@@ -194,7 +212,7 @@ def match_size(
     """The arm of this type and size; a collective keeps the proportions of `collective`.
 
     Raises:
-        UserError: If there is none within `baselines.tolerance`.
+        OutOfReach: If there is none within `baselines.tolerance`.
     """
     if model_type == "collective":
         return match_collective(

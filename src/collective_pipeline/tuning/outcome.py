@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -9,7 +10,7 @@ import pandas as pd
 from optuna.trial import TrialState
 
 from collective_pipeline.config import Arm, Parameters
-from collective_pipeline.tuning.study import Study
+from collective_pipeline.tuning.study import Study, Unit
 from collective_pipeline.tuning.work import list_finals, list_units
 
 logger = logging.getLogger(__name__)
@@ -32,16 +33,11 @@ TRIALS_FOR_IMPORTANCE = 10
 
 
 def collect_runs(study: Study, settings: Parameters) -> tuple[pd.DataFrame, dict[tuple[str, int], Arm]]:
-    """What was tested: a row per arm, size and seed; and the arms by model type and size.
-
-    The second and later best of a model type's search are named by their rank.
-    """
+    """What was tested: a row per arm, size and seed; and the arms by model type and size."""
     if settings.sweep.mode == "grid":
         names = {unit: str(unit.model_type) for unit in list_units(settings)}
     else:
-        finals = [unit for unit, _ in list_finals(study, settings)]
-        ranks = {unit: [u for u in finals if u.model_type == unit.model_type].index(unit) + 1 for unit in finals}
-        names = {unit: unit.model_type if rank == 1 else f"{unit.model_type} {rank}" for unit, rank in ranks.items()}
+        names = _name_finals(study, settings)
     tables, arms = [], {}
     for unit, trials in study.outcomes(names).items():
         for trial in trials:
@@ -52,12 +48,41 @@ def collect_runs(study: Study, settings: Parameters) -> tuple[pd.DataFrame, dict
                 arms[names[unit], arm.target_params] = arm
     if not tables:
         return pd.DataFrame(), arms
-    runs = pd.concat(tables, ignore_index=True)
+    runs = pd.concat(tables, ignore_index=True).drop_duplicates(
+        ["model_type", "target_params", "seed"], ignore_index=True
+    )
     text = {"model_type", "diverged"}
     # JSON has no NaN, and a column without any number would be of objects.
     for name in runs.columns.difference(list(text)):
         runs[name] = pd.to_numeric(runs[name])
     return runs, arms
+
+
+def _name_finals(study: Study, settings: Parameters) -> dict[Unit, str]:
+    """The second and later best of a model type's search are named by their rank."""
+    finals = [unit for unit, _ in list_finals(study, settings)]
+    ranks = {unit: [u for u in finals if u.model_type == unit.model_type].index(unit) + 1 for unit in finals}
+    return {unit: unit.model_type if rank == 1 else f"{unit.model_type} {rank}" for unit, rank in ranks.items()}
+
+
+def collect_models(study: Study, settings: Parameters, folder: Path) -> dict[str, list[str]]:
+    """The files of the best of a search by their names, of those that were trained anew on this machine.
+
+    Args:
+        study: All done.
+        settings: Of the run.
+        folder: Where the states of all studies are.
+
+    Returns:
+        From where the command was typed if they lie below. Seeds that were added later are in a file of their own.
+    """
+    models = {}
+    here = Path.cwd()
+    for unit, name in _name_finals(study, settings).items():
+        beside = folder / study.folder_name / unit.stage / unit.model_type
+        files = sorted(beside.glob(f"{unit.name}.seeds-*.safetensors"))
+        models[name] = [str(file.relative_to(here) if file.is_relative_to(here) else file) for file in files]
+    return {name: files for name, files in models.items() if files}
 
 
 def collect_trials(study: Study, settings: Parameters) -> pd.DataFrame:

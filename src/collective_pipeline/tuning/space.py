@@ -14,7 +14,7 @@ def space_of(space: Space, model_type: ModelType) -> Space:
 
 
 def check_space(settings: Parameters) -> None:
-    """Every name is a parameter, and every choice and end of a range a value that it can have.
+    """Every choice and end of a range is a value that its parameter can have.
 
     Raises:
         UserError: Naming the first that is not.
@@ -24,11 +24,6 @@ def check_space(settings: Parameters) -> None:
     except UserError as error:
         raise UserError(f"sweep.trial_epochs={settings.sweep.trial_epochs}: {error}") from None
     for name, values in settings.sweep.space.items():
-        section = name.split(".")[0]
-        if section not in {"training", "collective", "baselines"}:
-            raise UserError(
-                f"sweep.space: {name} cannot be searched: choose from training.*, collective.* and baselines.*"
-            )
         for value in (values.low, values.high) if isinstance(values, Range) else values:
             try:
                 with_values(settings, {name: value})

@@ -94,6 +94,11 @@ class Study:
         """What is kept about the study as a whole."""
         return dict(self.root.user_attrs)
 
+    @property
+    def folder_name(self) -> str:
+        """Of what is kept beside the storage: another storage's study of the same name has another one."""
+        return f"{self.name}-{self.keep('key', uuid.uuid4().hex[:8])}"
+
     def keep(self, name: str, fact: Any) -> Any:
         """Keep a fact about the whole study unless there is one of this name; return the one that is kept."""
         with self.locks.hold(f"{self.name}.facts"):
@@ -127,7 +132,12 @@ class Study:
                     continue
                 study = self.part(unit.stage, unit.model_type)
                 self._give_up(study)
-                left = [trial for trial in trials if not is_done(trial) and _seeds(trial) == free.seeds]
+                dead = [
+                    t for t in trials if not is_done(t) and t not in alive[unit] and set(_seeds(t)) <= {*free.seeds}
+                ]
+                if dead and _seeds(dead[-1]):  # as it was left: its saved state is of these seeds
+                    free = replace(free, seeds=_seeds(dead[-1]))
+                left = [trial for trial in dead if _seeds(trial) == free.seeds]
                 if len(left) >= MAX_ATTEMPTS:
                     trial = study.ask()
                     self._mark(trial, free)
@@ -239,15 +249,17 @@ def _seeds(trial: FrozenTrial) -> tuple[int, ...]:
 
 
 def _first_of_each_seed(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """Those that are done; of two with the same seeds the first.
+    """Those that are done and add a seed to those before them.
 
     A worker whose connection to the server was cut for a while has lost its lock, and another may have done the same.
     """
-    firsts: dict[tuple[int, ...], FrozenTrial] = {}
+    firsts: list[FrozenTrial] = []
+    had: set[int] = set()
     for trial in trials:
-        if is_done(trial):
-            firsts.setdefault(_seeds(trial), trial)
-    return list(firsts.values())
+        if is_done(trial) and not had.issuperset(_seeds(trial)):
+            firsts.append(trial)
+            had.update(_seeds(trial))
+    return firsts
 
 
 def _lacking(unit: Unit, trials: Iterable[FrozenTrial]) -> Unit | None:

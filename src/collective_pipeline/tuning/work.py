@@ -1,6 +1,7 @@
 """The work of a study: claim a unit, train it, tell what came of it, until all of them are done."""
 
 import contextlib
+import itertools
 import logging
 import math
 import multiprocessing
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ import pandas as pd
 import torch
 from optuna.trial import TrialState
 
-from collective_pipeline.config import MODEL_TYPES, Arm, Parameters, UserError, flatten, with_values
+from collective_pipeline.config import MODEL_TYPES, Arm, Parameters, Range, UserError, flatten, with_values
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.results import final_metrics, tabulate
 from collective_pipeline.models.checkpoint import Checkpoint, save_checkpoint
-from collective_pipeline.models.matching import match_arm, match_size
+from collective_pipeline.models.matching import OutOfReach, match_arm, match_size
+from collective_pipeline.randomness import key
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.loop import Epoch
 from collective_pipeline.training.progress import Progress, duration
@@ -41,10 +43,10 @@ from collective_pipeline.tuning.tracking import Tracking, log_outcome
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 1.0
-# What may differ between the commands that share a study.
-OWN = ("device", "resume", "model_type", "seeds", "images", "checkpoint", "comparison.", "sweep.")
-# What of a sweep may not, and of a search.
-OF_ALL = ("sweep.mode",)
+# What the commands that share a study have in common: what every training of it reads,
+READ = ("data.", "collective.", "baselines.", "training.")
+# and of the sweep itself, or of a search.
+OF_ALL = ("dataset", "sweep.mode")
 OF_SEARCH = ("sweep.trial_epochs", "sweep.trial_seeds", "sweep.objective")
 
 
@@ -82,7 +84,7 @@ def identify(settings: Parameters, splits: Splits) -> dict[str, Any]:
     kept = OF_ALL + OF_SEARCH * search
 
     def is_shared(name: str) -> bool:
-        return not name.startswith(OWN) or name in kept or (search and name.startswith("sweep.space."))
+        return name.startswith(READ) or name in kept or (search and name.startswith("sweep.space."))
 
     shared = {name: value for name, value in flatten(settings).items() if is_shared(name)}
     return shared | {"images": splits.digest}
@@ -107,8 +109,10 @@ def list_finals(study: Study, settings: Parameters) -> list[tuple[Unit, optuna.t
         return []
     finals = []
     for model_type in settings.sweep.model_types:
-        part = study.part("search", model_type)
+        part, own = study.part("search", model_type), {unit.name for unit in units}
         done = [trial for trial in part.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
+        # Another command may ask for more trials; which of them are the best here must not depend on how far it is.
+        done = [trial for trial in done if trial.user_attrs["unit"] in own]
         if settings.sweep.objective == "accuracy_and_params":
             front = {trial.number for trial in part.best_trials}
             done = [trial for trial in done if trial.number in front]
@@ -121,15 +125,31 @@ def list_finals(study: Study, settings: Parameters) -> list[tuple[Unit, optuna.t
     return finals
 
 
+def all_units(study: Study, settings: Parameters) -> list[Unit]:
+    """Those of the first stage, and those that follow from its results as far as they are known."""
+    return list_units(settings) + [unit for unit, _ in list_finals(study, settings)]
+
+
 def check_sizes(settings: Parameters, splits: Splits) -> None:
-    """Every size of the grid can be met by every model type.
+    """Every size of the grid can be met by every model type, in a search every size of the single networks.
 
     Raises:
         UserError: Naming the first that cannot.
     """
-    if settings.sweep.mode == "grid":
-        for unit in list_units(settings):
-            _arm_of(unit, settings, splits)
+    sweep = settings.sweep
+    searched = sweep.space.get("baselines.target_params", ())
+    if sweep.mode == "grid":
+        tried, where = [(unit, settings) for unit in list_units(settings)], "sweep.sizes"
+    else:
+        sizes = (searched.low, searched.high) if isinstance(searched, Range) else searched
+        sized = [with_values(settings, {"baselines.target_params": size}) for size in sizes]
+        units = [unit for unit in list_units(settings)[: len(sweep.model_types)] if unit.model_type != "collective"]
+        tried, where = list(itertools.product(units, sized)), "baselines.target_params in sweep.space"
+    for unit, with_size in tried:
+        try:
+            _arm_of(unit, with_size, splits)
+        except OutOfReach as error:
+            raise UserError(f"{error.what}; change {where}") from None
 
 
 def run_workers(task: Task, device: torch.device) -> None:
@@ -137,6 +157,11 @@ def run_workers(task: Task, device: torch.device) -> None:
 
     Each takes a CUDA device of its own as long as there are enough.
     """
+    study = task.open()
+    units = all_units(study, task.settings)
+    if len(study.outcomes(units)) == len(units):
+        logger.info("All %d trainings of the study '%s' are done already", len(units), study.name)
+        return
     num_workers = task.settings.sweep.workers
     context = multiprocessing.get_context("spawn")  # a fork would share what torch and the locks hold
     others = [context.Process(target=_work_as_process, args=(task, i)) for i in range(1, num_workers)]
@@ -151,8 +176,10 @@ def run_workers(task: Task, device: torch.device) -> None:
     finally:
         for other in (other for other in others if other.pid is not None):
             other.join()
-            if other.exitcode:
-                logger.warning("A worker ended early (exit status %d): the others have done its work", other.exitcode)
+    # Only here is all of the work done: one that is stopped leaves it to whoever goes on.
+    for other in others:
+        if other.exitcode:
+            logger.warning("A worker ended early (exit status %d): the others have done its work", other.exitcode)
 
 
 def _work_as_process(task: Task, index: int) -> None:
@@ -232,6 +259,7 @@ class Worker:
         self.study = study
         self.device = device
         self.num_beside = num_beside
+        self.folder = task.folder / study.folder_name
         self.started = time.perf_counter()
         self.num_done_before = self.num_done(self.units())
         model_types = self.settings.sweep.model_types
@@ -258,7 +286,7 @@ class Worker:
 
     def units(self) -> list[Unit]:
         """All that are known by now."""
-        return list_units(self.settings) + [unit for unit, _ in list_finals(self.study, self.settings)]
+        return all_units(self.study, self.settings)
 
     def num_done(self, units: Sequence[Unit]) -> int:
         """How many of these have a result, whoever has found it."""
@@ -287,8 +315,10 @@ class Worker:
         if unit.stage == "search":
             values = claim.values | {"training.epochs": settings.sweep.trial_epochs}
         elif unit.stage == "final":
-            finals = list_finals(self.study, settings)
-            values = next(trial.user_attrs["values"] for final, trial in finals if _is_same(final, unit))
+            [found] = self.study.outcomes(
+                [Unit("search", unit.model_type, unit.name, settings.sweep.trial_seeds)]
+            ).values()
+            values = found[0].user_attrs["values"]
         return with_values(settings, values).model_copy(update={"seeds": unit.seeds})
 
     def _train(self, claim: Claim, arm: Arm, settings: Parameters) -> None:
@@ -343,8 +373,8 @@ class Worker:
 
     def _keep(self, unit: Unit, checkpoint: Checkpoint) -> None:
         """What the search found best, trained: a model to take away."""
-        seeds = "-".join(map(str, dict.fromkeys((unit.seeds[0], unit.seeds[-1]))))
-        path = self._folder(unit).with_suffix(f".seeds-{seeds}.safetensors")
+        folder = self._folder(unit)
+        path = folder.with_name(f"{folder.name}.safetensors")
         save_checkpoint(checkpoint, path)
         if self.task.tracking:
             log_model(checkpoint, path, self.task.splits.test.images[:2])
@@ -362,7 +392,10 @@ class Worker:
         return snapshots
 
     def _folder(self, unit: Unit) -> Path:
-        return self.task.folder / self.study.name / unit.stage / unit.model_type / unit.name
+        # Others may train other seeds of the same at this moment.
+        digest = f"{key(0, str(unit.seeds)):x}"[:8]
+        name = f"{unit.name}.seeds-{unit.seeds[0]}-{unit.seeds[-1]}-{digest}"
+        return self.folder / unit.stage / unit.model_type / name
 
     def _fail(self, claim: Claim, reason: str, pruner: "_Pruner | None" = None) -> None:
         logger.warning("%s has no result: %s", claim.unit, reason)
@@ -422,11 +455,6 @@ class _Pruner:
         self.claim.trial.report(self.best, epoch.number)
         if not epoch.finished and self.claim.trial.should_prune():
             raise optuna.TrialPruned
-
-
-def _is_same(one: Unit, other: Unit) -> bool:
-    """Whether they differ in their seeds at most."""
-    return replace(one, seeds=other.seeds) == other
 
 
 def _arm_of(unit: Unit, settings: Parameters, splits: Splits) -> Arm:

@@ -9,7 +9,7 @@ import torch
 
 from collective_pipeline.config import Parameters, UserError
 from collective_pipeline.data.image_files import ADVICE, ImageSource, find_images
-from collective_pipeline.evaluation.predict import BATCH_SIZE, Predictor, tabulate
+from collective_pipeline.evaluation.predict import BATCH_SIZE, Predictor, choose_seeds, tabulate
 from collective_pipeline.models.checkpoint import Checkpoint, load_checkpoint
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.progress import SECONDS_BETWEEN_LINES, duration
@@ -18,10 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 def choose_checkpoint(settings: Parameters, saved: Path) -> Checkpoint:
-    """The checkpoint that the parameters name, or the newest of the arm in `saved`, a folder for each version.
+    """The checkpoint that the parameters name, whichever arm and data set it is of, or the newest of theirs.
+
+    Args:
+        settings: Of the run.
+        saved: The arm's checkpoints, a folder for each version.
 
     Raises:
-        UserError: If there is none, or if it is of another arm or data set than the parameters say.
+        UserError: If there is none, if the newest is of another data set, or if it lacks the seed that is asked for.
     """
     if settings.images is None:
         raise UserError(f"images is not given: {ADVICE}, with --params images=<path>")
@@ -29,9 +33,10 @@ def choose_checkpoint(settings: Parameters, saved: Path) -> Checkpoint:
         path = Path(settings.checkpoint).expanduser()
         if not path.is_file():
             raise UserError(
-                f"checkpoint={settings.checkpoint} is no file: name a best.safetensors, or leave it out for the "
-                f"newest of {settings.model_type}"
+                f"checkpoint={settings.checkpoint} is no file: name a checkpoint, a .safetensors file, or leave it out "
+                f"for the newest of {settings.model_type}"
             )
+        checkpoint = load_checkpoint(path)
     else:
         versions = sorted(saved.glob(f"*/{saved.name}"))
         if not versions:
@@ -40,16 +45,15 @@ def choose_checkpoint(settings: Parameters, saved: Path) -> Checkpoint:
                 f"model_type={settings.model_type},dataset={settings.dataset}, for minutes with --env debug"
             )
         path = versions[-1]
-    checkpoint = load_checkpoint(path)
-    for name, found in (("model_type", checkpoint.arm.model_type), ("dataset", checkpoint.dataset)):
-        if found != getattr(settings, name):
+        checkpoint = load_checkpoint(path)
+        if checkpoint.dataset != settings.dataset:
             raise UserError(
-                f"{path} is of {name}={found} and not of {getattr(settings, name)}: add {name}={found} to --params, or "
-                "name another file with checkpoint=<path>"
+                f"{path} is of dataset={checkpoint.dataset} and not of {settings.dataset}: add "
+                f"dataset={checkpoint.dataset} to --params, or name another file with checkpoint=<path>"
             )
-    seeds = checkpoint.seeds if settings.checkpoint_seed is None else (settings.checkpoint_seed,)
+    seeds = choose_seeds(checkpoint, settings.checkpoint_seed)
     who = f"seed {seeds[0]}" if len(seeds) == 1 else f"the mean of {len(seeds)} seeds"
-    logger.info("Predicting with %s of %s, from %s", who, checkpoint.arm.model_type, path)
+    logger.info("Predicting with %s of %s for %s, from %s", who, checkpoint.arm.model_type, checkpoint.dataset, path)
     return checkpoint
 
 

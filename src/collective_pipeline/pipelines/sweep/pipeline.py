@@ -31,13 +31,13 @@ def create_pipeline(namespace: str) -> Pipeline:
             Node(
                 run_study,
                 inputs=["task", "device"],
-                outputs=["results", "arms", "trials", "importance"],
+                outputs=["results", "arms", "models", "trials", "importance"],
                 name="run_study",
             ),
             Node(measure, inputs=["arms", "device"], outputs="latency", name="measure_latency"),
             Node(
                 compare,
-                inputs=["settings", "splits", "results", "latency"],
+                inputs=["settings", "splits", "results", "latency", "models"],
                 outputs=["runs", "comparison", "overall", "summary"],
                 name="compare",
             ),
