@@ -330,6 +330,14 @@ def test_unknown_pipeline_is_refused(project):
     assert sentence in str(result.exception)
 
 
+def test_a_list_with_commas_is_refused_in_the_words_that_the_readme_explains(project):
+    result = kedro(project, "run", "--params", "seeds=1,2")
+    told = "Item `2` must contain a key and a value separated by `=`."
+
+    assert result.exit_code == 2 and told in result.output
+    assert told in (Path(__file__).parents[1] / "README.md").read_text()
+
+
 def test_registry_lists_the_pipelines(project):
     """`kedro registry list` names them."""
     result = kedro(project, "registry", "list")
