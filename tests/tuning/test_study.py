@@ -89,16 +89,14 @@ def test_more_seeds_are_a_claim_of_the_new_ones_alone(opened):
 
 @on_a_journal
 def test_what_a_dead_worker_left_is_taken_with_its_seeds_before_new_ones(opened):
-    """Its saved state is of those; and each seed of two results that share some counts once."""
-    dying, living = opened(), opened()
+    """Its saved state is of those."""
+    dying, living, another = opened(), opened(), opened()
     with dying.at_work():
         dying.claim(UNITS[:1], {"shallow": {}})
     more = [replace(UNITS[0], seeds=(0, 1, 2))]
-    with living.at_work(2):
-        claims = [living.claim(more, {"shallow": {}}) for _ in range(2)]
-        again = opened()
-        with again.at_work(2):
-            pass
+    with living.at_work(), another.at_work():
+        claims = [worker.claim(more, {"shallow": {}}) for worker in (living, another)]
+
     assert [claim.unit.seeds for claim in claims] == [(0, 1), (2,)]
 
 
