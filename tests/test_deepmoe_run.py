@@ -92,6 +92,8 @@ def test_both_arms_are_runs_in_mlflow(gated):
         ("deepmoe.training.epochs=1", "freeze_epochs=1 leaves the gates none"),
         ("deepmoe.stem=imagenet,deepmoe.model=vgg11_moe", "28x28 pixels are too small"),
         ("deepmoe.gates.lambda=1", "lambda_val"),
+        ("deepmoe.training.strategy=layerwise_autoencoding", "only a collective has members"),
+        ("comparison.reference=resnet18", "comparison.reference"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(gated, params, told):

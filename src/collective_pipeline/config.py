@@ -459,7 +459,9 @@ class TrainingConfig(Config):
 class ComparisonConfig(Config):
     """How the arms are compared."""
 
-    reference: ModelType | ImageModelType = Field("collective", description="the arm that the others are compared to")
+    reference: ModelType = Field(
+        "collective", description="the arm of phase 1 or of a sweep that the others are compared to"
+    )
 
     confidence: float = Field(0.95, gt=0.5, lt=1)
     resamples: int = Field(10_000, ge=100, description="of the bootstrap")
@@ -686,6 +688,8 @@ class DeepMoeConfig(Config):
 
     @model_validator(mode="after")
     def _check_gates(self) -> Self:
+        if self.training.strategy != "end_to_end":
+            raise ValueError("training.strategy: only a collective has members to pretrain; leave it at end_to_end")
         if "_moe" not in self.model:
             raise ValueError(f"model={self.model} has no gates: choose one with moe in its name")
         if self.training.epochs <= self.gates.freeze_epochs:
@@ -716,7 +720,6 @@ class Parameters(Config):
     checkpoint: str | None = Field(None, min_length=1, description="predict: a file; null: the newest of the arm")
     checkpoint_seed: int | None = Field(None, ge=0, description="predict: this seed alone; null: the mean of all")
     data: DataConfig = DataConfig()
-    class_groups: ClassGroupsConfig = ClassGroupsConfig()
     collective: CollectiveConfig = CollectiveConfig()
     baselines: BaselineConfig = BaselineConfig()
     training: TrainingConfig = TrainingConfig()

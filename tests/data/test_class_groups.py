@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
-from collective_pipeline.config import ClassGroupsConfig, UserError, check_parameters
+from collective_pipeline.config import ClassGroupsConfig, UserError
 from collective_pipeline.data.class_groups import GROUPS, resolve_groups, restrict
 from collective_pipeline.data.splits import Images, Splits, moments
 
@@ -55,8 +56,8 @@ def test_groups_that_do_not_fit_are_one_sentence(splits, groups, problem):
     ("groups", "problem"), [([["ant", "bee"]], "one group makes no mixture"), ([["ant"], []], "group 2 is empty")]
 )
 def test_groups_that_fit_no_data_set_are_refused_at_once(groups, problem):
-    with pytest.raises(UserError, match=problem):
-        check_parameters({"class_groups": {"groups": groups}})
+    with pytest.raises(ValidationError, match=problem):
+        ClassGroupsConfig(groups=groups)
 
 
 def test_the_groups_of_cifar10_share_its_classes_among_them():
