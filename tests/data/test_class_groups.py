@@ -56,7 +56,7 @@ def test_groups_that_do_not_fit_are_one_sentence(splits, groups, problem):
 )
 def test_groups_that_fit_no_data_set_are_refused_at_once(groups, problem):
     with pytest.raises(UserError, match=problem):
-        check_parameters({"class_groups": {"groups": groups}})
+        check_parameters({"merged_moe": {"class_groups": {"groups": groups}}})
 
 
 def test_the_groups_of_cifar10_share_its_classes_among_them():
