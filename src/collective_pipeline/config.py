@@ -464,7 +464,9 @@ class TrainingConfig(Config):
 class ComparisonConfig(Config):
     """How the arms are compared."""
 
-    reference: ModelType | ImageModelType | MixtureModelType = Field("collective", description="the arm that the others are compared to")
+    reference: ModelType | ImageModelType | MixtureModelType = Field(
+        "collective", description="the arm that the others are compared to"
+    )
 
     confidence: float = Field(0.95, gt=0.5, lt=1)
     resamples: int = Field(10_000, ge=100, description="of the bootstrap")
@@ -764,10 +766,12 @@ DEBUG = Parameters(
     merged_moe=MergedMoeConfig(
         dataset="mnist",
         seeds=(42, 43),
-        channels=(4, 8, 8, 16),
-        gate_width=16,
-        sub_models=MIXTURE_TRAINING.model_copy(update={"epochs": 1, "precision": "auto"}),
-        training=MIXTURE_TRAINING.model_copy(update={"epochs": 2, "precision": "auto"}),
+        class_groups=ClassGroupsConfig(groups=(("0", "1"), ("1", "7")), leave_out_others=True),
+        channels=(2, 4, 4, 8),
+        gate_width=8,
+        tolerance=0.05,
+        sub_models=MIXTURE_TRAINING.model_copy(update={"epochs": 1, "augmentation_strength": 0.0, "precision": "auto"}),
+        training=MIXTURE_TRAINING.model_copy(update={"epochs": 1, "augmentation_strength": 0.0, "precision": "auto"}),
     ),
 )
 
