@@ -21,7 +21,7 @@ from collective_pipeline.config import (
     check_parameters,
 )
 from collective_pipeline.data.batches import check_batch_size
-from collective_pipeline.data.class_groups import ClassGroups, resolve_groups, restrict
+from collective_pipeline.data.class_groups import GROUPS, ClassGroups, resolve_groups, restrict
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.merging import check_submodels, merge
@@ -137,7 +137,7 @@ def make_arms(settings: Parameters, splits: Splits) -> list[Arm]:
 def estimate_params(config: MergedMoeConfig, image_shape: tuple[int, int, int], num_classes: int) -> int:
     """About how many parameters a seed of all arms and sub-models has together."""
     architecture = config.architecture(image_shape)
-    num_groups = 0 if config.initialise == "fresh" else len(config.class_groups.groups or "three")
+    num_groups = 0 if config.initialise == "fresh" else len(config.class_groups.groups or GROUPS[config.dataset])
     return (
         3 * mixture_arm(architecture, num_classes=num_classes).params
         + num_groups * sub_model_arm(architecture, num_classes=num_classes).params
