@@ -50,6 +50,7 @@ ORIGINAL_NAMES = {
     "gradient_accumulation_steps": "training.accumulation_steps",
     "lr": "training.learning_rate",
     "model": "model_type",
+    "num_experts": "merged_moe.n_experts",
     "seed": "seeds",
     "training_strategy": "training.strategy",
     "use_augmentation": "training.augmentation_strength",
@@ -328,11 +329,9 @@ class RoutingLossConfig(Config):
     legacy_correlation: float = Field(0.0, ge=0, description="constant, without a gradient; the original: 0.1")
 
 
-class MixtureArchitecture(Config):
-    """A mixture of experts merged from sub-models, what its gates are trained for included."""
+class MixtureConfig(Config):
+    """A mixture of experts merged from sub-models, what its gates are trained for included, for whatever images."""
 
-    kind: Literal["mixture"] = "mixture"
-    image_shape: tuple[int, int, int] = Field(description="channels, height, width")
     n_experts: int = Field(3, ge=1, le=1024, description="1: no gate, the single-expert baseline")
     combine: Literal["features", "logits"] = Field(
         "features", description="features: of the experts and of an analyst, for one classifier; logits: one each"
@@ -344,10 +343,10 @@ class MixtureArchitecture(Config):
     gate_noise: float = Field(0.1, ge=0, description="standard deviation, after the temperature, while training")
     initial_temperature: Positive = Field(2.0, description="of the gate's softmax, at the first update")
     final_temperature: Positive = Field(0.5, description="at the last one; between them half a cosine")
-    initialisation: Literal["average", "copy", "fresh"] = Field(
+    initialise: Literal["average", "copy", "fresh"] = Field(
         "average",
         description="of the extractor: mean of the sub-models, statistics of norms included, or copied from one; the "
-        "experts are copied each from its own; fresh: everything drawn",
+        "experts are copied each from its own; fresh: everything drawn, without sub-models",
     )
     copy_of: int = Field(1, ge=1, description="copy: the number of the group whose sub-model gives the extractor")
     losses: RoutingLossConfig = RoutingLossConfig()
@@ -361,6 +360,13 @@ class MixtureArchitecture(Config):
                 "weigh those losses with 0"
             )
         return self
+
+
+class MixtureArchitecture(MixtureConfig):
+    """A mixture for images of one shape."""
+
+    kind: Literal["mixture"] = "mixture"
+    image_shape: tuple[int, int, int] = Field(description="channels, height, width")
 
 
 ImageArchitecture = ResNetArchitecture | VggArchitecture
@@ -706,6 +712,40 @@ class DeepMoeConfig(Config):
         return next(known for known in IMAGE_MODEL_TYPES if known == name)
 
 
+MIXTURE_TRAINING = TrainingConfig(
+    epochs=40, optimizer="adamw", learning_rate=1e-3, weight_decay=1e-4, schedule="one_cycle", precision="bf16"
+)
+
+
+class MergedMoeConfig(MixtureConfig):
+    """`kedro run --pipeline merged_moe`: a mixture merged from sub-models, beside two networks of its size."""
+
+    dataset: DatasetName = "cifar10"
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((42, 43, 44), min_length=1)
+    class_groups: ClassGroupsConfig = ClassGroupsConfig()
+    n_experts: int = Field(3, ge=2, le=1024, description="those beyond the groups are drawn")
+    tolerance: float = Field(0.001, gt=0, lt=1, description="largest relative error of the two networks' sizes")
+    sub_models: TrainingConfig = MIXTURE_TRAINING.model_copy(update={"epochs": 20})
+    training: TrainingConfig = Field(
+        MIXTURE_TRAINING, description="of the mixture; the two networks have as many updates as it and its sub-models"
+    )
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _one_or_several(cls, seeds: Any) -> Any:
+        return _as_list(seeds)
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        return _once_each(seeds)
+
+    def architecture(self, image_shape: tuple[int, int, int]) -> MixtureArchitecture:
+        """The mixture for images of this shape."""
+        values = {name: getattr(self, name) for name in MixtureConfig.model_fields}
+        return MixtureArchitecture(image_shape=image_shape, **values)
+
+
 class Parameters(Config):
     """All parameters of a run, as `conf/` and `--params` give them."""
 
@@ -726,6 +766,7 @@ class Parameters(Config):
     comparison: ComparisonConfig = ComparisonConfig()
     sweep: SweepConfig = SweepConfig()
     deepmoe: DeepMoeConfig = DeepMoeConfig()
+    merged_moe: MergedMoeConfig = MergedMoeConfig()
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -806,6 +847,16 @@ DEBUG = Parameters(
         width=8,
         gates=GateConfig(freeze_epochs=1),
         training=DeepMoeConfig().training.model_copy(update={"epochs": 3, "precision": "auto"}),
+    ),
+    merged_moe=MergedMoeConfig(
+        dataset="mnist",
+        seeds=(42, 43),
+        class_groups=ClassGroupsConfig(groups=(("0", "1"), ("1", "7")), leave_out_others=True),
+        channels=(2, 4, 4, 8),
+        gate_width=8,
+        tolerance=0.05,
+        sub_models=MIXTURE_TRAINING.model_copy(update={"epochs": 1, "augmentation_strength": 0.0, "precision": "auto"}),
+        training=MIXTURE_TRAINING.model_copy(update={"epochs": 1, "augmentation_strength": 0.0, "precision": "auto"}),
     ),
 )
 

@@ -37,6 +37,7 @@ from collective_pipeline.config import (
 from collective_pipeline.evaluation.results import final_metrics
 from collective_pipeline.io.checkpoints import CheckpointDataset
 from collective_pipeline.models.matching import parameter_budget
+from collective_pipeline.pipelines import merged_moe
 from collective_pipeline.pipelines.deepmoe import list_arms
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
@@ -61,7 +62,7 @@ class CheckBeforeRun:
     def _check_globals(self, context: KedroContext) -> None:
         """The catalog, which cannot see parameters.yml, names files after the same arm and data as the settings."""
         loader = context.config_loader
-        for name in ("model_type", "dataset", "deepmoe.dataset"):
+        for name in ("model_type", "dataset", "deepmoe.dataset", "merged_moe.dataset"):
             in_catalog = OmegaConf.select(OmegaConf.create(loader.runtime_params or {}), name)
             if in_catalog is None:
                 in_catalog = OmegaConf.select(OmegaConf.create(loader["globals"]), name)
@@ -97,6 +98,11 @@ class CheckBeforeRun:
             deepmoe = settings.deepmoe
             params = sum(arm.params for arm in list_arms(deepmoe, *_about(deepmoe.dataset)))
             return 4 * params * _copies(deepmoe.training) * len(deepmoe.seeds)
+        if any(name.startswith("merged_moe") for name in arms):
+            own = settings.merged_moe
+            params = merged_moe.estimate_params(own, *_about(own.dataset))
+            copies = max(_copies(own.training), _copies(own.sub_models))
+            return 4 * params * copies * len(own.seeds)
         image_shape, num_classes = _about(settings.dataset)
         in_dim = math.prod(image_shape)
         target = parameter_budget(settings.collective, settings.baselines, in_dim=in_dim, num_classes=num_classes)
@@ -207,7 +213,7 @@ class TrackArms:
         if box in self.runs:
             mlflow.start_run(run_id=self.runs[box], nested=True)
             return
-        settings: Parameters = inputs["settings"]
+        settings = next(value for value in inputs.values() if isinstance(value, Parameters))
         arm: Arm = inputs[f"{box}.arm"]
         run = mlflow.start_run(
             run_name=arm.model_type,

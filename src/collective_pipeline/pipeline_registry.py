@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from kedro.pipeline import Pipeline
 
 from collective_pipeline.config import MODEL_TYPES, Arm
-from collective_pipeline.pipelines import arm, comparison, data, deepmoe, predict, sweep
+from collective_pipeline.pipelines import arm, comparison, data, deepmoe, merged_moe, predict, sweep
 
 
 def make_experiment(
@@ -29,7 +29,8 @@ def make_experiment(
 def register_pipelines() -> dict[str, Pipeline]:
     """`single` runs the arm that the parameter `model_type` names, `phase1` all seven, `sweep` all at many sizes.
 
-    `deepmoe` compares a network with gated channels to the one without. `predict` only uses what was trained.
+    `deepmoe` compares a network with gated channels to the one without, `merged_moe` a mixture of experts to two
+    networks of its size. `predict` only uses what was trained.
     """
     images = data.create_pipeline()
     single = make_experiment("single", images, ["single"], arm.matched([None]))
@@ -46,6 +47,7 @@ def register_pipelines() -> dict[str, Pipeline]:
         "single": single,
         "phase1": phase1,
         "deepmoe": gated,
+        "merged_moe": merged_moe.create_pipeline() + comparison.create_pipeline("merged_moe", arms=merged_moe.ARMS),
         "sweep": images + sweep.create_pipeline("sweep"),
         "predict": predict.create_pipeline(),
     }

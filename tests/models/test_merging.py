@@ -77,16 +77,16 @@ def test_average_is_the_mean_of_all_weights_and_statistics(submodels):
 
 
 def test_copy_is_one_of_them(submodels):
-    state = merged(submodels, initialisation="copy", copy_of=2).extractor.state_dict()
+    state = merged(submodels, initialise="copy", copy_of=2).extractor.state_dict()
 
     assert all(torch.equal(tensor, rows(submodels[1], f"extractor.{name}")) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize("initialisation", ["average", "copy"])
+@pytest.mark.parametrize("initialise", ["average", "copy"])
 @pytest.mark.parametrize("n_experts", [2, 3, 4])
-def test_every_expert_is_that_of_its_own_sub_model_while_there_are_some(submodels, initialisation, n_experts):
+def test_every_expert_is_that_of_its_own_sub_model_while_there_are_some(submodels, initialise, n_experts):
     """Experts beyond the sub-models stay as they were drawn."""
-    changes = {"initialisation": initialisation, "n_experts": n_experts}
+    changes = {"initialise": initialise, "n_experts": n_experts}
     drawn, _ = make_mixture(**changes)
     for name, tensor in merged(submodels, **changes).experts.state_dict().items():
         for n in range(n_experts):
@@ -95,8 +95,8 @@ def test_every_expert_is_that_of_its_own_sub_model_while_there_are_some(submodel
 
 
 def test_fresh_leaves_everything_as_it_was_drawn(submodels):
-    drawn, _ = make_mixture(initialisation="fresh")
-    state = merged(submodels, initialisation="fresh").state_dict()
+    drawn, _ = make_mixture(initialise="fresh")
+    state = merged(submodels, initialise="fresh").state_dict()
 
     assert all(torch.equal(tensor, drawn.state_dict()[name]) for name, tensor in state.items())
 
@@ -173,6 +173,6 @@ def test_there_is_a_sub_model_for_every_group(submodels):
     _, architecture = make_mixture()
     with pytest.raises(UserError, match="3 groups of classes need as many sub-models, and there are 2"):
         check_submodels(submodels[:2], architecture, groups=GROUPS, images=IMAGES, seeds=SEEDS)
-    _, architecture = make_mixture(initialisation="copy", copy_of=4)
+    _, architecture = make_mixture(initialise="copy", copy_of=4)
     with pytest.raises(UserError, match="copy_of=4 is no group: choose from 1 to 3"):
         check_submodels(submodels, architecture, groups=GROUPS, images=IMAGES, seeds=SEEDS)

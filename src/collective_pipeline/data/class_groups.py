@@ -58,7 +58,9 @@ def resolve_groups(config: ClassGroupsConfig, splits: Splits) -> ClassGroups:
     names = splits.class_names
     configured = config.groups
     if configured is None and (unknown := {name for group in GROUPS[splits.name] for name in group} - {*names}):
-        raise UserError(f"{splits.name} has no class {sorted(unknown)[0]} here: give class_groups.groups of your own")
+        raise UserError(
+            f"{splits.name} has no class {sorted(unknown)[0]} here: give merged_moe.class_groups.groups of your own"
+        )
     groups = [
         sorted({_label(name, names, splits.name, number) for name in group})
         for number, group in enumerate(configured or GROUPS[splits.name], start=1)
@@ -66,15 +68,15 @@ def resolve_groups(config: ClassGroupsConfig, splits: Splits) -> ClassGroups:
     for number, group in enumerate(groups, start=1):
         if len(group) == 1:
             raise UserError(
-                f"class_groups.groups: group {number} has the one class '{names[group[0]]}', and a sub-model needs two "
-                "to tell apart: add classes to it, which may be in other groups as well"
+                f"merged_moe.class_groups.groups: group {number} has the one class '{names[group[0]]}', and a "
+                "sub-model needs two to tell apart: add classes to it, which may be in other groups as well"
             )
     labels = sorted({label for group in groups for label in group})
     absent = [name for label, name in enumerate(names) if label not in labels]
     if absent and configured is not None and not config.leave_out_others:
         raise UserError(
-            f"class_groups.groups: no group has {', '.join(absent)}: add them to a group, or leave those classes out "
-            "of the data set with class_groups.leave_out_others=true"
+            f"merged_moe.class_groups.groups: no group has {', '.join(absent)}: add them to a group, or leave those "
+            "classes out of the data set with merged_moe.class_groups.leave_out_others=true"
         )
     return ClassGroups(tuple(labels), tuple(tuple(map(labels.index, group)) for group in groups))
 
@@ -106,11 +108,13 @@ def _label(name: str | int, names: Sequence[str], dataset: DatasetName, number: 
     if isinstance(name, int):
         if not 0 <= name < len(names):
             raise UserError(
-                f"class_groups.groups: group {number} has class {name}: those of {dataset} are 0 to {len(names) - 1}"
+                f"merged_moe.class_groups.groups: group {number} has class {name}: those of {dataset} are 0 to "
+                f"{len(names) - 1}"
             )
         return name
     if name not in names:
         raise UserError(
-            f"class_groups.groups: group {number} has '{name}', which is no class of {dataset}{suggest(name, names)}"
+            f"merged_moe.class_groups.groups: group {number} has '{name}', which is no class of "
+            f"{dataset}{suggest(name, names)}"
         )
     return names.index(name)

@@ -41,7 +41,7 @@ def check_submodels(
     """
     if len(submodels) != len(groups):
         raise UserError(f"{len(groups)} groups of classes need as many sub-models, and there are {len(submodels)}")
-    if architecture.initialisation == "copy" and architecture.copy_of > len(submodels):
+    if architecture.initialise == "copy" and architecture.copy_of > len(submodels):
         raise UserError(f"copy_of={architecture.copy_of} is no group: choose from 1 to {len(submodels)}")
     for number, (submodel, group) in enumerate(zip(submodels, groups, strict=True), start=1):
         found = submodel.arm.architecture
@@ -87,10 +87,10 @@ def merge(
     n; experts beyond the sub-models stay as drawn. Where logits are mixed, an expert's own classes are copied as well,
     and it starts reluctant to name others. `fresh` changes nothing.
     """
-    if architecture.initialisation == "fresh":
+    if architecture.initialise == "fresh":
         return
     states = [submodel.of_seeds(seeds).weights for submodel in submodels]
-    sources = [states[architecture.copy_of - 1]] if architecture.initialisation == "copy" else states
+    sources = [states[architecture.copy_of - 1]] if architecture.initialise == "copy" else states
     for name, tensor in model.extractor.state_dict().items():
         tensor.copy_(torch.stack([state[f"extractor.{name}"] for state in sources]).mean(dim=0))
     for name, tensor in model.experts.state_dict().items():

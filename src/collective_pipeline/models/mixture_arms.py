@@ -46,7 +46,7 @@ def single_expert_arm(mixture: Arm, *, tolerance: float) -> Arm:
     """
     assert isinstance(mixture.architecture, MixtureArchitecture)
     weights = RoutingLossConfig(**dict.fromkeys(RoutingLossConfig.model_fields, 0.0))
-    changes = {"n_experts": 1, "losses": weights, "initialisation": "fresh"}
+    changes = {"n_experts": 1, "losses": weights, "initialise": "fresh"}
     return _match("single_expert", mixture, mixture.architecture.model_copy(update=changes), tolerance)
 
 

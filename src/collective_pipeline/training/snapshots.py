@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,10 @@ class Snapshots:
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
+    def identify(self, **parts: Any) -> None:
+        """Add what must be the same as well, before anything is saved or loaded."""
+        self.identity |= json.loads(json.dumps(parts))
+
     def is_due(self) -> bool:
         """Whether so much time has passed that saving now is worth its cost."""
         is_writing = self._writing is not None and not self._writing.done()
@@ -119,13 +123,16 @@ class Snapshots:
         tensors = {name: tensor.cpu() for name, tensor in snapshot.tensors.items()}
         header = {"facts": snapshot.facts, "identity": self.identity, "circumstances": self.circumstances}
         about = {name: json.dumps(part) for name, part in header.items()}
-        about["header_digest"] = _digest({}, about)
-        about["digest"] = _digest(tensors, about)
+        about["header_digest"] = digest_of({}, about)
+        about["digest"] = digest_of(tensors, about)
         with replacing(self.path, keep=_previous(self.path)) as partial:
             write_tensors(partial, tensors, about)
 
-    def check(self) -> None:
+    def check(self, *, apart_from: Collection[str] = ()) -> None:
         """Refuse what is there if a run cannot go on from it; reads no tensor, so that it can come early.
+
+        Args:
+            apart_from: Parts of the identity that are known only later; `load` compares them too.
 
         Raises:
             UserError: Naming what differs.
@@ -134,7 +141,7 @@ class Snapshots:
             for path in (self.path, _previous(self.path)):
                 header = _read_header(path)
                 if header is not None:
-                    self._compare(path, header)
+                    self._compare(path, header, apart_from)
                     return
 
     def clear(self) -> None:
@@ -181,9 +188,10 @@ class Snapshots:
         logger.info("%-16s  nothing was saved of it: it begins from the start", self.name)
         return None
 
-    def _compare(self, path: Path, header: Mapping[str, Any]) -> None:
+    def _compare(self, path: Path, header: Mapping[str, Any], apart_from: Collection[str] = ()) -> None:
         saved = header["identity"]
-        differing = [name for name in self.identity | saved if self.identity.get(name) != saved.get(name)]
+        names = (name for name in self.identity | saved if name not in apart_from)
+        differing = [name for name in names if self.identity.get(name) != saved.get(name)]
         if differing:
             was = "; ".join(f"{name} was {saved.get(name)!r} and is {self.identity.get(name)!r}" for name in differing)
             raise UserError(
@@ -210,7 +218,7 @@ def _read(path: Path) -> tuple[Snapshot, dict[str, Any]]:
         about = dict(file.metadata())
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     digest = about.pop("digest")
-    if digest != _digest(tensors, about):
+    if digest != digest_of(tensors, about):
         raise ValueError("its digest is not that of its contents")
     del about["header_digest"]
     header = {name: json.loads(text) for name, text in about.items()}
@@ -223,14 +231,14 @@ def _read_header(path: Path) -> dict[str, Any] | None:
         with safe_open(path, framework="pt") as file:
             about = dict(file.metadata())
         about.pop("digest")
-        if about.pop("header_digest") != _digest({}, about):
+        if about.pop("header_digest") != digest_of({}, about):
             return None
         return {name: json.loads(text) for name, text in about.items()}
     except DAMAGE:
         return None
 
 
-def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+def digest_of(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
     """SHA-256 over all names and contents."""
     digest = hashlib.sha256(json.dumps(sorted(about.items())).encode())
     for name, tensor in sorted(tensors.items()):

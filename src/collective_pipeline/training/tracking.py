@@ -6,7 +6,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 import collective_pipeline
 from collective_pipeline.models.checkpoint import Checkpoint
+from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.loop import Epoch
 
 SECONDS_BETWEEN = 2.0
@@ -80,6 +81,22 @@ class GpuTemperatures(BaseMetricsMonitor):
     def aggregate_metrics(self) -> dict[str, float]:
         """Means since MLflow logged the last ones."""
         return {name: statistics.fmean(values) for name, values in self._metrics.items()}
+
+
+@contextlib.contextmanager
+def nested_run(name: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> Iterator[None]:
+    """A run inside the active one, if there is one, for as long as the block takes."""
+    if mlflow.active_run() is None:
+        yield
+        return
+    mlflow.start_run(run_name=name, nested=True, tags=dict(tags))
+    mlflow.log_params(dict(params))
+    try:
+        yield
+    except BaseException as error:
+        mlflow.end_run("KILLED" if isinstance(error, Interrupted) else "FAILED")
+        raise
+    mlflow.end_run()
 
 
 def set_up_system_metrics() -> None:

@@ -81,6 +81,7 @@ def train_arm(
     snapshots: Snapshots | None = None,
     num_beside: int = 1,
     prepare: Callable[[nn.Module, Sequence[int]], None] | None = None,
+    name: str | None = None,
 ) -> tuple[Checkpoint, Fit]:
     """Build the arm once for all `seeds`, draw each seed's weights, train, and return what validation chose.
 
@@ -98,11 +99,13 @@ def train_arm(
         snapshots: Where to save the state of training now and then, and where to go on from.
         num_beside: How many arms share the device at the same time, this one included.
         prepare: Called with the network, whose weights are drawn, and its seeds, to give it other ones.
+        name: What messages call it; None: the arm's type.
 
     Raises:
         Interrupted: If the run was told to stop, after its state was saved in `snapshots`.
         UserError: If there is no memory for one seed, naming what would fit.
     """
+    name = name or arm.model_type
     set_matmul_precision(config, device)
     need = estimate_need(arm, splits, config)
     saved = snapshots.load() if snapshots else None
@@ -117,15 +120,15 @@ def train_arm(
     if saved is not None and not saved.facts["place"]["finished"]:
         place = saved.facts["place"]
         within = f" and {place['update']} updates of the next" if place["update"] else ""
-        logger.info("%-16s  goes on after epoch %d/%d%s", arm.model_type, place["epoch"], config.epochs, within)
-    training = _ArmTraining(arm, splits, config, device, list(callbacks), watch, snapshots, prepare)
+        logger.info("%-16s  goes on after epoch %d/%d%s", name, place["epoch"], config.epochs, within)
+    training = _ArmTraining(name, arm, splits, config, device, list(callbacks), watch, snapshots, prepare)
     fits = training.run(groups, need, saved)
     result = Fit.join(fits)
     if len(fits) > 1:
         for epoch in result.epochs:
             training.tell(epoch)
-    _tell_diverged(arm, result)
-    _tell_shut(arm, result)
+    _tell_diverged(name, result)
+    _tell_shut(name, result)
     return _checkpoint(arm, splits, result), result
 
 
@@ -133,6 +136,7 @@ def train_arm(
 class _ArmTraining:
     """The arguments of `train_arm` that all groups of seeds share."""
 
+    name: str
     arm: Arm
     splits: Splits
     config: TrainingConfig
@@ -158,13 +162,11 @@ class _ArmTraining:
                 done.append(trained)
             elif saved is not None or epochs:
                 raise NotEnoughMemory(
-                    f"{self.arm.model_type}: memory was enough when training began and is not any more: end what else "
+                    f"{self.name}: memory was enough when training began and is not any more: end what else "
                     "uses it and give the same command with --params resume=true"
                 )
             elif len(group) == 1:
-                raise NotEnoughMemory(
-                    f"{self.arm.model_type}: {advise(need, self.config, free=free_bytes(self.device))}"
-                )
+                raise NotEnoughMemory(f"{self.name}: {advise(need, self.config, free=free_bytes(self.device))}")
             else:
                 groups[len(done) : len(done) + 1] = split(group, 2)
                 self._tell_groups(groups)
@@ -174,7 +176,7 @@ class _ArmTraining:
     def _tell_groups(self, groups: Sequence[Sequence[int]]) -> None:
         logger.warning(
             "%s: memory is too small for all %d seeds at once; they train in %d groups, one after another.",
-            self.arm.model_type,
+            self.name,
             sum(map(len, groups)),
             len(groups),
         )
@@ -242,7 +244,7 @@ def _restore_done(saved: Snapshot) -> list[Fit]:
     ]
 
 
-def _tell_diverged(arm: Arm, result: Fit) -> None:
+def _tell_diverged(name: str, result: Fit) -> None:
     for seed, diverged, epoch, best in zip(
         result.seeds, result.diverged, result.num_epochs, result.best_epochs, strict=True
     ):
@@ -250,35 +252,41 @@ def _tell_diverged(arm: Arm, result: Fit) -> None:
             logger.warning(
                 "%s, seed %d: the loss was no longer finite in epoch %d; %s: a smaller training.learning_rate or a "
                 "training.clip_norm may help",
-                arm.model_type,
+                name,
                 seed,
                 epoch,
                 f"its weights after epoch {best} are kept" if best else "there were no good weights before",
             )
 
 
-def _tell_shut(arm: Arm, result: Fit) -> None:
+def _tell_shut(name: str, result: Fit) -> None:
     for s, seed in enumerate(result.seeds):
         if result.is_shut(s):
             logger.warning(
                 "%s, seed %d: all of its gates were shut throughout the %d epochs up to %d: it is stopped, and a "
                 "smaller gates.lambda_val may help",
-                arm.model_type,
+                name,
                 seed,
                 EPOCHS_SHUT,
                 result.num_epochs[s],
             )
 
 
-def snapshots_at(path: Path, arm: Arm, splits: Splits, settings: Parameters, device: torch.device) -> Snapshots:
-    """Where this arm's training is saved, and what must be the same for another run to go on from there."""
+def snapshots_at(
+    path: Path, arm: Arm, splits: Splits, settings: Parameters, device: torch.device, *, name: str | None = None
+) -> Snapshots:
+    """Where this arm's training is saved, and what must be the same for another run to go on from there.
+
+    Messages call it by its `name`, or by the arm's type if that is None.
+    """
     identity = {f"architecture.{name}": value for name, value in flatten(arm.architecture).items()}
     identity |= {"model_type": arm.model_type, "dataset": splits.name, "images": splits.digest}
     identity |= {"seeds": settings.seeds, "code version": _code_version()}
     identity |= {f"data.{name}": value for name, value in flatten(settings.data).items()}
     identity |= {f"training.{name}": value for name, value in flatten(settings.training).items()}
     circumstances = {"device": describe_device(device), "torch": torch.__version__}
-    return Snapshots(path, name=arm.model_type, identity=identity, circumstances=circumstances, resume=settings.resume)
+    name = name or arm.model_type
+    return Snapshots(path, name=name, identity=identity, circumstances=circumstances, resume=settings.resume)
 
 
 def _code_version() -> str:

@@ -1,11 +1,12 @@
 """The life of one arm."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import nn
 
 from collective_pipeline.config import Arm, ModelType, Parameters
 from collective_pipeline.data.splits import Splits
@@ -51,12 +52,19 @@ def train(
     device: torch.device,
     snapshots: Snapshots,
     num_arms: int = 1,
+    *,
+    prepare: Callable[[nn.Module, Sequence[int]], None] | None = None,
+    name: str | None = None,
 ) -> tuple[Checkpoint, pd.DataFrame]:
-    """Train the arm with every seed; return the weights that validation chose, and the history."""
+    """Train the arm with every seed; return the weights that validation chose, and the history.
+
+    `prepare` gives the drawn network other weights; messages and the history call the arm by its `name`, if it has one.
+    """
+    name = name or arm.model_type
     # A thread of its own means that all arms train at the same time.
     is_alone = threading.current_thread() is threading.main_thread()
     progress = Progress(
-        arm.model_type,
+        name,
         num_epochs=settings.training.epochs,
         num_arms=num_arms if is_alone else 1,
         device_type=device.type,
@@ -71,9 +79,11 @@ def train(
         watch=progress.watch,
         snapshots=snapshots,
         num_beside=1 if is_alone else num_arms,
+        prepare=prepare,
+        name=name,
     )
     history = pd.DataFrame(result.history)
-    history.insert(0, "model_type", arm.model_type)
+    history.insert(0, "model_type", name)
     return checkpoint, history
 
 

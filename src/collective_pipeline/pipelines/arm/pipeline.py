@@ -41,12 +41,13 @@ def create_preparation(arms: Sequence[str], make: Callable[..., list[Arm]]) -> P
     )
 
 
-def create_pipeline(namespace: str, *, num_arms: int) -> Pipeline:
+def create_pipeline(namespace: str, *, num_arms: int, settings: str = "settings") -> Pipeline:
     """One arm in its namespace; data, settings and device are shared with the others.
 
     Args:
         namespace: Of the arm's own datasets, and its box in Kedro-Viz.
         num_arms: Of the comparison, so that the first epoch can tell how long all of it takes.
+        settings: The dataset of its settings.
     """
     return Pipeline(
         [
@@ -66,5 +67,5 @@ def create_pipeline(namespace: str, *, num_arms: int) -> Pipeline:
             ),
         ],
         namespace=namespace,
-        inputs={"settings", "splits", "device"},
+        inputs={"settings": settings, "splits": "splits", "device": "device"},
     )
