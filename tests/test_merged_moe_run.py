@@ -147,7 +147,7 @@ def test_a_mixture_may_begin_without_sub_models(tmp_path, new_project):
         ("merged_moe.n_experts=1", "merged_moe.n_experts=1"),
         ("merged_moe.initialise=averge", "did you mean 'average'?"),
         ("merged_moe.initialise=copy,merged_moe.copy_of=4", "copy_of=4 is no group: choose from 1 to 2"),
-        ("merged_moe.sub_models.batch_size=200,merged_moe.training.batch_size=64", "training images of sub_model_2"),
+        ("merged_moe.sub_models.batch_size=200,merged_moe.training.batch_size=64", "training images of sub_model_1"),
         ("num_experts=3", "did you mean 'merged_moe.n_experts'?"),
         ("merged_moe.dataset=mnis", "did you mean 'mnist'?"),
     ],

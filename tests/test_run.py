@@ -324,9 +324,7 @@ def test_unknown_pipeline_is_refused(project):
     result = kedro(project, "run", "--pipeline", "phase2")
 
     assert result.exit_code == 1
-    sentence = (
-        "there is no pipeline 'phase2': did you mean 'phase1'? choose from single, phase1, deepmoe, sweep, predict"
-    )
+    sentence = "there is no pipeline 'phase2': did you mean 'phase1'? choose from single, phase1, deepmoe, merged_moe, sweep, predict"
     assert sentence in str(result.exception)
 
 
@@ -345,6 +343,7 @@ def test_registry_lists_the_pipelines(project):
     assert [line.strip("- ") for line in result.stdout.split("\n") if line] == [
         "__default__",
         "deepmoe",
+        "merged_moe",
         "phase1",
         "predict",
         "single",
