@@ -9,10 +9,12 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -63,6 +65,28 @@ Positive = Annotated[float, Field(gt=0)]
 # 65,536 features are far beyond any network of this kind: more is a slip of the finger.
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Widths = Annotated[tuple[Width, ...], Field(min_length=2)]
+
+
+def _as_list(values: Any) -> Any:
+    """`--params seeds=7` and `--params seeds="7 8 9"` as well: the command line has no lists."""
+    if values is None:  # `--params seeds=`
+        return []
+    if isinstance(values, str):
+        return values.split()
+    return [values] if isinstance(values, int) else values
+
+
+def _once_each(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(map(str, repeated))} repeated: name each once")
+    return values
+
+
+Item = TypeVar("Item")
+# At least one of each, named once; on the command line one alone, or several in one word with spaces.
+Distinct = Annotated[tuple[Item, ...], Field(min_length=1), BeforeValidator(_as_list), AfterValidator(_once_each)]
+Seeds = Distinct[Annotated[int, Field(ge=0, lt=2**32)]]
 
 
 class UserError(ValueError):
@@ -599,30 +623,18 @@ class SweepConfig(Config):
     side_by_side: Annotated[int, Field(ge=1, le=64)] | None = Field(
         None, description="trainings at once in a worker; null: 7 on CUDA, 1 elsewhere"
     )
-    model_types: Annotated[tuple[ModelType, ...], Field(min_length=1)] = MODEL_TYPES
-    sizes: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = Field(
+    model_types: Distinct[ModelType] = MODEL_TYPES
+    sizes: Distinct[Annotated[int, Field(gt=0)]] = Field(
         (1_800_000, 2_850_000, 3_950_000, 5_000_000, 6_100_000, 7_150_000), description="grid: trainable parameters"
     )
     trials: int = Field(40, ge=1, description="search: of each model type")
     trial_epochs: int = Field(60, ge=1, description="search: at most")
-    trial_seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = Field(
-        (0,), description="search: of every trial; what is tested has the other `seeds`"
-    )
+    trial_seeds: Seeds = Field((0,), description="search: of every trial; what is tested has the other `seeds`")
     objective: Literal["accuracy", "accuracy_and_params"] = Field(
         "accuracy", description="search: validation accuracy; accuracy_and_params looks for the Pareto front, unpruned"
     )
     retrain: int = Field(1, ge=1, description="search: the best of each model type that are trained anew and tested")
     space: Space = Field(SPACE, min_length=1, description="search: a list of choices, or {low, high, log, step}")
-
-    @field_validator("model_types", "sizes", "trial_seeds", mode="before")
-    @classmethod
-    def _one_or_several(cls, values: Any) -> Any:
-        return _as_list(values)
-
-    @field_validator("model_types", "sizes", "trial_seeds")
-    @classmethod
-    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _once_each(values)
 
     @field_validator("space", mode="before")
     @classmethod
@@ -665,7 +677,7 @@ class DeepMoeConfig(Config):
 
     model: ImageModelType = Field("resnet18_moe", description="any whose name has moe in it")
     dataset: DatasetName = "cifar10"
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((42, 43, 44), min_length=1)
+    seeds: Seeds = (42, 43, 44)
     stem: Stem = Field("cifar", description="for about 32 pixels; imagenet: for 224")
     width: Width = Field(64, description="channels of the first stage; 64 is the networks' own")
     wide: bool = Field(False, description="twice the channels, with gates and without")
@@ -681,16 +693,6 @@ class DeepMoeConfig(Config):
         label_smoothing=0.1,
         precision="bf16",
     )
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _one_or_several(cls, seeds: Any) -> Any:
-        return _as_list(seeds)
-
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        return _once_each(seeds)
 
     @model_validator(mode="after")
     def _check_gates(self) -> Self:
@@ -721,7 +723,7 @@ class MergedMoeConfig(MixtureConfig):
     """`kedro run --pipeline merged_moe`: a mixture merged from sub-models, beside two networks of its size."""
 
     dataset: DatasetName = "cifar10"
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((42, 43, 44), min_length=1)
+    seeds: Seeds = (42, 43, 44)
     class_groups: ClassGroupsConfig = ClassGroupsConfig()
     n_experts: int = Field(3, ge=2, le=1024, description="those beyond the groups are drawn")
     tolerance: float = Field(0.001, gt=0, lt=1, description="largest relative error of the two networks' sizes")
@@ -729,16 +731,6 @@ class MergedMoeConfig(MixtureConfig):
     training: TrainingConfig = Field(
         MIXTURE_TRAINING, description="of the mixture; the two networks have as many updates as it and its sub-models"
     )
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _one_or_several(cls, seeds: Any) -> Any:
-        return _as_list(seeds)
-
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        return _once_each(seeds)
 
     def architecture(self, image_shape: tuple[int, int, int]) -> MixtureArchitecture:
         """The mixture for images of this shape."""
@@ -753,7 +745,7 @@ class Parameters(Config):
     dataset: DatasetName = "mnist"
     resume: bool = Field(False, description="go on from where an interrupted run was saved")
     device: str = "auto"
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(tuple(range(42, 52)), min_length=1)
+    seeds: Seeds = tuple(range(42, 52))
     images: str | None = Field(
         None, min_length=1, description="predict: a folder of images, one image, or an idx file, from where one types"
     )
@@ -767,11 +759,6 @@ class Parameters(Config):
     sweep: SweepConfig = SweepConfig()
     deepmoe: DeepMoeConfig = DeepMoeConfig()
     merged_moe: MergedMoeConfig = MergedMoeConfig()
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _one_or_several(cls, seeds: Any) -> Any:
-        return _as_list(seeds)
 
     @field_validator("device")
     @classmethod
@@ -792,11 +779,6 @@ class Parameters(Config):
             )
         return self
 
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        return _once_each(seeds)
-
     @model_validator(mode="after")
     def _check_sweep(self) -> Self:
         both = sorted(set(self.seeds) & set(self.sweep.trial_seeds))
@@ -806,22 +788,6 @@ class Parameters(Config):
                 "the search has not seen"
             )
         return self
-
-
-def _as_list(values: Any) -> Any:
-    """`--params seeds=7` and `--params seeds="7 8 9"` as well: the command line has no lists."""
-    if values is None:  # `--params seeds=`
-        return []
-    if isinstance(values, str):
-        return values.split()
-    return [values] if isinstance(values, int) else values
-
-
-def _once_each(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    repeated = sorted({value for value in values if values.count(value) > 1})
-    if repeated:
-        raise ValueError(f"{', '.join(map(str, repeated))} repeated: name each once")
-    return values
 
 
 PHASE1 = Parameters()

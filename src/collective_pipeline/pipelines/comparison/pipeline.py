@@ -1,9 +1,10 @@
 """Compare, plot, report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, update_wrapper
 
 from kedro.pipeline import Node, Pipeline
+from plotly.graph_objects import Figure
 
 from collective_pipeline.evaluation.figures import (
     plot_accuracy,
@@ -19,6 +20,11 @@ from collective_pipeline.pipelines.comparison.nodes import (
     report,
     with_reference,
 )
+
+
+def draw(plot: Callable[..., Figure], name: str, tables: Sequence[str] = ("comparison",)) -> Node:
+    """The node that plots these tables, with the arm that the others are compared to, as the figure of this name."""
+    return Node(with_reference(plot), inputs=["settings", *tables], outputs=f"{name}_figure", name=f"plot_{name}")
 
 
 def create_pipeline(namespace: str, *, arms: Sequence[str], gated: str | None = None) -> Pipeline:
@@ -39,18 +45,8 @@ def create_pipeline(namespace: str, *, arms: Sequence[str], gated: str | None = 
     nodes = [
         Node(measure, inputs=["device", *models, *results], outputs="latency", name="measure_latency"),
         Node(compare, inputs=["settings", "latency", *results], outputs=[*tables, "summary"], name="compare"),
-        Node(
-            with_reference(plot_accuracy),
-            inputs=["settings", "comparison"],
-            outputs="accuracy_figure",
-            name="plot_accuracy",
-        ),
-        Node(
-            with_reference(plot_accuracy_against_params),
-            inputs=["settings", *tables],
-            outputs="params_figure",
-            name="plot_params",
-        ),
+        draw(plot_accuracy, "accuracy"),
+        draw(plot_accuracy_against_params, "params", tables),
         Node(plot_curves, inputs=[*histories], outputs="curves_figure", name="plot_curves"),
         Node(
             update_wrapper(partial(report, num_gates=len(gates)), report),
@@ -60,14 +56,7 @@ def create_pipeline(namespace: str, *, arms: Sequence[str], gated: str | None = 
         ),
     ]
     if len(arms) > 1:
-        nodes.append(
-            Node(
-                with_reference(plot_differences),
-                inputs=["settings", "comparison"],
-                outputs="differences_figure",
-                name="plot_differences",
-            )
-        )
+        nodes.append(draw(plot_differences, "differences"))
     trained = {}
     if gated is not None:
         trained = {"checkpoint": f"{gated}.checkpoint"}

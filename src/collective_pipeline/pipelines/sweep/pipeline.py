@@ -9,7 +9,7 @@ from collective_pipeline.evaluation.sweep_figures import (
     plot_loss_by_size,
     plot_pareto,
 )
-from collective_pipeline.pipelines.comparison.nodes import with_reference
+from collective_pipeline.pipelines.comparison.pipeline import draw
 from collective_pipeline.pipelines.sweep.nodes import (
     compare,
     join_study,
@@ -41,36 +41,11 @@ def create_pipeline(namespace: str) -> Pipeline:
                 outputs=["runs", "comparison", "overall", "summary"],
                 name="compare",
             ),
-            Node(
-                with_reference(plot_accuracy_by_size),
-                inputs=["settings", "comparison"],
-                outputs="accuracy_figure",
-                name="plot_accuracy",
-            ),
-            Node(
-                with_reference(plot_loss_by_size),
-                inputs=["settings", "comparison"],
-                outputs="loss_figure",
-                name="plot_loss",
-            ),
-            Node(
-                with_reference(plot_differences_by_size),
-                inputs=["settings", "comparison"],
-                outputs="differences_figure",
-                name="plot_differences",
-            ),
-            Node(
-                with_reference(plot_efficiency),
-                inputs=["settings", "comparison"],
-                outputs="efficiency_figure",
-                name="plot_efficiency",
-            ),
-            Node(
-                with_reference(plot_pareto),
-                inputs=["settings", "comparison"],
-                outputs="pareto_figure",
-                name="plot_pareto",
-            ),
+            draw(plot_accuracy_by_size, "accuracy"),
+            draw(plot_loss_by_size, "loss"),
+            draw(plot_differences_by_size, "differences"),
+            draw(plot_efficiency, "efficiency"),
+            draw(plot_pareto, "pareto"),
             Node(show_trials, inputs="trials", outputs="trials_figure", name="plot_trials"),
             Node(show_pruning, inputs="trials", outputs="pruning_figure", name="plot_pruning"),
             Node(show_importance, inputs="importance", outputs="importance_figure", name="plot_importance"),
