@@ -112,6 +112,30 @@ def test_a_second_run_with_resume_trains_nothing_again(merged, caplog):
         assert all(torch.equal(tensor, after[name]) for name, tensor in weights.items())
 
 
+def test_a_run_that_broke_in_the_second_sub_model_ends_as_one_that_did_not(
+    merged, tmp_path, new_project, monkeypatch, caplog
+):
+    project = new_project(tmp_path)
+    train = nodes.train
+
+    def break_in_second(*arguments, name=None, **options):
+        if name == "sub_model_2":
+            raise OSError("broken")
+        return train(*arguments, name=name, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes, "train", break_in_second)
+        assert run(project).exit_code == 1
+    caplog.set_level("INFO", "collective_pipeline")
+    result = run(project, resume="true")
+
+    assert result.exit_code == 0, result.output
+    done = {line.split()[0] for line in caplog.messages if line.endswith("is done")}
+    assert "sub_model_1" in done and not done & {"sub_model_2", "merged_moe"}
+    whole = weights_of(merged[0], "merged_moe_mixture")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights_of(project, "merged_moe_mixture").items())
+
+
 def test_a_run_with_other_sub_models_does_not_go_on(merged, monkeypatch):
     project = merged[0]
     last = project / "data/06_models/merged_moe_mixture/last.safetensors"
@@ -147,7 +171,10 @@ def test_a_mixture_may_begin_without_sub_models(tmp_path, new_project):
         ("merged_moe.n_experts=1", "merged_moe.n_experts=1"),
         ("merged_moe.initialise=averge", "did you mean 'average'?"),
         ("merged_moe.initialise=copy,merged_moe.copy_of=4", "copy_of=4 is no group: choose from 1 to 2"),
-        ("merged_moe.sub_models.batch_size=200,merged_moe.training.batch_size=64", "training images of sub_model_1"),
+        (
+            "merged_moe.sub_models.batch_size=200,merged_moe.training.batch_size=64",
+            "108 training images of sub_model_1, 0, 1: choose",
+        ),
         ("num_experts=3", "did you mean 'merged_moe.n_experts'?"),
         ("merged_moe.dataset=mnis", "did you mean 'mnist'?"),
     ],
