@@ -779,6 +779,12 @@ class Parameters(Config):
             )
         return self
 
+    def of_experiment(self, own: "DeepMoeConfig | MergedMoeConfig", *, reference: str) -> Self:
+        """The same with an experiment's own data set, seeds and training, its arms compared to `reference`."""
+        comparison = self.comparison.model_copy(update={"reference": reference})
+        shared = {"dataset": own.dataset, "seeds": own.seeds, "training": own.training, "comparison": comparison}
+        return self.model_copy(update=shared)
+
     @model_validator(mode="after")
     def _check_sweep(self) -> Self:
         both = sorted(set(self.seeds) & set(self.sweep.trial_seeds))

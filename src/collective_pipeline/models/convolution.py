@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from collective_pipeline.models.layers import BN_EPSILON, BN_MOMENTUM, Stack
+from collective_pipeline.models.layers import ChannelNorm, Stack
 
 
 class Conv2d(nn.Module):
@@ -80,31 +80,12 @@ class Conv2d(nn.Module):
         )
 
 
-class BatchNorm2d(nn.Module):
-    """Normalise every channel over batch and pixels, then scale and shift (Ioffe & Szegedy 2015), as torch's own."""
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, stack: Stack, num_channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(*stack, num_channels))
-        self.bias = nn.Parameter(torch.zeros(*stack, num_channels))
-        self.register_buffer("running_mean", torch.zeros(*stack, num_channels))
-        self.register_buffer("running_var", torch.ones(*stack, num_channels))
+class BatchNorm2d(ChannelNorm):
+    """Normalise every channel over batch and pixels, then scale and shift."""
 
     def forward(self, x_BMHW: Tensor) -> Tensor:
         """Same shape as the input."""
-        return F.batch_norm(
-            x_BMHW,
-            self.running_mean.view(-1),
-            self.running_var.view(-1),
-            self.weight.view(-1),
-            self.bias.view(-1),
-            training=self.training,
-            momentum=BN_MOMENTUM,
-            eps=BN_EPSILON,
-        )
+        return self.normalise(x_BMHW)
 
 
 class GlobalAveragePool(nn.Module):

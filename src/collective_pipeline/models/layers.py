@@ -78,8 +78,8 @@ class FanOut(nn.Module):
         return y_S1BM.view(len(y_S1BM), y_S1BM.shape[2], self.num_members, -1).transpose(1, 2)
 
 
-class BatchNorm(nn.Module):
-    """Normalise every feature over the batch alone, then scale and shift (Ioffe & Szegedy 2015)."""
+class ChannelNorm(nn.Module):
+    """The state of batch normalisation (Ioffe & Szegedy 2015), and what it does to the channels of all networks."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -91,12 +91,10 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(*stack, dim))
         self.register_buffer("running_var", torch.ones(*stack, dim))
 
-    def forward(self, x_SNBD: Tensor) -> Tensor:
-        """Same shape as the input."""
-        num_seeds, num_members, batch, dim = x_SNBD.shape
-        # One fused kernel over S*N*D channels: 3 to 4 times faster on a CPU than mean, variance and scale by hand.
-        y_BC = F.batch_norm(
-            x_SNBD.permute(2, 0, 1, 3).reshape(batch, -1),
+    def normalise(self, y_BC: Tensor) -> Tensor:
+        """`(B, S*N*D)`, or with more dimensions: each channel over all but its own, then scaled and shifted."""
+        return F.batch_norm(
+            y_BC,
             self.running_mean.view(-1),
             self.running_var.view(-1),
             self.weight.view(-1),
@@ -105,6 +103,16 @@ class BatchNorm(nn.Module):
             momentum=BN_MOMENTUM,
             eps=BN_EPSILON,
         )
+
+
+class BatchNorm(ChannelNorm):
+    """Normalise every feature over the batch alone, then scale and shift."""
+
+    def forward(self, x_SNBD: Tensor) -> Tensor:
+        """Same shape as the input."""
+        num_seeds, num_members, batch, dim = x_SNBD.shape
+        # One fused kernel over S*N*D channels: 3 to 4 times faster on a CPU than mean, variance and scale by hand.
+        y_BC = self.normalise(x_SNBD.permute(2, 0, 1, 3).reshape(batch, -1))
         return y_BC.view(batch, num_seeds, num_members, dim).permute(1, 2, 0, 3)
 
 

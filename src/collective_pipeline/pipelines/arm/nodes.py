@@ -1,7 +1,7 @@
 """The life of one arm."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -29,8 +29,6 @@ def clear_for_training(
 ) -> list[Snapshots]:
     """Where each arm's training saves its state; with `resume`, what is there is refused here if it is of another run.
 
-    No arm trains before nothing is left that could refuse another, and what an earlier run saved is given up only then.
-
     Args:
         splits, settings, device: Of all arms.
         arms_and_files: The arms, and the file of each one's state in the same order.
@@ -38,11 +36,23 @@ def clear_for_training(
     arms = [item for item in arms_and_files if isinstance(item, Arm)]
     files = [item for item in arms_and_files if isinstance(item, Path)]
     snapshots = [snapshots_at(file, arm, splits, settings, device) for arm, file in zip(arms, files, strict=True)]
+    clear(snapshots)
+    return snapshots
+
+
+def clear(snapshots: Sequence[Snapshots], *, apart_from: Collection[str] = ()) -> None:
+    """Refuse what is saved if it is of another run; only then give up what an earlier one saved.
+
+    No training begins before nothing is left that could refuse another.
+
+    Args:
+        snapshots: Of all trainings of the run.
+        apart_from: What each compares itself, once it is known.
+    """
     for saved in snapshots:
-        saved.check()
+        saved.check(apart_from=apart_from)
     for saved in snapshots:
         saved.clear()
-    return snapshots
 
 
 def train(

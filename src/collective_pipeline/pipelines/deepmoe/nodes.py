@@ -14,9 +14,7 @@ def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]
     """The settings with the data, seeds, training and reference of `deepmoe`, and the device."""
     settings = check_parameters(parameters)
     own = settings.deepmoe
-    comparison = settings.comparison.model_copy(update={"reference": own.model})
-    experiment = {"dataset": own.dataset, "seeds": own.seeds, "training": own.training, "comparison": comparison}
-    return settings.model_copy(update=experiment), choose_device(settings.device)
+    return settings.of_experiment(own, reference=own.model), choose_device(settings.device)
 
 
 def make_arms(settings: Parameters, splits: Splits) -> list[Arm]:

@@ -27,7 +27,7 @@ from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.merging import check_submodels, merge
 from collective_pipeline.models.mixture import Mixture
 from collective_pipeline.models.mixture_arms import dense_arm, mixture_arm, single_expert_arm, sub_model_arm
-from collective_pipeline.pipelines.arm.nodes import evaluate, train
+from collective_pipeline.pipelines.arm.nodes import clear, evaluate, train
 from collective_pipeline.training.runtime import choose_device
 from collective_pipeline.training.snapshots import Snapshots, digest_of
 from collective_pipeline.training.tracking import nested_run
@@ -51,10 +51,7 @@ class SubModelPlan:
 def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
     """The settings with the data, seeds and training of `merged_moe`, whose mixture is the reference; the device."""
     settings = check_parameters(parameters)
-    own = settings.merged_moe
-    comparison = settings.comparison.model_copy(update={"reference": "merged_moe"})
-    experiment = {"dataset": own.dataset, "seeds": own.seeds, "training": own.training, "comparison": comparison}
-    return settings.model_copy(update=experiment), choose_device(settings.device)
+    return settings.of_experiment(settings.merged_moe, reference="merged_moe"), choose_device(settings.device)
 
 
 def group_classes(settings: Parameters, all_classes: Splits) -> tuple[Splits, ClassGroups]:
@@ -178,11 +175,7 @@ def clear_for_training(
         for file, arm, with_epochs in zip(files, arms, [settings, *[baseline_settings] * 2], strict=True)
     )
     mixture.identify(groups=[_names(splits, group) for group in groups.groups])
-    everyone = [*sub_models.values(), mixture, dense, single_expert]
-    for saved in everyone:
-        saved.check(apart_from={SUB_MODELS})
-    for saved in everyone:
-        saved.clear()
+    clear([*sub_models.values(), mixture, dense, single_expert], apart_from={SUB_MODELS})
     return sub_models, mixture, dense, single_expert
 
 
