@@ -114,10 +114,12 @@ class Batches:
             yield self.take(step)
 
 
-def check_batch_size(splits: Splits, batch_size: int) -> None:
-    """Raise a `UserError` if there are fewer training images than one batch needs."""
+def check_batch_size(
+    splits: Splits, batch_size: int, *, parameter: str = "training.batch_size", whose: str = ""
+) -> None:
+    """Raise a `UserError` if there are fewer training images than one batch needs; `whose` tells of which network."""
     if len(splits.train) < batch_size:
         raise UserError(
-            f"training.batch_size={batch_size} is more than the {len(splits.train)} training images: "
+            f"{parameter}={batch_size} is more than the {len(splits.train)} training images{whose}: "
             "choose a smaller one"
         )

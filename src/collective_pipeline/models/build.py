@@ -77,6 +77,14 @@ def build_arm(arm: Arm, *, num_seeds: int = 1) -> nn.Module:
     return build_model(arm.architecture, in_dim=arm.in_dim, num_classes=arm.num_classes, num_seeds=num_seeds)
 
 
+def count_model_params(architecture: Architecture, *, in_dim: int, num_classes: int) -> int:
+    """Trainable parameters of one seed's network."""
+    # On the meta device a network is shapes only: nothing is allocated or drawn.
+    with torch.device("meta"):
+        model = build_model(architecture, in_dim=in_dim, num_classes=num_classes)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def count_products(arm: Arm) -> int:
     """How many matrix products and convolutions a forward pass has, members of one shape counted once."""
     with torch.device("meta"):

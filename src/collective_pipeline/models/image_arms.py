@@ -3,8 +3,6 @@
 import math
 from typing import NamedTuple
 
-import torch
-
 from collective_pipeline.config import (
     Arm,
     GateConfig,
@@ -14,7 +12,7 @@ from collective_pipeline.config import (
     Stem,
     VggArchitecture,
 )
-from collective_pipeline.models.build import build_model
+from collective_pipeline.models.build import count_model_params
 
 WIDTH = 64
 VGG_FACTORS = (1, 2, 4, 8, 8)
@@ -123,9 +121,7 @@ def make_image_arm(model_type: ImageModelType, architecture: ImageArchitecture, 
         UserError: If the images are too small for it.
     """
     in_dim = math.prod(architecture.image_shape)
-    with torch.device("meta"):
-        model = build_model(architecture, in_dim=in_dim, num_classes=num_classes)
-    params = sum(parameter.numel() for parameter in model.parameters())
+    params = count_model_params(architecture, in_dim=in_dim, num_classes=num_classes)
     return Arm(
         model_type=model_type,
         in_dim=in_dim,

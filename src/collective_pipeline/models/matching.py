@@ -10,8 +10,6 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
-
 from collective_pipeline.config import (
     BASELINES,
     Arm,
@@ -22,7 +20,7 @@ from collective_pipeline.config import (
     ModelType,
     UserError,
 )
-from collective_pipeline.models.build import build_model
+from collective_pipeline.models.build import count_model_params
 
 # Matrix kernels are fast only where all widths are multiples of 8. Each attempt is a grid for all layers but one, and
 # one for the layer that is solved to meet the budget; the later ones are for budgets too small for the first.
@@ -257,10 +255,7 @@ def parameter_budget(collective: CollectiveConfig, baselines: BaselineConfig, *,
 
 def count_collective(collective: CollectiveConfig, *, in_dim: int, num_classes: int) -> int:
     """Trainable parameters of the collective."""
-    # On the meta device a network is shapes only: nothing is allocated or drawn.
-    with torch.device("meta"):
-        model = build_model(collective, in_dim=in_dim, num_classes=num_classes)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return count_model_params(collective, in_dim=in_dim, num_classes=num_classes)
 
 
 def _scale(config: CollectiveConfig, factor: float, grid: int) -> CollectiveConfig:

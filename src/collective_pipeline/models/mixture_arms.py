@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import torch
-
 from collective_pipeline.config import (
     Arm,
     Channels,
@@ -15,7 +13,7 @@ from collective_pipeline.config import (
     SubModelArchitecture,
     UserError,
 )
-from collective_pipeline.models.build import build_model
+from collective_pipeline.models.build import count_model_params
 
 # Kernels are fast where widths are multiples of 8. Each attempt is a grid for the first three widths, and one for the
 # last, which takes up the rest; the later ones are for sizes that the first does not meet.
@@ -161,7 +159,4 @@ def _solve_last(target: int, count: Callable[[int], int]) -> float:
 
 
 def _count(architecture: MixtureArchitecture | SubModelArchitecture, num_classes: int) -> int:
-    # On the meta device a network is shapes only: nothing is allocated or drawn.
-    with torch.device("meta"):
-        model = build_model(architecture, in_dim=math.prod(architecture.image_shape), num_classes=num_classes)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return count_model_params(architecture, in_dim=math.prod(architecture.image_shape), num_classes=num_classes)

@@ -69,11 +69,12 @@ def group_classes(settings: Parameters, all_classes: Splits) -> tuple[Splits, Cl
         splits = restrict(all_classes, groups.labels, remeasure=True)
     check_batch_size(splits, own.training.batch_size)
     for plan in plan_sub_models(own, splits, groups):
-        if len(plan.splits.train) < own.sub_models.batch_size:
-            raise UserError(
-                f"merged_moe.sub_models.batch_size={own.sub_models.batch_size} is more than the "
-                f"{len(plan.splits.train)} training images of {plan.name}, {_told(plan.splits)}: choose a smaller one"
-            )
+        check_batch_size(
+            plan.splits,
+            own.sub_models.batch_size,
+            parameter="merged_moe.sub_models.batch_size",
+            whose=f" of {plan.name}, {_told(plan.splits)}",
+        )
     return splits, groups
 
 
