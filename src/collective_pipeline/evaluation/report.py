@@ -104,6 +104,10 @@ def write_report(
     )
 
 
+def _has_shut_gates(comparison: pd.DataFrame) -> bool:
+    return bool((comparison["executed_macs"] != comparison["macs"]).any())
+
+
 def _is_compared(comparison: pd.DataFrame) -> bool:
     return bool(comparison["p_value_holm"].notna().any())
 
@@ -218,6 +222,7 @@ DIFFERENCE: Columns = {
     "Interval (points)": lambda arm: _if_compared(arm, span("+z.2f", arm.difference_ci_low, arm.difference_ci_high)),
     "p, corrected": lambda arm: p_value(arm.p_value_holm),
 }
+EXECUTED = "of them executed"
 COST: Columns = {
     "Arm": lambda arm: arm.model_type,
     "Parameters off target (%)": lambda arm: number("+z.3f", arm.param_error_pct),
@@ -225,7 +230,7 @@ COST: Columns = {
     "Accuracy per million parameters": lambda arm: number(".1f", arm.accuracy_per_million_params),
     "Accuracy per log10 of parameters": lambda arm: number(".3f", arm.accuracy_per_log10_params),
     "Multiply-adds per image": lambda arm: f"{arm.macs:,.0f}",
-    "of them executed": lambda arm: f"{arm.executed_macs:,.0f}",
+    EXECUTED: lambda arm: f"{arm.executed_macs:,.0f}",
     "Latency (ms)": lambda arm: number(".3g", arm.latency_ms),
     "Training time per seed (s)": lambda arm: number(",.1f", arm.train_seconds),
 }
@@ -288,9 +293,11 @@ def gpu_table(columns: Columns, comparison: pd.DataFrame, csv_columns: Iterable[
 def _comparison_tables(comparison: pd.DataFrame, reference: str, compared: bool) -> list[Table]:
     columns = {**ACCURACY, **DIFFERENCE} if compared else ACCURACY
     caption = f"Accuracy, and difference to the {reference}" if compared else "Accuracy"
+    # Without gates a second column of the same numbers would only make people look for a difference.
+    cost = {name: tell for name, tell in COST.items() if name != EXECUTED or _has_shut_gates(comparison)}
     return [
         make_table(caption, columns, comparison, COMPARISON_COLUMNS, "comparison.csv"),
-        make_table("Parameter efficiency and cost", COST, comparison, COMPARISON_COLUMNS, "comparison.csv"),
+        make_table("Parameter efficiency and cost", cost, comparison, COMPARISON_COLUMNS, "comparison.csv"),
     ]
 
 
@@ -354,7 +361,7 @@ def _figures(
         results[list(RUN_COLUMNS)],
         "runs.csv",
     )
-    if (comparison["executed_macs"] != comparison["macs"]).any():
+    if _has_shut_gates(comparison):
         yield make_figure(
             plot_accuracy_against_macs(results, comparison, reference=reference),
             "What is left of an image's multiply-adds where gates are shut, counted on the test images. Whether "
