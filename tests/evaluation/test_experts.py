@@ -75,7 +75,7 @@ def test_layers_of_a_gated_network(images):
 
 def test_experts_of_a_mixture(images):
     architecture = MixtureArchitecture(
-        image_shape=SHAPE, n_experts=2, channels=(4, 4, 4, 6), gate_width=5, initialisation="fresh"
+        image_shape=SHAPE, n_experts=2, channels=(4, 4, 4, 6), gate_width=5, initialise="fresh"
     )
     checkpoint = trained(mixture_arm(architecture, num_classes=3))
     units, classes, mixtures = describe_gates(checkpoint, images, CPU)
