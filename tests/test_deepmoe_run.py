@@ -30,13 +30,15 @@ def test_the_gated_network_is_compared_to_the_one_without_gates(gated):
     comparison = pd.read_csv(project / REPORTING / "comparison.csv").set_index("model_type")
     runs = pd.read_csv(project / REPORTING / "runs.csv")
 
-    assert list(comparison.index) == ["resnet18_moe", "resnet18"]
+    assert list(comparison.index) == ["resnet18_moe", "resnet18", "narrow"]
+    assert comparison.loc["narrow", "params"] < comparison.loc["resnet18", "params"]
     assert runs.groupby("model_type")["seed"].apply(list).to_dict() == {
         "resnet18_moe": [42, 43],
         "resnet18": [42, 43],
+        "narrow": [42, 43],
     }
     answer = json.loads((project / REPORTING / "summary.json").read_text())["answer"]
-    assert "the resnet18_moe is better than the other arm resnet18" in answer
+    assert "the resnet18_moe is better than the other arms" in answer
     assert "minus resnet18_moe" in result.stdout
     page = (project / REPORTING / "report.html").read_text()
     assert "Is resnet18_moe better? mnist" in page and "Test accuracy against executed multiply-adds" in page
@@ -70,7 +72,7 @@ def test_gates_are_told_layer_by_layer_and_class_by_class(gated):
     # The test images have the same number of each class.
     means = classes.groupby(["seed", "unit"])["gate_pct"].mean()
     assert means.to_dict() == pytest.approx(units.set_index(["seed", "unit"])["gate_pct"].to_dict())
-    assert (units.groupby("seed")["gate_pct"].mean() < 100).all() and len(runs) == 4
+    assert (units.groupby("seed")["gate_pct"].mean() < 100).all() and len(runs) == 6
     page = (project / REPORTING / "report.html").read_text()
     assert "Gates open, by class" in page and "layer 16" in page
     assert json.loads((project / REPORTING / "gates.json").read_text())["data"][0]["type"] == "heatmap"
@@ -80,7 +82,7 @@ def test_both_arms_are_runs_in_mlflow(gated):
     runs = runs_of(gated[0])
     arms = runs[runs["tags.mlflow.parentRunId"].notna()].set_index("tags.model_type")
 
-    assert set(arms.index) == {"resnet18_moe", "resnet18"} and set(arms["status"]) == {"FINISHED"}
+    assert set(arms.index) == {"resnet18_moe", "resnet18", "narrow"} and set(arms["status"]) == {"FINISHED"}
     assert (arms["metrics.final/executed_macs"] <= arms["metrics.final/macs"]).all()
 
 

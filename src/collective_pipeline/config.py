@@ -33,6 +33,7 @@ ImageModelType = Literal[
     "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn",
     "vgg11_moe", "vgg13_moe", "vgg16_moe", "vgg19_moe", "vgg11_bn_moe", "vgg13_bn_moe", "vgg16_bn_moe", "vgg19_bn_moe",
 ]  # fmt: skip
+NarrowModelType = Literal["narrow"]
 Stem = Literal["cifar", "imagenet"]
 MixtureModelType = Literal["merged_moe", "single_expert", "dense", "sub_model"]
 DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100"]
@@ -400,7 +401,7 @@ Architecture = CollectiveConfig | MlpArchitecture | ImageArchitecture | SubModel
 class Arm(Config):
     """One model of a comparison, complete: enough to build it again without anything else."""
 
-    model_type: ModelType | ImageModelType | MixtureModelType
+    model_type: ModelType | ImageModelType | NarrowModelType | MixtureModelType
     in_dim: int = Field(gt=0, description="features of one flattened image")
     num_classes: int = Field(ge=2)
     params: int = Field(gt=0, description="trainable parameters of one seed")
@@ -414,6 +415,10 @@ class Arm(Config):
             if math.prod(shape) != self.in_dim:
                 raise ValueError(f"images of {'x'.join(map(str, shape))} do not have in_dim={self.in_dim} features")
         return self
+
+    @property
+    def is_convolutional(self) -> bool:
+        return not isinstance(self.architecture, CollectiveConfig | MlpArchitecture)
 
     @property
     def param_error_pct(self) -> float:
@@ -460,6 +465,7 @@ class TrainingConfig(Config):
     augmentation_strength: float = Field(
         1.0, ge=0, le=3, description="1: the seed documents' rotation, shift, scale, flip, crop; 0: off"
     )
+    cutout: int = Field(0, ge=0, description="side in pixels of a square left out of every training image; 0: off")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="averaged weights are validated and kept, if given")
     early_stopping_patience: int | None = Field(None, ge=1, description="epochs without anything better")
     early_stopping_metric: Literal["accuracy", "loss"] = Field(
@@ -467,6 +473,9 @@ class TrainingConfig(Config):
     )
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
         "auto", description="auto: tf32 on CUDA, fp32 elsewhere"
+    )
+    compile: bool = Field(
+        False, description="torch.compile of what trains, on CUDA: fewer passes over maps, after half a minute's wait"
     )
 
     @model_validator(mode="after")
@@ -673,7 +682,10 @@ class SweepConfig(Config):
 
 
 class DeepMoeConfig(Config):
-    """`kedro run --pipeline deepmoe`: a network whose channels are gated, beside the same one without gates."""
+    """`kedro run --pipeline deepmoe`: a network whose channels are gated, beside the same one without gates.
+
+    And beside a narrower one without gates, which saves multiply-adds as well, and in the simplest way.
+    """
 
     model: ImageModelType = Field("resnet18_moe", description="any whose name has moe in it")
     dataset: DatasetName = "cifar10"
@@ -681,9 +693,12 @@ class DeepMoeConfig(Config):
     stem: Stem = Field("cifar", description="for about 32 pixels; imagenet: for 224")
     width: Width = Field(64, description="channels of the first stage; 64 is the networks' own")
     wide: bool = Field(False, description="twice the channels, with gates and without")
-    gates: GateConfig = GateConfig()
+    narrow: float = Field(
+        0.75, gt=0, le=1, description="width of the third network, without gates, as a part: what narrowing alone does"
+    )
+    gates: GateConfig = GateConfig(freeze_epochs=37)
     training: TrainingConfig = TrainingConfig(
-        epochs=30,
+        epochs=75,
         batch_size=512,
         optimizer="sgd",
         nesterov=True,
@@ -691,7 +706,9 @@ class DeepMoeConfig(Config):
         weight_decay=5e-4,
         schedule="one_cycle",
         label_smoothing=0.1,
+        cutout=12,
         precision="bf16",
+        compile=True,
     )
 
     @model_validator(mode="after")
@@ -715,8 +732,16 @@ class DeepMoeConfig(Config):
 
 
 MIXTURE_TRAINING = TrainingConfig(
-    epochs=40, optimizer="adamw", learning_rate=1e-3, weight_decay=1e-4, schedule="one_cycle", precision="bf16"
+    epochs=40,
+    optimizer="adamw",
+    learning_rate=1e-3,
+    weight_decay=1e-4,
+    schedule="one_cycle",
+    cutout=12,
+    precision="bf16",
+    compile=True,
 )
+DEBUG_TRAINING = {"augmentation_strength": 0.0, "cutout": 0, "precision": "auto", "compile": False}
 
 
 class MergedMoeConfig(MixtureConfig):
@@ -818,7 +843,9 @@ DEBUG = Parameters(
         stem="imagenet",
         width=8,
         gates=GateConfig(freeze_epochs=1),
-        training=DeepMoeConfig().training.model_copy(update={"epochs": 3, "precision": "auto"}),
+        training=DeepMoeConfig().training.model_copy(
+            update={"epochs": 3, "cutout": 0, "precision": "auto", "compile": False}
+        ),
     ),
     merged_moe=MergedMoeConfig(
         dataset="mnist",
@@ -827,8 +854,8 @@ DEBUG = Parameters(
         channels=(2, 4, 4, 8),
         gate_width=8,
         tolerance=0.05,
-        sub_models=MIXTURE_TRAINING.model_copy(update={"epochs": 1, "augmentation_strength": 0.0, "precision": "auto"}),
-        training=MIXTURE_TRAINING.model_copy(update={"epochs": 1, "augmentation_strength": 0.0, "precision": "auto"}),
+        sub_models=MIXTURE_TRAINING.model_copy(update={"epochs": 1, **DEBUG_TRAINING}),
+        training=MIXTURE_TRAINING.model_copy(update={"epochs": 1, **DEBUG_TRAINING}),
     ),
 )
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from collective_pipeline.config import DATASETS
-from collective_pipeline.data.augment import NUM_DRAWS, RECIPES, Recipe, augment
+from collective_pipeline.data.augment import NUM_CUTOUT_DRAWS, NUM_DRAWS, RECIPES, Recipe, augment, cut_out
 
 TURN, SHIFT_X, SHIFT_Y, ZOOM, CROP_X, CROP_Y, MIRROR = range(NUM_DRAWS)
 EVERYTHING = Recipe(degrees=15, translate=0.1, scale=0.1, flip=True, crop_padding=4)
@@ -156,3 +156,21 @@ def test_nothing_is_read_back_from_the_device() -> None:
 def test_every_data_set_has_a_recipe() -> None:
     assert set(RECIPES) == set(DATASETS)
     assert not RECIPES["mnist"].flip  # a mirrored 2 is no 2
+
+
+@pytest.mark.parametrize("side", [1, 4, 5])
+def test_cutout_leaves_a_square_out(side: int) -> None:
+    """Of that side around each image's own centre, in all channels; nothing else changes."""
+    images = torch.ones(40, 3, 8, 9)
+    draws = torch.rand(40, NUM_CUTOUT_DRAWS, generator=torch.Generator().manual_seed(2))
+    left = cut_out(images, draws, side)
+
+    for image, (x, y) in zip(left, draws.tolist(), strict=True):
+        expected = torch.ones(8, 9)
+        column, row = int(x * 9) - side // 2, int(y * 8) - side // 2
+        expected[max(row, 0) : row + side, max(column, 0) : column + side] = 0
+        assert torch.equal(image, expected.expand(3, -1, -1))
+
+
+def test_cutout_leaves_nothing_out_of_0_pixels(images: Tensor) -> None:
+    assert torch.equal(cut_out(images, torch.rand(6, NUM_CUTOUT_DRAWS), 0), images)

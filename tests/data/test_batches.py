@@ -40,9 +40,9 @@ def numbered(splits):
     return replace(splits, train=train)
 
 
-def batches_of(splits, seeds, *, strength=0.0, batch_size=BATCH_SIZE):
+def batches_of(splits, seeds, *, strength=0.0, cutout=0, batch_size=BATCH_SIZE):
     """Batches, without augmentation unless asked for."""
-    return Batches(splits, seeds, batch_size=batch_size, augmentation_strength=strength)
+    return Batches(splits, seeds, batch_size=batch_size, augmentation_strength=strength, cutout=cutout)
 
 
 def epoch_of(batches, number=1):
@@ -242,3 +242,14 @@ def test_a_batch_larger_than_the_training_part_is_refused(splits):
         batches_of(splits, [7], batch_size=91)
 
     assert len(batches_of(splits, [7], batch_size=90)) == 1
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_cutout_is_the_seeds_own_and_leaves_the_rest_as_it_was(splits, strength):
+    """Beside another seed the same; where no square is, the image is the one without cutout, and its mean is 0."""
+    plain, _ = epoch_of(batches_of(splits, [1], strength=1.0))
+    alone, _ = epoch_of(batches_of(splits, [1], strength=strength, cutout=3))
+    beside, _ = epoch_of(batches_of(splits, [7, 1], strength=strength, cutout=3))
+
+    assert torch.equal(alone[0], beside[1])
+    assert ((alone == 0).sum(dim=-1) >= 4).all() and plain.shape == alone.shape

@@ -1,8 +1,15 @@
 """A recorded step does what the step does; with stand-ins for CUDA's parts where there is no CUDA device."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 
+from collective_pipeline.config import GateConfig
+from collective_pipeline.models.build import build_arm, initialise
+from collective_pipeline.models.image_arms import image_architecture, make_image_arm
+from collective_pipeline.randomness import make_generator
 from collective_pipeline.training import cuda, loop
 from collective_pipeline.training.train import train_arm
 
@@ -123,3 +130,63 @@ def test_training_on_a_gpu_is_training(arm, splits, training, changes):
 
     for one, other in zip(on_gpu.history[:2], on_cpu.history[:2], strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.1)
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """torch.compile with all of its parts but the one that needs a compiler on the machine."""
+    monkeypatch.setattr(cuda.torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+def make_network():
+    arm = make_image_arm(
+        "resnet18_moe", image_architecture("resnet18_moe", (1, 8, 8), GateConfig(), width=2), num_classes=3
+    )
+    network = build_arm(arm)
+    initialise(network, [make_generator(0, "weights")])
+    return network
+
+
+def test_a_compiled_network_computes_the_same(compiler):
+    """Logits, parts, gradients and statistics while it trains, and what it says afterwards."""
+    plain, compiled = make_network(), make_network()
+    cuda.compile_forward(compiled)
+    cuda.compile_forward(compiled)  # of a second phase
+    x = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0))
+    for network in (plain, compiled):
+        logits, parts = network.train()(x)
+        (logits.square().sum() + sum(part.sum() for part in parts.values())).backward()
+
+    for (name, expected), (_, found) in zip(plain.named_parameters(), compiled.named_parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: n + text)
+    torch.testing.assert_close(dict(compiled.named_buffers()), dict(plain.named_buffers()))
+    torch.testing.assert_close(compiled.eval()(x[:, :4])[0], plain.eval()(x[:, :4])[0], rtol=1e-4, atol=1e-5)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+def test_a_copy_of_a_compiled_network_has_weights_of_its_own(compiler):
+    network = make_network().eval()
+    cuda.compile_forward(network)
+    x = torch.randn(1, 2, 64)
+    copied = copy.deepcopy(network)
+    before = copied(x)[0]
+    with torch.no_grad():
+        network.network.head.bias.add_(1)
+
+    assert torch.equal(copied(x)[0], before)
+
+
+def test_a_network_that_cannot_be_compiled_trains_without(monkeypatch, caplog):
+    def refuse(function, **options):
+        def fail(x):
+            raise RuntimeError("no compiler here")
+
+        return fail
+
+    monkeypatch.setattr(cuda.torch, "compile", refuse)
+    plain, network = make_network(), make_network()
+    cuda.compile_forward(network)
+    x = torch.randn(1, 6, 64)
+
+    assert torch.equal(network.train()(x)[0], plain.train()(x)[0])
+    assert "torch.compile cannot be used here (no compiler here)" in caplog.text

@@ -69,12 +69,14 @@ def test_a_fused_layer_that_is_evaluated_is_the_layer():
     torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize("strength", [0.0, 1.0])
+@pytest.mark.parametrize(("strength", "cutout"), [(0.0, 0), (1.0, 0), (0.0, 5), (1.0, 4)])
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_fused_batches_are_the_batches(splits, strength, name):
-    """Gathered, moved and normalised alike."""
+def test_fused_batches_are_the_batches(splits, strength, cutout, name):
+    """Gathered, moved, normalised and cut out alike."""
     moved = replace(splits, name=name).to(DEVICE)
-    plain, fused = (Batches(moved, (1, 2), batch_size=16, augmentation_strength=strength) for _ in range(2))
+    plain, fused = (
+        Batches(moved, (1, 2), batch_size=16, augmentation_strength=strength, cutout=cutout) for _ in range(2)
+    )
     kernels.fuse_batches(fused)
 
     for (x, y), (fused_x, fused_y) in zip(list(plain.epoch(1))[:2], list(fused.epoch(1))[:2], strict=True):

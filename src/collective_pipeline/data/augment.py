@@ -13,6 +13,7 @@ from torch import Tensor
 from collective_pipeline.config import DatasetName
 
 NUM_DRAWS = 7  # turn, shift x, shift y, zoom, crop x, crop y, mirror
+NUM_CUTOUT_DRAWS = 2  # centre x, centre y
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,22 @@ def augment(images: Tensor, draws: Tensor, recipe: Recipe, strength: float) -> T
     """
     grid = _sampling_grid(draws, recipe, strength, height=images.shape[2], width=images.shape[3])
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def cut_out(images: Tensor, draws: Tensor, side: int) -> Tensor:
+    """Leave a square out of every image, or what of it is inside: its centre is any pixel (DeVries & Taylor 2017).
+
+    Args:
+        images: `(..., C, H, W)`, with the mean of the training images as 0.
+        draws: `(..., NUM_CUTOUT_DRAWS)`, uniform in [0, 1).
+        side: Of the square, in pixels.
+    """
+    height, width = images.shape[-2:]
+    centre_x, centre_y = draws[..., None, None, None, :].unbind(-1)
+    before_x = torch.arange(width, device=images.device) - (centre_x * width).floor() + side // 2
+    before_y = torch.arange(height, device=images.device)[:, None] - (centre_y * height).floor() + side // 2
+    inside = (before_x >= 0) & (before_x < side) & (before_y >= 0) & (before_y < side)
+    return images.masked_fill(inside, 0.0)
 
 
 def _sampling_grid(draws: Tensor, recipe: Recipe, strength: float, *, height: int, width: int) -> Tensor:

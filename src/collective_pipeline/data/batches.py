@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from collective_pipeline.config import ImageSpec, UserError
-from collective_pipeline.data.augment import NUM_DRAWS, RECIPES, augment
+from collective_pipeline.data.augment import NUM_CUTOUT_DRAWS, NUM_DRAWS, RECIPES, augment, cut_out
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.randomness import make_generator
 
@@ -35,7 +35,9 @@ class Batches:
     the epoch alone: they are the same for every arm, beside every other seed, on every device and after every pause.
     """
 
-    def __init__(self, splits: Splits, seeds: Sequence[int], *, batch_size: int, augmentation_strength: float) -> None:
+    def __init__(
+        self, splits: Splits, seeds: Sequence[int], *, batch_size: int, augmentation_strength: float, cutout: int = 0
+    ) -> None:
         check_batch_size(splits, batch_size)
         self.train = splits.train
         self.device = splits.train.images.device
@@ -44,9 +46,12 @@ class Batches:
         self.batch_size = batch_size
         self.recipe = RECIPES[splits.name]
         self.strength = augmentation_strength
+        self.cutout = cutout
+        self.num_draws = count_draws(augmentation_strength, cutout)
         # Always at the same addresses, as a CUDA graph that reads them needs it.
         self.order_KSB = torch.zeros(len(self), len(seeds), batch_size, dtype=torch.int64, device=self.device)
-        self.draws_KSBD = torch.zeros(*self.order_KSB.shape, NUM_DRAWS, device=self.device) if self.strength else None
+        drawn = (*self.order_KSB.shape, self.num_draws)
+        self.draws_KSBD = torch.zeros(drawn, device=self.device) if self.num_draws else None
         self._drawer = ThreadPoolExecutor(1)
         self._preparing: tuple[int, Future[list[Tensor]]] | None = None
 
@@ -81,10 +86,10 @@ class Batches:
             return torch.randperm(len(self.train), generator=make_generator(seed, f"order/{epoch}"))[:num_used]
 
         def draws(seed: int) -> Tensor:
-            return torch.rand(num_used, NUM_DRAWS, generator=make_generator(seed, f"augmentation/{epoch}"))
+            return torch.rand(num_used, self.num_draws, generator=make_generator(seed, f"augmentation/{epoch}"))
 
         drawn = [torch.stack([order(seed) for seed in self.seeds])]
-        if self.strength:
+        if self.num_draws:
             drawn.append(torch.stack([draws(seed) for seed in self.seeds]))
         return [tensor.pin_memory() for tensor in drawn] if self.device.type == "cuda" else drawn
 
@@ -105,13 +110,22 @@ class Batches:
             return self.normalise(self.train.images[index_SB])
         images = self.train.images[index_SB.flatten()].float()
         images = augment(images, draws_SBD.flatten(0, 1), self.recipe, self.strength)
-        return self.normalise(images.unflatten(0, index_SB.shape))
+        x_SBI = self.normalise(images.unflatten(0, index_SB.shape))
+        if not self.cutout:
+            return x_SBI
+        shape = self.train.images.shape[1:]
+        return cut_out(x_SBI.unflatten(-1, shape), draws_SBD[..., NUM_DRAWS:], self.cutout).flatten(-3)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All batches of one epoch."""
         self.begin(number)
         for step in torch.arange(len(self), device=self.device).split(1):
             yield self.take(step)
+
+
+def count_draws(augmentation_strength: float, cutout: int) -> int:
+    """How many random numbers augmentation takes for an image; those of cutout stand behind the others."""
+    return NUM_DRAWS + NUM_CUTOUT_DRAWS if cutout else NUM_DRAWS if augmentation_strength else 0
 
 
 def check_batch_size(

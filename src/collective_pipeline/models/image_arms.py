@@ -8,6 +8,7 @@ from collective_pipeline.config import (
     GateConfig,
     ImageArchitecture,
     ImageModelType,
+    NarrowModelType,
     ResNetArchitecture,
     Stem,
     VggArchitecture,
@@ -114,7 +115,9 @@ def image_architecture(
             )
 
 
-def make_image_arm(model_type: ImageModelType, architecture: ImageArchitecture, *, num_classes: int) -> Arm:
+def make_image_arm(
+    model_type: ImageModelType | NarrowModelType, architecture: ImageArchitecture, *, num_classes: int
+) -> Arm:
     """The arm with this network; its own size is its budget.
 
     Raises:

@@ -4,15 +4,16 @@ Launched one by one, the some hundred small kernels of a step keep the host busy
 replayed step is 6 to 12 times faster. A graph holds addresses, so whatever it reads or writes must stay where it is.
 """
 
+import copy
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 from types import ModuleType
-from typing import Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,36 @@ def load_kernels(device: torch.device) -> ModuleType | None:
         _tell_once("Triton cannot be used here (%s): training works with torch's own kernels, and slower.", error)
         return None
     return kernels
+
+
+def compile_forward(network: nn.Module) -> None:
+    """Let torch.compile fuse what `network` computes while it trains; where it cannot, told once, nothing changes."""
+    if "forward" not in network.__dict__:  # or an earlier phase has done it
+        network.__dict__["forward"] = CompiledForward(network)
+
+
+class CompiledForward:
+    """The forward pass of a network: compiled while it trains, as it is otherwise, where batches are of other sizes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.plain = type(network).forward.__get__(network)
+        self.compiled = torch.compile(self.plain, dynamic=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)(copy.deepcopy(self.network, memo))
+
+    def __call__(self, x_SBI: Tensor) -> Any:
+        if not self.network.training:
+            return self.plain(x_SBI)
+        try:
+            return self.compiled(x_SBI)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # its compilers have errors of their own
+            _tell_once("torch.compile cannot be used here (%s): training works without it, and slower.", error)
+            self.compiled = self.plain
+            return self.plain(x_SBI)
 
 
 class Recorded(Generic[Result]):

@@ -245,12 +245,13 @@ class FusedCut:
         channels, height, width = images.shape[1:]
         x_SBI = torch.empty(*index_SB.shape, channels * height * width, device=images.device)
         crop = round(recipe.crop_padding * strength)
+        num_draws, cutout = batches.num_draws, batches.cutout
         degree = 3.141592653589793 / 180
         _cut[(index_SB.numel(), channels)](
             images, index_SB, draws_SBD, batches.normalise.mean, batches.normalise.scale, x_SBI,
             degree * recipe.degrees * strength, recipe.translate * strength, recipe.scale * strength,
-            crop, 0.5 * min(strength, 1.0) * recipe.flip,
-            MOVE=draws_SBD is not None, CHANNELS=channels, HEIGHT=height, WIDTH=width,
+            crop, 0.5 * min(strength, 1.0) * recipe.flip, num_draws,
+            MOVE=draws_SBD is not None, CUTOUT=cutout, CHANNELS=channels, HEIGHT=height, WIDTH=width,
             BLOCK=triton.next_power_of_2(height * width), num_warps=4,
         )  # fmt: skip
         return x_SBI
@@ -258,15 +259,16 @@ class FusedCut:
 
 @triton.jit
 def _cut(
-    images, index, draws, mean, scale, out, radians, translate, zoom, crop, flip_chance,
-    MOVE: tl.constexpr, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    images, index, draws, mean, scale, out, radians, translate, zoom, crop, flip_chance, num_draws,
+    MOVE: tl.constexpr, CUTOUT: tl.constexpr, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     image, channel = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pixel = tl.arange(0, BLOCK)
     source = images + (tl.load(index + image) * CHANNELS + channel) * HEIGHT * WIDTH
     if MOVE:
         # As `augment._sampling_grid`, in pixels: mirror . turn . (position - shift) / scale, about the centre.
-        drawn = draws + image * 7
+        drawn = draws + image * num_draws
         angle = radians * (2 * tl.load(drawn) - 1)
         size = 1 + zoom * (2 * tl.load(drawn + 3) - 1)
         shift_x = tl.floor((2 * crop + 1) * tl.load(drawn + 4)) - crop
@@ -292,4 +294,9 @@ def _cut(
     else:
         value = tl.load(source + pixel, mask=pixel < HEIGHT * WIDTH, other=0).to(tl.float32)
     value = (value - tl.load(mean + channel)) * tl.load(scale + channel)
+    if CUTOUT:
+        # As `augment.cut_out`; the draws are behind the others.
+        x = pixel % WIDTH - tl.floor(tl.load(drawn + num_draws - 2) * WIDTH).to(tl.int32) + CUTOUT // 2
+        y = pixel // WIDTH - tl.floor(tl.load(drawn + num_draws - 1) * HEIGHT).to(tl.int32) + CUTOUT // 2
+        value = tl.where((x >= 0) & (x < CUTOUT) & (y >= 0) & (y < CUTOUT), 0.0, value)
     tl.store(out + (image * CHANNELS + channel) * HEIGHT * WIDTH + pixel, value, mask=pixel < HEIGHT * WIDTH)

@@ -409,9 +409,12 @@ class _PhaseTraining:
         if self.device.type == "cuda":
             kernels = cuda.load_kernels(self.device)
             if kernels is not None:
-                kernels.fuse(phase.network)
+                if not config.compile:  # which fuses them itself
+                    kernels.fuse(phase.network)
                 kernels.fuse_batches(batches)
                 self.bits = kernels.FusedBits(batches.seeds, self.device)
+            if config.compile:
+                cuda.compile_forward(phase.network)
             self._update = cuda.Recorded(self._run_updates, self.state)
             self._validate = cuda.Recorded(self._validate, dict)
         self.bits.attach(phase.network, batches.batch_size)

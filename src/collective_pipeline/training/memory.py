@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from collective_pipeline.config import Arm, NotEnoughMemory, TrainingConfig
-from collective_pipeline.data.augment import NUM_DRAWS
+from collective_pipeline.data.batches import count_draws
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.models.build import build_arm
 
@@ -54,7 +54,7 @@ def estimate_need(arm: Arm, splits: Splits, config: TrainingConfig) -> Need:
             module.register_forward_hook(count)
         model(torch.empty(1, 1, arm.in_dim))
     copies = WEIGHT_COPIES + 2 * (config.ema_decay is not None)
-    draws = 8 + BYTES * NUM_DRAWS * (config.augmentation_strength > 0)
+    draws = 8 + BYTES * count_draws(config.augmentation_strength, config.cutout)
     return Need(
         fixed=BYTES * arm.params * copies + 2 * draws * len(splits.train),
         per_image=BYTES * (arm.in_dim + sum(widths) + 2 * max(widths)),

@@ -13,7 +13,6 @@ from torch import nn
 import collective_pipeline
 from collective_pipeline.config import (
     Arm,
-    ImageArchitecture,
     ModelType,
     NotEnoughMemory,
     Parameters,
@@ -112,8 +111,9 @@ def train_arm(
     free = free_bytes(device) // num_beside
     if saved is not None:
         groups = saved.facts["groups"]
-    elif isinstance(arm.architecture, ImageArchitecture):
-        # One network fills the device, and grouped convolutions are slower than one after another.
+    elif arm.is_convolutional:
+        # One network fills the device, and grouped convolutions are slower than one after another (three mixtures on an
+        # H200: 3.9 s an epoch at once, 3.3 s in turn).
         groups = [group for seed in seeds for group in groups_that_fit([seed], need, config, free=free)]
     else:
         groups = groups_that_fit(seeds, need, config, free=free)
@@ -150,7 +150,7 @@ class _ArmTraining:
         """Train one group after another, but for those that `saved` has done; halve those that do not fit."""
         groups = [list(group) for group in groups]
         done = [] if saved is None else _restore_done(saved)
-        if len(groups) > 1 and not isinstance(self.arm.architecture, ImageArchitecture):
+        if len(groups) > 1 and not self.arm.is_convolutional:
             self._tell_groups(groups)
         while len(done) < len(groups):
             if self.snapshots is not None:
@@ -211,7 +211,11 @@ class _ArmTraining:
                     initialise(phase.new, [make_generator(seed, f"weights/{phase.name}") for seed in seeds])
                 phase.network.to(self.device)
             batches = Batches(
-                splits, seeds, batch_size=config.batch_size, augmentation_strength=config.augmentation_strength
+                splits,
+                seeds,
+                batch_size=config.batch_size,
+                augmentation_strength=config.augmentation_strength,
+                cutout=config.cutout,
             )
             result = fit(
                 phases, batches, splits.val, config,

@@ -4,7 +4,14 @@ from typing import Any
 
 import torch
 
-from collective_pipeline.config import Arm, DeepMoeConfig, Parameters, check_parameters
+from collective_pipeline.config import (
+    Arm,
+    DeepMoeConfig,
+    ImageModelType,
+    NarrowModelType,
+    Parameters,
+    check_parameters,
+)
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.models.image_arms import image_architecture, make_image_arm
 from collective_pipeline.training.runtime import choose_device
@@ -18,7 +25,7 @@ def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]
 
 
 def make_arms(settings: Parameters, splits: Splits) -> list[Arm]:
-    """The network with gates, and the same one without."""
+    """The network with gates, the same one without, and a narrower one without."""
     return list_arms(settings.deepmoe, splits.image_shape, splits.num_classes)
 
 
@@ -28,10 +35,16 @@ def list_arms(config: DeepMoeConfig, image_shape: tuple[int, int, int], num_clas
     Raises:
         UserError: If the images are too small.
     """
+    narrow_width = max(1, round(config.narrow * config.width))
+    networks: list[tuple[ImageModelType | NarrowModelType, ImageModelType, int]] = [
+        (config.model, config.model, config.width),
+        (config.dense_model, config.dense_model, config.width),
+        ("narrow", config.dense_model, narrow_width),
+    ]
     arms = []
-    for name in (config.model, config.dense_model):
+    for model_type, name, width in networks:
         architecture = image_architecture(
-            name, image_shape, config.gates, stem=config.stem, width=config.width, wide=config.wide
+            name, image_shape, config.gates, stem=config.stem, width=width, wide=config.wide
         )
-        arms.append(make_image_arm(name, architecture, num_classes=num_classes))
+        arms.append(make_image_arm(model_type, architecture, num_classes=num_classes))
     return arms
