@@ -10,8 +10,7 @@ else the machine does meets all alike; ratios are medians over the rounds.
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,6 +18,7 @@ from torch import nn
 
 from collective_pipeline.config import Arm, GateConfig
 from collective_pipeline.evaluation.cost import count_layers, count_macs, executed_macs, open_shares
+from collective_pipeline.evaluation.latency import take_turns
 from collective_pipeline.models.build import build_arm, initialise
 from collective_pipeline.models.image_arms import image_architecture, make_image_arm
 from collective_pipeline.models.image_classifier import ImageClassifier
@@ -55,7 +55,7 @@ def main() -> None:
                 left = float(executed_macs(count_layers(gated), open_L)) / count_macs(dense)
                 ways = {"without": whole, "gates": model, "skipping": PackedClassifier(model, group_size=batch_size)}
                 calls = {name: partial(way, x) for name, way in ways.items()}
-                times = in_turns(calls, options.rounds, device)
+                times = take_turns(calls, device, rounds=options.rounds, warm_up=2)
             base = statistics.median(times["without"])
             print(
                 f"{batch_size:>6}{100 * share:>8.0f}{left:>14.2f}x{base:>10.2f}"
@@ -65,7 +65,7 @@ def main() -> None:
     print("\nSteps: ms without gates, and with gates as a multiple of it")
     x, y = torch.randn(1, 128, dense.in_dim, device=device), torch.randint(0, 10, (1, 128), device=device)
     steps = {arm.model_type: make_step(arm, x, y, device) for arm in (dense, gated)}
-    times = in_turns(steps, options.rounds, device)
+    times = take_turns(steps, device, rounds=options.rounds, warm_up=2)
     print(f"{statistics.median(times['resnet18']):.1f} ms, {ratio(times['resnet18_moe'], times['resnet18']):.2f}x")
 
 
@@ -103,20 +103,6 @@ def make_step(arm: Arm, x: torch.Tensor, y: torch.Tensor, device: torch.device) 
         objective(*model(x), y)["loss"].sum().backward()
 
     return step
-
-
-def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each, one after another in every round, after two rounds to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 2):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if number > 1:
-                times[name].append(1000 * (time.perf_counter() - started))
-    return times
 
 
 def ratio(times: list[float], base: list[float]) -> float:

@@ -696,9 +696,9 @@ class DeepMoeConfig(Config):
     narrow: float = Field(
         0.75, gt=0, le=1, description="width of the third network, without gates, as a part: what narrowing alone does"
     )
-    gates: GateConfig = GateConfig(freeze_epochs=37)
+    gates: GateConfig = GateConfig(freeze_epochs=30)
     training: TrainingConfig = TrainingConfig(
-        epochs=75,
+        epochs=60,
         batch_size=512,
         optimizer="sgd",
         nesterov=True,
@@ -732,16 +732,15 @@ class DeepMoeConfig(Config):
 
 
 MIXTURE_TRAINING = TrainingConfig(
-    epochs=40,
+    epochs=30,
     optimizer="adamw",
     learning_rate=1e-3,
     weight_decay=1e-4,
     schedule="one_cycle",
     cutout=12,
     precision="bf16",
-    compile=True,
 )
-DEBUG_TRAINING = {"augmentation_strength": 0.0, "cutout": 0, "precision": "auto", "compile": False}
+DEBUG_TRAINING = {"augmentation_strength": 0.0, "cutout": 0, "precision": "auto"}
 
 
 class MergedMoeConfig(MixtureConfig):
@@ -752,7 +751,7 @@ class MergedMoeConfig(MixtureConfig):
     class_groups: ClassGroupsConfig = ClassGroupsConfig()
     n_experts: int = Field(3, ge=2, le=1024, description="those beyond the groups are drawn")
     tolerance: float = Field(0.001, gt=0, lt=1, description="largest relative error of the two networks' sizes")
-    sub_models: TrainingConfig = MIXTURE_TRAINING.model_copy(update={"epochs": 20})
+    sub_models: TrainingConfig = MIXTURE_TRAINING.model_copy(update={"epochs": 15})
     training: TrainingConfig = Field(
         MIXTURE_TRAINING, description="of the mixture; the two networks have as many updates as it and its sub-models"
     )

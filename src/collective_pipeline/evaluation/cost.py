@@ -1,10 +1,8 @@
-"""What an answer costs: multiply-accumulates counted by torch, latency measured, and what closed gates leave of them.
+"""What an answer costs in multiply-accumulates, as torch counts them, and what closed gates leave of them.
 
 Suffixes: L gated layers, G gates of all of them side by side.
 """
 
-import statistics
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -23,8 +21,6 @@ from collective_pipeline.models.gating import GatedUnit
 from collective_pipeline.models.image_classifier import ImageClassifier
 
 BATCH_SIZE = 512
-WARM_UP = 10
-REPEATS = 100
 
 
 def count_macs(arm: Arm) -> int:
@@ -137,18 +133,3 @@ def measure_executed_macs(checkpoint: Checkpoint, images: Images, device: torch.
             total_S += executed_macs(layers, open_SBL).sum(dim=1)
     means: list[float] = (total_S / len(images)).tolist()
     return means
-
-
-def measure_latency(arm: Arm, device: torch.device, *, batch_size: int = 1) -> float:
-    """Median milliseconds from a batch on the device, by default of one image, to its logits there, over 100 times."""
-    model = build_arm(arm).to(device).eval()
-    images = torch.zeros(1, batch_size, arm.in_dim, device=device)
-    milliseconds = []
-    with torch.inference_mode():
-        for _ in range(WARM_UP + REPEATS):
-            started = time.perf_counter()
-            model(images)
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            milliseconds.append(1000 * (time.perf_counter() - started))
-    return statistics.median(milliseconds[WARM_UP:])

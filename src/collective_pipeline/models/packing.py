@@ -35,12 +35,12 @@ class PackedClassifier(nn.Module):
 
     def __init__(self, model: ImageClassifier, *, group_size: int = 32) -> None:
         super().__init__()
-        units = [module for module in model.network.modules() if isinstance(module, GatedUnit)]
-        if model.gating is None or any(unit.gate is not None and unit.gate_first for unit in units):
+        if not can_be_packed(model):
             raise UserError(
                 "only closed gates after a norm can be skipped, and this network has none: choose an arm with gates "
                 "and gates.position=post_norm"
             )
+        units = _units_of(model)
         if model.training or len(units[0].conv.weight) != 1:
             raise UserError("closed gates are skipped in a network of one seed in evaluation mode: build it so")
         self.model = model
@@ -129,6 +129,15 @@ class Maps(NamedTuple):
         batch, _, height, width = self.values.shape
         zeros = self.values.new_zeros(batch, num_channels, height, width)
         return zeros.index_copy(1, self.channels, self.values)
+
+
+def can_be_packed(model: ImageClassifier) -> bool:
+    """Whether the network has gates, and all of them after norms."""
+    return model.gating is not None and not any(unit.gate is not None and unit.gate_first for unit in _units_of(model))
+
+
+def _units_of(model: ImageClassifier) -> list[GatedUnit]:
+    return [module for module in model.network.modules() if isinstance(module, GatedUnit)]
 
 
 def _convolve(unit: GatedUnit, x_BIHW: Tensor, weight_OIKK: Tensor, bias_O: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from collective_pipeline import __version__
 from collective_pipeline.config import Arm, Parameters, flatten, hide_password
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.comparison import RUN_COLUMNS, compare_arms
-from collective_pipeline.evaluation.cost import measure_latency
 from collective_pipeline.evaluation.experts import describe_gates
 from collective_pipeline.evaluation.figures import plot_training_curves
+from collective_pipeline.evaluation.latency import measure_latency
 from collective_pipeline.evaluation.report import write_report
 from collective_pipeline.evaluation.verdict import answer
 from collective_pipeline.models.checkpoint import Checkpoint

@@ -12,7 +12,7 @@ from plotly.graph_objects import Figure
 from collective_pipeline.config import Arm, Parameters, UserError
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.comparison import RUN_COLUMNS, compare_overall, compare_sizes
-from collective_pipeline.evaluation.cost import measure_latency
+from collective_pipeline.evaluation.latency import measure_latency
 from collective_pipeline.evaluation.sweep_figures import no_figure, plot_importance, plot_pruning, plot_trials
 from collective_pipeline.evaluation.sweep_report import write_sweep_report
 from collective_pipeline.evaluation.verdict import answer_search, answer_sizes

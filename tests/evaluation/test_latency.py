@@ -1,0 +1,88 @@
+"""How long answers take."""
+
+import pytest
+import torch
+
+from collective_pipeline.config import Arm, GateConfig, ImageSpec, MlpArchitecture
+from collective_pipeline.data.splits import Images
+from collective_pipeline.evaluation import latency
+from collective_pipeline.evaluation.latency import SKIPPING_COLUMNS, measure_latency, measure_skipping, take_turns
+from collective_pipeline.models.build import build_arm, initialise
+from collective_pipeline.models.checkpoint import Checkpoint
+from collective_pipeline.models.image_arms import image_architecture, make_image_arm
+from collective_pipeline.randomness import make_generator
+
+CPU = torch.device("cpu")
+SHAPE = (1, 8, 8)
+ARM = Arm(
+    model_type="shallow",
+    in_dim=784,
+    num_classes=10,
+    params=1,
+    target_params=1,
+    architecture=MlpArchitecture(hidden_dims=(512, 512)),
+)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_latency_is_of_batches_of_that_size(batch_size, monkeypatch):
+    """The network sees as many images as were asked for, and the time is one of that many."""
+    seen = set()
+    forward = torch.nn.Module.__call__
+
+    def watched(module, x):
+        seen.add(x.shape[-2])
+        return forward(module, x)
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", watched)
+
+    assert measure_latency(ARM, CPU, batch_size=batch_size) > 0
+    assert seen == {batch_size}
+
+
+def test_ways_take_turns():
+    """In their order, in every round; what warms up does not count."""
+    called = []
+    ways = {name: lambda name=name: called.append(name) for name in "abc"}
+
+    times = take_turns(ways, CPU, rounds=3, warm_up=2)
+
+    assert called == list("abc") * 5
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def checkpoint_of(name, **gates):
+    arm = make_image_arm(name, image_architecture(name, SHAPE, GateConfig(**gates), width=2), num_classes=3)
+    model = build_arm(arm, num_seeds=2)
+    initialise(model, [make_generator(seed, "weights") for seed in (7, 8)])
+    known = ImageSpec(shape=SHAPE, mean=(0.5,), std=(0.2,), class_names=("a", "b", "c"))
+    return Checkpoint(arm, "mnist", known, (7, 8), (1, 1), model.state_dict())
+
+
+def random_images(number):
+    generator = torch.Generator().manual_seed(0)
+    return Images(
+        torch.randint(0, 256, (number, *SHAPE), generator=generator, dtype=torch.uint8),
+        torch.zeros(number, dtype=torch.int64),
+    )
+
+
+def test_skipping_is_measured_beside_the_whole_networks(monkeypatch):
+    """For every batch size, also one that is larger than there are images; without an offset about half is shut."""
+    monkeypatch.setattr(latency, "BATCH_SIZES", (1, 50))
+    monkeypatch.setattr(latency, "ROUNDS", 2)
+    dense = checkpoint_of("resnet18").arm
+
+    table = measure_skipping(checkpoint_of("resnet18_moe", offset=0.0), dense, random_images(20), CPU)
+
+    assert list(table.columns) == list(SKIPPING_COLUMNS) and list(table["batch_size"]) == [1, 50]
+    assert (table.filter(like="_ms") > 0).all(axis=None)
+    all_open = measure_skipping(checkpoint_of("resnet18_moe", offset=1e3), dense, random_images(20), CPU)
+    assert (table["executed_pct"] < all_open["executed_pct"]).all() and (table["executed_pct"] > 0).all()
+
+
+@pytest.mark.parametrize(("name", "gates"), [("resnet18", {}), ("resnet18_moe", {"position": "pre_norm"})])
+def test_nothing_is_measured_where_nothing_can_be_skipped(name, gates):
+    table = measure_skipping(checkpoint_of(name, **gates), checkpoint_of("resnet18").arm, random_images(4), CPU)
+
+    assert list(table.columns) == list(SKIPPING_COLUMNS) and table.empty
