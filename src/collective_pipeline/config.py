@@ -732,7 +732,7 @@ class DeepMoeConfig(Config):
 
 
 MIXTURE_TRAINING = TrainingConfig(
-    epochs=30,
+    epochs=24,
     optimizer="adamw",
     learning_rate=1e-3,
     weight_decay=1e-4,
@@ -751,7 +751,7 @@ class MergedMoeConfig(MixtureConfig):
     class_groups: ClassGroupsConfig = ClassGroupsConfig()
     n_experts: int = Field(3, ge=2, le=1024, description="those beyond the groups are drawn")
     tolerance: float = Field(0.001, gt=0, lt=1, description="largest relative error of the two networks' sizes")
-    sub_models: TrainingConfig = MIXTURE_TRAINING.model_copy(update={"epochs": 15})
+    sub_models: TrainingConfig = MIXTURE_TRAINING.model_copy(update={"epochs": 12})
     training: TrainingConfig = Field(
         MIXTURE_TRAINING, description="of the mixture; the two networks have as many updates as it and its sub-models"
     )
