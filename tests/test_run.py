@@ -374,6 +374,7 @@ def test_registry_lists_the_pipelines(project):
         ("training.batch_size=1000", "training.batch_size=1000 is more than the 540 training images"),
         ("device=cuda:99", "device=cuda:99: this machine has"),
         ("seeds=", "seeds"),
+        ("deepmoe.seeds=1", "`deepmoe.seeds` is not read by --pipeline single: use `seeds`"),
         ("seeds=1 1", "1 repeated"),
     ],
 )

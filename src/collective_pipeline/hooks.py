@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +39,7 @@ from collective_pipeline.io.checkpoints import CheckpointDataset
 from collective_pipeline.models.matching import parameter_budget
 from collective_pipeline.pipelines import merged_moe
 from collective_pipeline.pipelines.deepmoe import list_arms
+from collective_pipeline.pipelines.experiments import DEFAULT, check_read
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.progress import duration
@@ -75,11 +76,13 @@ class CheckBeforeRun:
 
     # Before kedro-mlflow opens a run, which nobody would close.
     @hook_impl(tryfirst=True)
-    def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """All folders that the run writes to can be written to and have room."""
+    def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """What `--params` gives is read; all folders that the run writes to can be written to and have room."""
         paths = (_filepath(catalog, name) for name in pipeline.all_outputs())
         folders = {Path(path).parent for path in paths if path is not None}
         try:
+            named = run_params["pipeline_names"] or ["__default__"]
+            check_read(_list_names(run_params["runtime_params"]), [DEFAULT if n == "__default__" else n for n in named])
             needed = SPARE_BYTES + self._weight_bytes(pipeline)
             for folder in sorted(folders):
                 check_writable(folder, needed)
@@ -107,6 +110,15 @@ class CheckBeforeRun:
         in_dim = math.prod(image_shape)
         target = parameter_budget(settings.collective, settings.baselines, in_dim=in_dim, num_classes=num_classes)
         return 4 * target * _copies(settings.training) * len(settings.seeds) * len(arms)
+
+
+def _list_names(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names in nested sections."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _list_names(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def _about(dataset: DatasetName) -> tuple[tuple[int, int, int], int]:
