@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 
 import mlflow
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 from tests.test_run import TINY, as_params, kedro, runs_of
 
 from collective_pipeline.evaluation.comparison import OVERALL_COLUMNS, RUN_COLUMNS, SIZE_COLUMNS
+from collective_pipeline.training import interrupt, train
 
 REPORTING = "data/08_reporting/sweep"
 SWEEP = TINY | {"sweep.model_types": "collective shallow", "sweep.sizes": "60000 90000"}
@@ -65,6 +67,32 @@ def test_the_same_command_trains_nothing_again_and_other_settings_are_refused(gr
     runs = runs_of(project)
     workers = runs[runs["tags.mlflow.runName"] == "worker of grid-mnist"]
     assert len(workers) == 1 and workers["tags.mlflow.parentRunId"].notna().all()
+
+
+def test_a_training_that_was_stopped_goes_on_in_the_same_run_of_mlflow(tmp_path, new_project, monkeypatch):
+    """With every epoch once."""
+    project = new_project(tmp_path)
+    command = ("run", "--pipeline", "sweep", "--env", "debug", "--params", as_params(SWEEP | {"sweep.sizes": 60000}))
+    with monkeypatch.context() as patch:
+        tell = train._ArmTraining.tell
+
+        def stop(self, epoch):
+            tell(self, epoch)
+            interrupt.request(interrupt.Interrupted("told to stop"))
+
+        patch.setattr(train._ArmTraining, "tell", stop)
+        assert kedro(project, *command).exit_code == 128 + signal.SIGTERM
+    before = runs_of(project)
+    assert kedro(project, *command).exit_code == 0
+    runs = runs_of(project)
+    trials = runs[runs["tags.stage"] == "grid"]
+
+    (stopped,) = before.loc[(before["tags.stage"] == "grid") & (before["status"] == "KILLED"), "run_id"]
+    assert sorted(trials["tags.model_type"]) == ["collective", "shallow"] and stopped in set(trials["run_id"])
+    assert set(trials["status"]) == {"FINISHED"}
+    for run_id in trials["run_id"]:
+        curve = mlflow.MlflowClient().get_metric_history(run_id, "val/accuracy")
+        assert [point.step for point in curve] == [1, 2]
 
 
 def test_a_search_tracks_pruned_trials_as_finished(tmp_path, new_project):

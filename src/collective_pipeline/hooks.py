@@ -43,7 +43,7 @@ from collective_pipeline.pipelines.experiments import DEFAULT, check_read
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.progress import duration
-from collective_pipeline.training.tracking import log_gpu_temperatures, log_model, set_up_system_metrics
+from collective_pipeline.training.tracking import log_model, set_up_system_metrics, start_run
 
 SPARE_BYTES = 64 * 2**20
 
@@ -219,7 +219,8 @@ class TrackArms:
     @hook_impl(trylast=True)
     def before_node_run(self, node: Node, inputs: dict[str, Any]) -> None:
         """The arm's run is active while its nodes train and evaluate."""
-        if mlflow.active_run() is None or not node.tags & {"train", "evaluate"}:
+        command_run = mlflow.active_run()
+        if command_run is None or not node.tags & {"train", "evaluate"}:
             return
         box = str(node.namespace)
         if box in self.runs:
@@ -227,16 +228,16 @@ class TrackArms:
             return
         settings = next(value for value in inputs.values() if isinstance(value, Parameters))
         arm: Arm = inputs[f"{box}.arm"]
-        run = mlflow.start_run(
-            run_name=arm.model_type,
-            nested=True,
-            log_system_metrics=True,
-            tags={"model_type": arm.model_type, "dataset": settings.dataset} | self.source_tags,
-        )
-        self.runs[box] = run.info.run_id
-        log_gpu_temperatures(run.info.run_id)
         chosen = {"model_type": arm.model_type, "params": arm.params}
-        mlflow.log_params(flatten(settings) | {f"arm.{name}": value for name, value in flatten(arm).items()} | chosen)
+        self.runs[box] = start_run(
+            arm.model_type,
+            inputs[f"{box}.snapshots"].run_file,
+            experiment_id=command_run.info.experiment_id,
+            parent=command_run.info.run_id,
+            tags={"model_type": arm.model_type, "dataset": settings.dataset} | self.source_tags,
+            params=flatten(settings) | {f"arm.{name}": value for name, value in flatten(arm).items()} | chosen,
+            log_system_metrics=True,
+        )
 
     @hook_impl
     def after_node_run(self, node: Node, outputs: dict[str, Any]) -> None:

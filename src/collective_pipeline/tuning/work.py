@@ -305,8 +305,9 @@ class Worker:
             return
         chosen = {"params": arm.params, "target_params": arm.target_params}
         tracked = flatten(settings) | {f"arm.{name}": value for name, value in flatten(arm).items()} | chosen
-        with self.task.tracking.trial(unit, tracked) if self.task.tracking else contextlib.nullcontext():
-            self._train(claim, arm, settings)
+        snapshots, tracking = self._snapshots(unit, arm, settings), self.task.tracking
+        with tracking.trial(unit, snapshots.run_file, tracked) if tracking else contextlib.nullcontext():
+            self._train(claim, arm, settings, snapshots)
 
     def _settings_of(self, claim: Claim) -> Parameters:
         """What this unit is trained with."""
@@ -321,7 +322,7 @@ class Worker:
             values = found[0].user_attrs["values"]
         return with_values(settings, values).model_copy(update={"seeds": unit.seeds})
 
-    def _train(self, claim: Claim, arm: Arm, settings: Parameters) -> None:
+    def _train(self, claim: Claim, arm: Arm, settings: Parameters, snapshots: Snapshots) -> None:
         unit, splits = claim.unit, self.task.splits
         claim.trial.set_user_attr("values", claim.values)
         claim.trial.set_user_attr("params", arm.params)
@@ -332,7 +333,6 @@ class Worker:
         progress = Progress(
             name, num_epochs=settings.training.epochs, num_arms=1, device_type=self.device.type, brief=search
         )
-        snapshots = self._snapshots(unit, arm, settings)
         try:
             checkpoint, fit = train_arm(
                 arm,

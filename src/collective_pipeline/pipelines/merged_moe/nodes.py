@@ -197,7 +197,8 @@ def train_sub_models(
     for plan in plan_sub_models(own, splits, groups):
         logger.info("%-16s  learns %s", plan.name, _told(plan.splits))
         tags = {"model_type": plan.arm.model_type, "dataset": settings.dataset}
-        with nested_run(plan.name, tags, {"classes": _told(plan.splits), "params": plan.arm.params}):
+        params = {"classes": _told(plan.splits), "params": plan.arm.params}
+        with nested_run(plan.name, snapshots[plan.name].run_file, tags=tags, params=params):
             checkpoints[plan.name], history = train(
                 plan.arm,
                 plan.splits,
