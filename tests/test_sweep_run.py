@@ -11,6 +11,7 @@ from tests.test_run import TINY, as_params, kedro, runs_of
 
 from collective_pipeline.evaluation.comparison import OVERALL_COLUMNS, RUN_COLUMNS, SIZE_COLUMNS
 from collective_pipeline.training import interrupt, train
+from collective_pipeline.tuning import work
 
 REPORTING = "data/08_reporting/sweep"
 SWEEP = TINY | {"sweep.model_types": "collective shallow", "sweep.sizes": "60000 90000"}
@@ -124,3 +125,29 @@ def test_a_search_tracks_pruned_trials_as_finished(tmp_path, new_project):
     typed = command.replace("photos/", "data/01_raw/mnist/t10k-images-idx3-ubyte.gz")
     told = kedro(project, *shlex.split(typed.removeprefix("To use one: kedro ")))
     assert told.exit_code == 0, told.output
+
+
+def test_a_result_that_was_not_told_any_more_has_one_model_all_the_same(tmp_path, new_project, monkeypatch):
+    """Killed after the model was kept and before the study knew: what goes on keeps it again, in its place."""
+    project = new_project(tmp_path)
+    search = SWEEP | {"sweep.model_types": "shallow", "sweep.mode": "search", "sweep.trials": 1}
+    command = ("run", "--pipeline", "sweep", "--env", "debug", "--params", as_params(search))
+    with monkeypatch.context() as patch:
+        end = work.Worker._end
+
+        def die(self, claim, pruner, **outcome):
+            if claim.unit.stage == "final":
+                raise OSError("killed")
+            end(self, claim, pruner, **outcome)
+
+        patch.setattr(work.Worker, "_end", die)
+        assert kedro(project, *command).exit_code == 1
+    assert kedro(project, *command).exit_code == 0
+    runs = runs_of(project)
+    (final,) = runs.loc[runs["tags.stage"] == "final", "run_id"]
+    models = mlflow.search_logged_models(runs["experiment_id"].unique().tolist())
+
+    assert list(models["source_run_id"]) == [final]
+    assert len(mlflow.pyfunc.load_model(f"runs:/{final}/model").metadata.signature.inputs.inputs) == 1
+    assert len(list(project.rglob("final/shallow/*.safetensors"))) == 1
+    assert not list(project.rglob("*.run"))

@@ -367,6 +367,7 @@ class Worker:
             self._fail(claim, "the loss of every seed diverged before it had good weights", pruner)
             return
         log_outcome(TrialState.COMPLETE, final_metrics(rows))
+        # Before the study is told: whoever is killed in between keeps it again, in its place, and nothing is lost.
         if unit.stage == "final":
             self._keep(unit, checkpoint)
         self._tell(claim, pruner, values=[float(rows["val_accuracy"].mean())])
