@@ -70,6 +70,17 @@ def test_the_same_command_trains_nothing_again_and_other_settings_are_refused(gr
     assert len(workers) == 1 and workers["tags.mlflow.parentRunId"].notna().all()
 
 
+def test_a_sweep_without_room_for_its_states_is_refused(grid, monkeypatch):
+    """In the folder of the states, before anything is trained."""
+    usage = type("Usage", (), {"free": 70 * 2**20})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage())
+    params = as_params(SWEEP | {"sweep.sizes": "60000 900000"})
+    result = kedro(grid[0], "run", "--pipeline", "sweep", "--env", "debug", "--params", params)
+
+    assert result.exit_code == 1
+    assert "data/06_models has 70 MB of room and this run may write 146 MB" in result.output
+
+
 def test_a_training_that_was_stopped_goes_on_in_the_same_run_of_mlflow(tmp_path, new_project, monkeypatch):
     """With every epoch once."""
     project = new_project(tmp_path)

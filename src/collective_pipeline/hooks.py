@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import math
 import shlex
 import shutil
 import subprocess
@@ -27,19 +26,14 @@ from omegaconf import OmegaConf
 
 from collective_pipeline.config import (
     Arm,
-    DatasetName,
     Parameters,
-    TrainingConfig,
     UserError,
     check_parameters,
     flatten,
 )
 from collective_pipeline.evaluation.results import final_metrics
 from collective_pipeline.io.checkpoints import CheckpointDataset
-from collective_pipeline.models.matching import parameter_budget
-from collective_pipeline.pipelines import merged_moe
-from collective_pipeline.pipelines.deepmoe import list_arms
-from collective_pipeline.pipelines.experiments import DEFAULT, check_read
+from collective_pipeline.pipelines.experiments import DEFAULT, EXPERIMENTS, check_read
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.progress import duration
@@ -78,38 +72,17 @@ class CheckBeforeRun:
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
         """What `--params` gives is read; all folders that the run writes to can be written to and have room."""
-        paths = (_filepath(catalog, name) for name in pipeline.all_outputs())
+        states = {name for name in pipeline.inputs() if name.endswith((".last", ".states"))}  # written by their nodes
+        paths = (_filepath(catalog, name) for name in pipeline.all_outputs() | states)
         folders = {Path(path).parent for path in paths if path is not None}
+        names = [DEFAULT if name == "__default__" else name for name in run_params["pipeline_names"] or [DEFAULT]]
         try:
-            named = run_params["pipeline_names"] or ["__default__"]
-            check_read(_list_names(run_params["runtime_params"]), [DEFAULT if n == "__default__" else n for n in named])
-            needed = SPARE_BYTES + self._weight_bytes(pipeline)
+            check_read(_list_names(run_params["runtime_params"]), names)
+            needed = SPARE_BYTES + 4 * sum(EXPERIMENTS[name].count_weights(self.settings) for name in names)
             for folder in sorted(folders):
                 check_writable(folder, needed)
         except UserError as error:
             raise _for_person(error) from error
-
-    def _weight_bytes(self, pipeline: Pipeline) -> int:
-        """A rough size of all checkpoints: 4 bytes a parameter, for every seed and arm.
-
-        The best weights and MLflow's copy; and three states of training while the last is written: those, the weights
-        and two moments.
-        """
-        settings = self.settings
-        arms = [str(node.namespace) for node in pipeline.nodes if "train" in node.tags]
-        if any(name.startswith("deepmoe") for name in arms):
-            deepmoe = settings.deepmoe
-            params = sum(arm.params for arm in list_arms(deepmoe, *_about(deepmoe.dataset)))
-            return 4 * params * _copies(deepmoe.training) * len(deepmoe.seeds)
-        if any(name.startswith("merged_moe") for name in arms):
-            own = settings.merged_moe
-            params = merged_moe.estimate_params(own, *_about(own.dataset))
-            copies = max(_copies(own.training), _copies(own.sub_models))
-            return 4 * params * copies * len(own.seeds)
-        image_shape, num_classes = _about(settings.dataset)
-        in_dim = math.prod(image_shape)
-        target = parameter_budget(settings.collective, settings.baselines, in_dim=in_dim, num_classes=num_classes)
-        return 4 * target * _copies(settings.training) * len(settings.seeds) * len(arms)
 
 
 def _list_names(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -119,16 +92,6 @@ def _list_names(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _list_names(value, f"{prefix}{name}.")
         else:
             yield prefix + name
-
-
-def _about(dataset: DatasetName) -> tuple[tuple[int, int, int], int]:
-    """The shape of its images and how many classes it has at most."""
-    return ((1, 28, 28), 10) if "mnist" in dataset else ((3, 32, 32), 100)
-
-
-def _copies(training: TrainingConfig) -> int:
-    """Of all weights, on the disk at once."""
-    return 2 + 3 * (4 + (training.ema_decay is not None))
 
 
 def check_writable(folder: Path, num_bytes: int) -> None:
