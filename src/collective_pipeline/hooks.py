@@ -270,7 +270,7 @@ class TellAnswer:
                 mlflow.log_artifacts(str(report.parent), "reporting")
             summary = catalog.load(f"{box}.summary")
             click.echo(f"\n{summary['answer']}\n")
-            click.echo(format_comparison(catalog.load(f"{box}.comparison")))
+            click.echo(format_comparison(catalog.load(f"{box}.comparison"), reference=summary["reference"]))
             runs = catalog.load(f"{box}.runs")
             training = runs.groupby(["model_type", "target_params"])["train_seconds"].sum()
             # Arms that trained side by side took as long as the slowest; those of a study, as long as they took.
@@ -286,11 +286,9 @@ class TellAnswer:
             click.echo(f"Predictions: {_relative(Path(_filepath(catalog, name) or ''))}")
 
 
-def format_comparison(comparison: pd.DataFrame) -> str:
-    """The comparison as a table for a terminal."""
-    interval = "{:.2f} to {:.2f}".format
-    is_reference = (comparison["difference_ci_low"] == 0) & (comparison["difference_ci_high"] == 0)
-    difference = f"minus {comparison.loc[is_reference, 'model_type'].iloc[0]}" if is_reference.any() else "minus none"
+def format_comparison(comparison: pd.DataFrame, *, reference: str) -> str:
+    """The comparison as a table for a terminal; differences are to the arm `reference`, if it is there."""
+    interval, difference = "{:.2f} to {:.2f}".format, f"minus {reference}"
     arms = comparison.itertuples(index=False)
     table = pd.DataFrame(
         {
