@@ -37,7 +37,13 @@ from collective_pipeline.pipelines.experiments import DEFAULT, EXPERIMENTS, chec
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.progress import duration
-from collective_pipeline.training.tracking import log_model, set_up_system_metrics, start_run
+from collective_pipeline.training.tracking import (
+    end_runs_of_the_dead,
+    log_model,
+    process_tags,
+    set_up_system_metrics,
+    start_run,
+)
 
 SPARE_BYTES = 64 * 2**20
 
@@ -161,7 +167,7 @@ class TrackArms:
 
     @hook_impl
     def before_pipeline_run(self) -> None:
-        """Name the code that runs."""
+        """Name the code and the process that run; end what others left that were killed."""
         self.runs, self.source_tags, self.command_run = {}, {}, None
         run = mlflow.active_run()
         if run is None:
@@ -171,6 +177,8 @@ class TrackArms:
         mlflow.MlflowClient().set_experiment_tag(
             run.info.experiment_id, "mlflow.experimentKind", "custom_model_development"
         )
+        mlflow.set_tags(process_tags())
+        end_runs_of_the_dead(run.info.experiment_id)
         set_up_system_metrics()
         commit = _git("rev-parse", "HEAD")
         if commit:

@@ -3,6 +3,8 @@
 import contextlib
 import importlib.metadata
 import math
+import os
+import socket
 import statistics
 import threading
 import time
@@ -12,6 +14,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import psutil
 import pynvml
 from mlflow.entities import LifecycleStage, LoggedModel, Metric
 from mlflow.exceptions import MlflowException
@@ -121,7 +124,7 @@ def start_run(
         experiment_id=experiment_id,
         run_name=name,
         nested=True,
-        tags={**tags, MLFLOW_PARENT_RUN_ID: parent},
+        tags={**tags, **process_tags(), MLFLOW_PARENT_RUN_ID: parent},
         log_system_metrics=log_system_metrics,
     )
     log_gpu_temperatures(run.info.run_id)
@@ -157,6 +160,20 @@ def nested_run(name: str, file: Path, *, tags: Mapping[str, str], params: Mappin
         mlflow.end_run("KILLED" if isinstance(error, Interrupted) else "FAILED")
         raise
     mlflow.end_run()
+
+
+def process_tags() -> dict[str, str]:
+    """Of every run: which process it is of, so that another can tell whether that still lives."""
+    return {"host": socket.gethostname(), "pid": str(os.getpid())}
+
+
+def end_runs_of_the_dead(experiment_id: str) -> None:
+    """Mark as failed what processes of this machine that were killed have left as running."""
+    client = mlflow.MlflowClient()
+    of_here = f"attributes.status = 'RUNNING' and tags.host = '{socket.gethostname()}'"
+    for run in client.search_runs([experiment_id], of_here):
+        if not psutil.pid_exists(int(run.data.tags["pid"])):
+            client.set_terminated(run.info.run_id, "FAILED")
 
 
 def set_up_system_metrics() -> None:
