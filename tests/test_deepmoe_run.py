@@ -96,6 +96,7 @@ def test_both_arms_are_runs_in_mlflow(gated):
         ("deepmoe.gates.lambda=1", "lambda_val"),
         ("deepmoe.training.strategy=layerwise_autoencoding", "only a collective has members"),
         ("comparison.reference=resnet18", "comparison.reference"),
+        ("seeds=1 2,training.epochs=3", "Error: `seeds` is not read by --pipeline deepmoe: use `deepmoe.seeds`; `trai"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(gated, params, told):

@@ -1,6 +1,7 @@
+import pandas as pd
 import pytest
 
-from collective_pipeline.hooks import command_to_go_on
+from collective_pipeline.hooks import command_to_go_on, format_comparison
 
 
 @pytest.mark.parametrize(
@@ -15,3 +16,16 @@ from collective_pipeline.hooks import command_to_go_on
 )
 def test_who_was_stopped_is_told_the_whole_command_to_go_on(typed, told):
     assert command_to_go_on(typed.split()) == told
+
+
+@pytest.mark.parametrize("reference", ["collective", "shallow"])
+def test_the_printed_table_names_the_arm_that_the_others_are_compared_to(reference):
+    """Also where another arm is exactly as good with every seed."""
+    arms = pd.DataFrame({"model_type": ["deep", "collective", "shallow"], "params": [1000] * 3})
+    zero = ["test_accuracy_mean", "test_accuracy_ci_low", "test_accuracy_ci_high", "difference_to_reference"]
+    comparison = arms.assign(**dict.fromkeys([*zero, "difference_ci_low", "difference_ci_high", "train_seconds"], 0.0))
+    comparison["p_value_holm"] = [None if name == reference else 1.0 for name in comparison["model_type"]]
+    heads, *rows = format_comparison(comparison, reference=reference).split("\n")
+
+    assert f"minus {reference} " in heads
+    assert ["-" in row.split() for row in rows] == [name == reference for name in comparison["model_type"]]

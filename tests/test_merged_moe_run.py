@@ -155,6 +155,17 @@ def test_a_run_with_other_sub_models_does_not_go_on(merged, monkeypatch):
     assert last.read_bytes() == kept
 
 
+def test_sub_models_that_diverge_are_refused_before_anything_else_trains(tmp_path, new_project):
+    project = new_project(tmp_path)
+    diverging = {"optimizer": "sgd", "learning_rate": "1e30", "clip_norm": "null"}
+    result = run(project, **{f"merged_moe.sub_models.{name}": value for name, value in diverging.items()})
+
+    assert result.exit_code == 1
+    assert "the sub-model of group 1 diverged with the seeds 42, 43" in result.output
+    states = {path.parent.name for path in (project / "data/06_models").rglob("*.safetensors")}
+    assert states == {"last"} and not list((project / "data/06_models").glob("merged_moe_*"))
+
+
 def test_a_mixture_may_begin_without_sub_models(tmp_path, new_project):
     project = new_project(tmp_path)
     result = run(project, **{"merged_moe.initialise": "fresh", "merged_moe.combine": "logits"})

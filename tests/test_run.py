@@ -374,6 +374,7 @@ def test_registry_lists_the_pipelines(project):
         ("training.batch_size=1000", "training.batch_size=1000 is more than the 540 training images"),
         ("device=cuda:99", "device=cuda:99: this machine has"),
         ("seeds=", "seeds"),
+        ("deepmoe.seeds=1", "`deepmoe.seeds` is not read by --pipeline single: use `seeds`"),
         ("seeds=1 1", "1 repeated"),
     ],
 )
@@ -519,10 +520,22 @@ def test_a_stopped_run_goes_on_and_ends_like_an_unbroken_one(phase1, tmp_path, n
     assert results.keys() == expected.keys()
     for name, table in expected.items():
         pd.testing.assert_frame_equal(results[name], table, check_exact=True)
-    curves = runs_of(project)
-    curves = curves[(curves["tags.model_type"] == "shallow") & (curves["status"] == "FINISHED")]
-    (run_id,) = curves["run_id"]
-    assert len(mlflow.MlflowClient().get_metric_history(run_id, "val/accuracy")) == 2
+    assert_goes_on_in_the_same_runs(project)
+
+
+def assert_goes_on_in_the_same_runs(project: Path) -> None:
+    """Every arm has one run in MLflow, now inside that of the last command, with every epoch once and one model."""
+    runs = runs_of(project)
+    nested = runs[runs["tags.mlflow.parentRunId"].notna()]
+    command = runs.loc[runs["tags.mlflow.parentRunId"].isna() & (runs["status"] == "FINISHED"), "run_id"].item()
+    models = mlflow.search_logged_models(nested["experiment_id"].unique().tolist())
+
+    assert sorted(nested["tags.model_type"]) == sorted(MODEL_TYPES)
+    assert set(nested["status"]) == {"FINISHED"} and set(nested["tags.mlflow.parentRunId"]) == {command}
+    assert sorted(models["source_run_id"]) == sorted(nested["run_id"])
+    for run_id in nested["run_id"]:
+        curve = mlflow.MlflowClient().get_metric_history(run_id, "val/accuracy")
+        assert [point.step for point in curve] == [1, 2]
 
 
 def test_seeds_that_diverge_are_reported(tmp_path, new_project):

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 
 import mlflow
 import pandas as pd
@@ -9,6 +10,8 @@ import pytest
 from tests.test_run import TINY, as_params, kedro, runs_of
 
 from collective_pipeline.evaluation.comparison import OVERALL_COLUMNS, RUN_COLUMNS, SIZE_COLUMNS
+from collective_pipeline.training import interrupt, train
+from collective_pipeline.tuning import work
 
 REPORTING = "data/08_reporting/sweep"
 SWEEP = TINY | {"sweep.model_types": "collective shallow", "sweep.sizes": "60000 90000"}
@@ -67,6 +70,43 @@ def test_the_same_command_trains_nothing_again_and_other_settings_are_refused(gr
     assert len(workers) == 1 and workers["tags.mlflow.parentRunId"].notna().all()
 
 
+def test_a_sweep_without_room_for_its_states_is_refused(grid, monkeypatch):
+    """In the folder of the states, before anything is trained."""
+    usage = type("Usage", (), {"free": 70 * 2**20})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage())
+    params = as_params(SWEEP | {"sweep.sizes": "60000 900000"})
+    result = kedro(grid[0], "run", "--pipeline", "sweep", "--env", "debug", "--params", params)
+
+    assert result.exit_code == 1
+    assert "data/06_models has 70 MB of room and this run may write 146 MB" in result.output
+
+
+def test_a_training_that_was_stopped_goes_on_in_the_same_run_of_mlflow(tmp_path, new_project, monkeypatch):
+    """With every epoch once."""
+    project = new_project(tmp_path)
+    command = ("run", "--pipeline", "sweep", "--env", "debug", "--params", as_params(SWEEP | {"sweep.sizes": 60000}))
+    with monkeypatch.context() as patch:
+        tell = train._ArmTraining.tell
+
+        def stop(self, epoch):
+            tell(self, epoch)
+            interrupt.request(interrupt.Interrupted("told to stop"))
+
+        patch.setattr(train._ArmTraining, "tell", stop)
+        assert kedro(project, *command).exit_code == 128 + signal.SIGTERM
+    before = runs_of(project)
+    assert kedro(project, *command).exit_code == 0
+    runs = runs_of(project)
+    trials = runs[runs["tags.stage"] == "grid"]
+
+    (stopped,) = before.loc[(before["tags.stage"] == "grid") & (before["status"] == "KILLED"), "run_id"]
+    assert sorted(trials["tags.model_type"]) == ["collective", "shallow"] and stopped in set(trials["run_id"])
+    assert set(trials["status"]) == {"FINISHED"}
+    for run_id in trials["run_id"]:
+        curve = mlflow.MlflowClient().get_metric_history(run_id, "val/accuracy")
+        assert [point.step for point in curve] == [1, 2]
+
+
 def test_a_search_tracks_pruned_trials_as_finished(tmp_path, new_project):
     """Every trial is a run of its own; what was pruned says so, and nothing failed."""
     project = new_project(tmp_path)
@@ -96,3 +136,29 @@ def test_a_search_tracks_pruned_trials_as_finished(tmp_path, new_project):
     typed = command.replace("photos/", "data/01_raw/mnist/t10k-images-idx3-ubyte.gz")
     told = kedro(project, *shlex.split(typed.removeprefix("To use one: kedro ")))
     assert told.exit_code == 0, told.output
+
+
+def test_a_result_that_was_not_told_any_more_has_one_model_all_the_same(tmp_path, new_project, monkeypatch):
+    """Killed after the model was kept and before the study knew: what goes on keeps it again, in its place."""
+    project = new_project(tmp_path)
+    search = SWEEP | {"sweep.model_types": "shallow", "sweep.mode": "search", "sweep.trials": 1}
+    command = ("run", "--pipeline", "sweep", "--env", "debug", "--params", as_params(search))
+    with monkeypatch.context() as patch:
+        end = work.Worker._end
+
+        def die(self, claim, pruner, **outcome):
+            if claim.unit.stage == "final":
+                raise OSError("killed")
+            end(self, claim, pruner, **outcome)
+
+        patch.setattr(work.Worker, "_end", die)
+        assert kedro(project, *command).exit_code == 1
+    assert kedro(project, *command).exit_code == 0
+    runs = runs_of(project)
+    (final,) = runs.loc[runs["tags.stage"] == "final", "run_id"]
+    models = mlflow.search_logged_models(runs["experiment_id"].unique().tolist())
+
+    assert list(models["source_run_id"]) == [final]
+    assert len(mlflow.pyfunc.load_model(f"runs:/{final}/model").metadata.signature.inputs.inputs) == 1
+    assert len(list(project.rglob("final/shallow/*.safetensors"))) == 1
+    assert not list(project.rglob("*.run"))

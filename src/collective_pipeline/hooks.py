@@ -2,14 +2,13 @@
 
 import contextlib
 import errno
-import math
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -27,22 +26,24 @@ from omegaconf import OmegaConf
 
 from collective_pipeline.config import (
     Arm,
-    DatasetName,
     Parameters,
-    TrainingConfig,
     UserError,
     check_parameters,
     flatten,
 )
 from collective_pipeline.evaluation.results import final_metrics
 from collective_pipeline.io.checkpoints import CheckpointDataset
-from collective_pipeline.models.matching import parameter_budget
-from collective_pipeline.pipelines import merged_moe
-from collective_pipeline.pipelines.deepmoe import list_arms
+from collective_pipeline.pipelines.experiments import DEFAULT, EXPERIMENTS, check_read
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.progress import duration
-from collective_pipeline.training.tracking import log_gpu_temperatures, log_model, set_up_system_metrics
+from collective_pipeline.training.tracking import (
+    end_runs_of_the_dead,
+    log_model,
+    process_tags,
+    set_up_system_metrics,
+    start_run,
+)
 
 SPARE_BYTES = 64 * 2**20
 
@@ -75,48 +76,28 @@ class CheckBeforeRun:
 
     # Before kedro-mlflow opens a run, which nobody would close.
     @hook_impl(tryfirst=True)
-    def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """All folders that the run writes to can be written to and have room."""
-        paths = (_filepath(catalog, name) for name in pipeline.all_outputs())
+    def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """What `--params` gives is read; all folders that the run writes to can be written to and have room."""
+        states = {name for name in pipeline.inputs() if name.endswith((".last", ".states"))}  # written by their nodes
+        paths = (_filepath(catalog, name) for name in pipeline.all_outputs() | states)
         folders = {Path(path).parent for path in paths if path is not None}
+        names = [DEFAULT if name == "__default__" else name for name in run_params["pipeline_names"] or [DEFAULT]]
         try:
-            needed = SPARE_BYTES + self._weight_bytes(pipeline)
+            check_read(_list_names(run_params["runtime_params"]), names)
+            needed = SPARE_BYTES + 4 * sum(EXPERIMENTS[name].count_weights(self.settings) for name in names)
             for folder in sorted(folders):
                 check_writable(folder, needed)
         except UserError as error:
             raise _for_person(error) from error
 
-    def _weight_bytes(self, pipeline: Pipeline) -> int:
-        """A rough size of all checkpoints: 4 bytes a parameter, for every seed and arm.
 
-        The best weights and MLflow's copy; and three states of training while the last is written: those, the weights
-        and two moments.
-        """
-        settings = self.settings
-        arms = [str(node.namespace) for node in pipeline.nodes if "train" in node.tags]
-        if any(name.startswith("deepmoe") for name in arms):
-            deepmoe = settings.deepmoe
-            params = sum(arm.params for arm in list_arms(deepmoe, *_about(deepmoe.dataset)))
-            return 4 * params * _copies(deepmoe.training) * len(deepmoe.seeds)
-        if any(name.startswith("merged_moe") for name in arms):
-            own = settings.merged_moe
-            params = merged_moe.estimate_params(own, *_about(own.dataset))
-            copies = max(_copies(own.training), _copies(own.sub_models))
-            return 4 * params * copies * len(own.seeds)
-        image_shape, num_classes = _about(settings.dataset)
-        in_dim = math.prod(image_shape)
-        target = parameter_budget(settings.collective, settings.baselines, in_dim=in_dim, num_classes=num_classes)
-        return 4 * target * _copies(settings.training) * len(settings.seeds) * len(arms)
-
-
-def _about(dataset: DatasetName) -> tuple[tuple[int, int, int], int]:
-    """The shape of its images and how many classes it has at most."""
-    return ((1, 28, 28), 10) if "mnist" in dataset else ((3, 32, 32), 100)
-
-
-def _copies(training: TrainingConfig) -> int:
-    """Of all weights, on the disk at once."""
-    return 2 + 3 * (4 + (training.ema_decay is not None))
+def _list_names(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names in nested sections."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _list_names(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def check_writable(folder: Path, num_bytes: int) -> None:
@@ -186,7 +167,7 @@ class TrackArms:
 
     @hook_impl
     def before_pipeline_run(self) -> None:
-        """Name the code that runs."""
+        """Name the code and the process that run; end what others left that were killed."""
         self.runs, self.source_tags, self.command_run = {}, {}, None
         run = mlflow.active_run()
         if run is None:
@@ -196,6 +177,8 @@ class TrackArms:
         mlflow.MlflowClient().set_experiment_tag(
             run.info.experiment_id, "mlflow.experimentKind", "custom_model_development"
         )
+        mlflow.set_tags(process_tags())
+        end_runs_of_the_dead(run.info.experiment_id)
         set_up_system_metrics()
         commit = _git("rev-parse", "HEAD")
         if commit:
@@ -207,7 +190,8 @@ class TrackArms:
     @hook_impl(trylast=True)
     def before_node_run(self, node: Node, inputs: dict[str, Any]) -> None:
         """The arm's run is active while its nodes train and evaluate."""
-        if mlflow.active_run() is None or not node.tags & {"train", "evaluate"}:
+        command_run = mlflow.active_run()
+        if command_run is None or not node.tags & {"train", "evaluate"}:
             return
         box = str(node.namespace)
         if box in self.runs:
@@ -215,16 +199,16 @@ class TrackArms:
             return
         settings = next(value for value in inputs.values() if isinstance(value, Parameters))
         arm: Arm = inputs[f"{box}.arm"]
-        run = mlflow.start_run(
-            run_name=arm.model_type,
-            nested=True,
-            log_system_metrics=True,
-            tags={"model_type": arm.model_type, "dataset": settings.dataset} | self.source_tags,
-        )
-        self.runs[box] = run.info.run_id
-        log_gpu_temperatures(run.info.run_id)
         chosen = {"model_type": arm.model_type, "params": arm.params}
-        mlflow.log_params(flatten(settings) | {f"arm.{name}": value for name, value in flatten(arm).items()} | chosen)
+        self.runs[box] = start_run(
+            arm.model_type,
+            inputs[f"{box}.snapshots"].run_file,
+            experiment_id=command_run.info.experiment_id,
+            parent=command_run.info.run_id,
+            tags={"model_type": arm.model_type, "dataset": settings.dataset} | self.source_tags,
+            params=flatten(settings) | {f"arm.{name}": value for name, value in flatten(arm).items()} | chosen,
+            log_system_metrics=True,
+        )
 
     @hook_impl
     def after_node_run(self, node: Node, outputs: dict[str, Any]) -> None:
@@ -294,7 +278,7 @@ class TellAnswer:
                 mlflow.log_artifacts(str(report.parent), "reporting")
             summary = catalog.load(f"{box}.summary")
             click.echo(f"\n{summary['answer']}\n")
-            click.echo(format_comparison(catalog.load(f"{box}.comparison")))
+            click.echo(format_comparison(catalog.load(f"{box}.comparison"), reference=summary["reference"]))
             runs = catalog.load(f"{box}.runs")
             training = runs.groupby(["model_type", "target_params"])["train_seconds"].sum()
             # Arms that trained side by side took as long as the slowest; those of a study, as long as they took.
@@ -310,11 +294,9 @@ class TellAnswer:
             click.echo(f"Predictions: {_relative(Path(_filepath(catalog, name) or ''))}")
 
 
-def format_comparison(comparison: pd.DataFrame) -> str:
-    """The comparison as a table for a terminal."""
-    interval = "{:.2f} to {:.2f}".format
-    is_reference = (comparison["difference_ci_low"] == 0) & (comparison["difference_ci_high"] == 0)
-    difference = f"minus {comparison.loc[is_reference, 'model_type'].iloc[0]}" if is_reference.any() else "minus none"
+def format_comparison(comparison: pd.DataFrame, *, reference: str) -> str:
+    """The comparison as a table for a terminal; differences are to the arm `reference`, if it is there."""
+    interval, difference = "{:.2f} to {:.2f}".format, f"minus {reference}"
     arms = comparison.itertuples(index=False)
     table = pd.DataFrame(
         {

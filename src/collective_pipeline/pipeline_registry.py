@@ -6,6 +6,7 @@ from kedro.pipeline import Pipeline
 
 from collective_pipeline.config import MODEL_TYPES, Arm
 from collective_pipeline.pipelines import arm, comparison, data, deepmoe, merged_moe, predict, sweep
+from collective_pipeline.pipelines.experiments import DEFAULT
 
 
 def make_experiment(
@@ -33,7 +34,6 @@ def register_pipelines() -> dict[str, Pipeline]:
     of experts to two networks of its size. `predict` only uses what was trained.
     """
     images = data.create_pipeline()
-    single = make_experiment("single", images, ["single"], arm.matched([None]))
     phase1 = make_experiment("phase1", images, MODEL_TYPES, arm.matched(MODEL_TYPES))
     gated = make_experiment(
         "deepmoe",
@@ -42,12 +42,12 @@ def register_pipelines() -> dict[str, Pipeline]:
         deepmoe.make_arms,
         gated="deepmoe_gated",
     )
-    return {
-        "__default__": single,
-        "single": single,
+    pipelines = {
+        "single": make_experiment("single", images, ["single"], arm.matched([None])),
         "phase1": phase1,
         "deepmoe": gated,
         "merged_moe": merged_moe.create_pipeline() + comparison.create_pipeline("merged_moe", arms=merged_moe.ARMS),
         "sweep": images + sweep.create_pipeline("sweep"),
         "predict": predict.create_pipeline(),
     }
+    return {"__default__": pipelines[DEFAULT], **pipelines}

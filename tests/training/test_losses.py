@@ -192,6 +192,17 @@ def test_weighted_sum_weighs_and_names_its_terms(logits, features, labels):
         torch.testing.assert_close(values[name], value)
 
 
+def test_a_term_of_weight_0_is_logged_and_harms_neither_loss_nor_gradient(logits, labels):
+    """Not even where what it reads is infinite."""
+    gates = torch.full((*labels.shape, 4), torch.inf)
+    terms = {"cross_entropy": (1.0, cross_entropy()), "gate_sparsity": (0.0, gate_l1)}
+    values = weighted_sum(terms)(logits, {"gates": gates}, labels)
+    (gradient,) = torch.autograd.grad(values["loss"].sum(), logits)
+
+    torch.testing.assert_close(values["loss"], values["cross_entropy"])
+    assert gradient.isfinite().all() and values["gate_sparsity"].isinf().all()
+
+
 @pytest.mark.parametrize(
     ("architecture", "names"),
     [

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from collective_pipeline.config import Parameters, UserError
+from collective_pipeline.config import Arm, GateConfig, Parameters, ResNetArchitecture, UserError
+from collective_pipeline.data.splits import Splits
+from collective_pipeline.models.image_arms import make_image_arm
 from collective_pipeline.training import interrupt, snapshots
 from collective_pipeline.training.loop import Fit
 from collective_pipeline.training.snapshots import read_snapshot
@@ -46,24 +48,25 @@ def parameters(training):
     return make
 
 
+def train_at(path: Path, arm: Arm, splits: Splits, settings: Parameters, *, updates: int | None = None):
+    """Trains with the state saved at a path, until a number of updates, counted over everything, if one is given."""
+    done = iter(range(1, 10_000))
+
+    def watch(numbers):
+        for number in numbers:
+            yield number
+            if next(done) == updates:
+                raise Crash
+
+    saved = snapshots_at(path, arm, splits, settings, CPU)
+    seeds, config = settings.seeds, settings.training
+    return train_arm(arm, splits, config, seeds=seeds, device=CPU, watch=watch, snapshots=saved)
+
+
 @pytest.fixture
 def run(arm, splits):
-    """Trains with the state saved at a path, until a number of updates, counted over everything, if one is given."""
-
-    def train(path: Path, settings: Parameters, *, updates: int | None = None):
-        done = iter(range(1, 10_000))
-
-        def watch(numbers):
-            for number in numbers:
-                yield number
-                if next(done) == updates:
-                    raise Crash
-
-        saved = snapshots_at(path, arm, splits, settings, CPU)
-        seeds, config = settings.seeds, settings.training
-        return train_arm(arm, splits, config, seeds=seeds, device=CPU, watch=watch, snapshots=saved)
-
-    return train
+    """`train_at` of the collective."""
+    return lambda path, settings, **options: train_at(path, arm, splits, settings, **options)
 
 
 def ends(path: Path, checkpoint, result: Fit):
@@ -99,6 +102,22 @@ def test_going_on_equals_never_stopping(tmp_path, run, parameters, changes, upda
     with pytest.raises(Crash):
         run(path, parameters(**changes), updates=updates)
     resumed = run(path, parameters(resume=True, **changes))
+
+    assert_same(ends(path, *resumed), ends(tmp_path / "whole" / "last", *whole))
+
+
+@pytest.mark.parametrize("updates", [10, 18, 20])
+def test_going_on_in_the_second_stage_equals_never_stopping(tmp_path, splits, parameters, updates):
+    """Of a network with gates, nine updates an epoch: two epochs, then two with the moments and averages of before."""
+    gates = GateConfig(embedding_dim=8, freeze_epochs=2)
+    network = ResNetArchitecture(image_shape=splits.image_shape, blocks=(1,), width=4, gated=(0, 1), gates=gates)
+    gated = make_image_arm("resnet18_moe", network, num_classes=3)
+    changes = {"optimizer": "adamw", "schedule": "one_cycle", "ema_decay": 0.9}
+    whole = train_at(tmp_path / "whole" / "last", gated, splits, parameters(seeds=(1,), **changes))
+    path = tmp_path / "broken" / "last"
+    with pytest.raises(Crash):
+        train_at(path, gated, splits, parameters(seeds=(1,), **changes), updates=updates)
+    resumed = train_at(path, gated, splits, parameters(seeds=(1,), resume=True, **changes))
 
     assert_same(ends(path, *resumed), ends(tmp_path / "whole" / "last", *whole))
 

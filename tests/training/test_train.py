@@ -8,9 +8,10 @@ import torch
 from collective_pipeline.config import MODEL_TYPES, BaselineConfig, UserError, check_parameters
 from collective_pipeline.data.batches import Batches, Normalise
 from collective_pipeline.data.splits import Images
-from collective_pipeline.models.build import build_arm
+from collective_pipeline.models.build import build_arm, initialise
 from collective_pipeline.models.layers import Linear, Stack
 from collective_pipeline.models.matching import match_arm
+from collective_pipeline.randomness import make_generator
 from collective_pipeline.training import loop
 from collective_pipeline.training.loop import evaluate, fit
 from collective_pipeline.training.losses import cross_entropy, weighted_sum
@@ -380,3 +381,54 @@ def test_updates_at_once_are_updates_one_by_one(arm, splits, training, monkeypat
     checkpoint, _ = train_arm(arm, splits, change(training, accumulation_steps=2), seeds=(1,), device=CPU)
 
     assert all(torch.equal(checkpoint.weights[name], tensor) for name, tensor in expected.weights.items())
+
+
+EVERYTHING = {"ema_decay": 0.9, "optimizer": "adamw", "schedule": "cosine", "precision": "fp16", "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("changes", [EVERYTHING, EVERYTHING | {"optimizer": "sgd", "precision": "fp32"}])
+def test_phases_that_go_on_are_one_training(arm, splits, training, changes):
+    """Averages, moments, counts and scales are carried over a boundary where nothing else changes."""
+
+    def train(*epochs):
+        model = build_arm(arm, num_seeds=2)
+        initialise(model, [make_generator(seed, "weights") for seed in (1, 2)])
+        objective = weighted_sum({"cross_entropy": (1.0, cross_entropy())})
+        phases = [Phase("train", number, model, objective, [model], goes_on=True) for number in epochs]
+        batches = Batches(splits, (1, 2), batch_size=32, augmentation_strength=0.0)
+        result = fit(phases, batches, splits.val, change(training, epochs=4, **changes))
+        return result, model.state_dict()
+
+    (whole, expected), (parts, weights) = train(4), train(1, 2, 1)
+    clocks = {"seconds"}
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(parts.weights[name], tensor) for name, tensor in whole.weights.items())
+    for mine, other in zip(parts.history, whole.history, strict=True):
+        assert {k: v for k, v in mine.items() if k not in clocks} == {k: v for k, v in other.items() if k not in clocks}
+
+
+def test_what_still_trains_keeps_its_moments_where_other_parts_are_frozen(arm, splits, training):
+    config = change(training, ema_decay=0.9)
+    model = build_arm(arm, num_seeds=1)
+    initialise(model, [make_generator(1, "weights")])
+    batches = Batches(splits, (1,), batch_size=32, augmentation_strength=0.0)
+    objective = weighted_sum({"cross_entropy": (1.0, cross_entropy())})
+    first, second = (
+        loop._PhaseTraining(
+            Phase("train", 2, model, objective, trained, goes_on=True), batches, splits.val, config, first_epoch=before
+        )
+        for trained, before in (([model], 0), ([model.experts, model.head], 2))
+    )
+    model.requires_grad_(True)
+    first.begin(1, goes_on=False)
+    first.update(0, 5)
+    second.carry_on(first)
+
+    assert 0 < len(second.parameters) < len(first.parameters)
+    for weight in second.parameters:
+        for name, tensor in first.optimizer.state[weight].items():
+            assert torch.equal(second.optimizer.state[weight][name], tensor)
+            assert name != "step" or tensor == 5
+    averaged = second.averaged.network.state_dict()
+    assert all(torch.equal(averaged[name], tensor) for name, tensor in first.averaged.network.state_dict().items())
+    assert any(not torch.equal(averaged[name], tensor) for name, tensor in model.state_dict().items())

@@ -3,6 +3,9 @@
 import contextlib
 import logging
 import math
+import multiprocessing
+import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,11 +18,11 @@ from optuna.trial import TrialState
 from collective_pipeline.config import UserError
 from collective_pipeline.models.checkpoint import load_checkpoint
 from collective_pipeline.models.matching import match_size
-from collective_pipeline.training import interrupt
+from collective_pipeline.training import interrupt, snapshots
 from collective_pipeline.training.train import score, train_arm
 from collective_pipeline.tuning import work as module
 from collective_pipeline.tuning.outcome import collect_models, collect_runs, collect_trials, rank_importance
-from collective_pipeline.tuning.study import Study
+from collective_pipeline.tuning.study import Study, is_done
 from collective_pipeline.tuning.work import Task, check_sizes, list_finals, list_units, run_workers, work
 
 CPU = torch.device("cpu")
@@ -31,6 +34,11 @@ def make_task(splits, tmp_path, make_settings):
         return Task(make_settings(**sweep), splits, tmp_path / "unused.journal", tmp_path / "states")
 
     return make
+
+
+def with_epochs(task, epochs):
+    training = task.settings.training.model_copy(update={"epochs": epochs})
+    return replace(task, settings=task.settings.model_copy(update={"training": training}))
 
 
 def finished(task):
@@ -338,6 +346,51 @@ def test_nobody_is_said_to_have_done_the_work_of_a_stopped_worker(make_task, mon
         run_workers(make_task(workers=2), CPU)
 
     assert ("A worker ended early (exit status 130)" in caplog.text) is not stopped
+
+
+def work_and_save_every_step(task):
+    """As a process of its own."""
+    torch.set_num_threads(1)
+    snapshots.SECONDS_BETWEEN, snapshots.SHARE = -1.0, math.inf
+    work(task, CPU)
+
+
+def wait_until(happened):
+    for _ in range(6000):
+        if happened():
+            return
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_loses_nothing_and_nothing_is_done_twice(make_task):
+    """SIGKILL in the middle of a training, of one of two processes: the other goes on with it from its saved state."""
+    alone, task = (with_epochs(make_task(study=name), 30) for name in ("alone", "shared"))
+    expected = finished(alone)
+    started = multiprocessing.get_context("spawn")
+    victim, other = workers = [started.Process(target=work_and_save_every_step, args=(task,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    try:
+        wait_until(lambda: len(list(task.folder.rglob("last.safetensors"))) == 2)
+        victim.kill()
+        other.join(300)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+    study = task.open()
+    attempts = study.attempts(list_units(task.settings))
+    keys, scores = ["model_type", "target_params", "seed"], ["val_accuracy", "test_accuracy", "best_epoch"]
+    runs, unbroken = (collect_runs(one, task.settings)[0][keys + scores] for one in (study, expected))
+
+    assert (victim.exitcode, other.exitcode) == (-signal.SIGKILL, 0)
+    assert [sum(map(is_done, trials)) for trials in attempts.values()] == [1] * 4
+    assert sorted(map(len, attempts.values())) == [1, 1, 1, 2]
+    assert not any(trial.state == TrialState.RUNNING for trials in attempts.values() for trial in trials)
+    assert runs.equals(unbroken)
+    assert not list(task.folder.rglob("last.safetensors"))
 
 
 @pytest.mark.slow

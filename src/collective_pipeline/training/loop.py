@@ -278,6 +278,7 @@ class _Fitting:
     callbacks: Sequence[Callback]
     watch: Callable[[Iterable[int]], Iterable[int]]
     snapshots: Snapshots | None
+    training: "_PhaseTraining | None" = None  # of the phase before
 
     def run(self, saved: Snapshot | None) -> Fit:
         self.result, self.place = Fit.begin(self.batches.seeds), _Place()
@@ -300,11 +301,16 @@ class _Fitting:
 
     def _train(self, index: int, phase: Phase, before: int, going_on: Mapping[str, Tensor] | None) -> None:
         """All epochs of a phase, or those that are left of it; `before` were trained in other phases."""
+        if not phase.goes_on:
+            self.training = None  # nobody reads it any more, and its memory is wanted
         training = _PhaseTraining(phase, self.batches, self.validation, self.config, first_epoch=before)
         first_epoch, first_update = before + 1, 0
         if going_on is not None:
             training.load_state(going_on)
             first_epoch, first_update = self.place.epoch + 1, self.place.update
+        elif self.training is not None:
+            training.carry_on(self.training)
+        self.training = training
         for number in range(first_epoch, before + phase.epochs + 1):
             if not any(self.result.running):
                 break
@@ -389,8 +395,8 @@ class _PhaseTraining:
             warmup_updates=round(warmup_epochs * self.num_updates),
         )
         # The part of the whole that is this phase's, or all of its own.
-        start = first_epoch * self.num_updates if is_whole else 0
-        self.schedule = schedule[start : start + phase.epochs * self.num_updates]
+        self.start = first_epoch * self.num_updates if is_whole else 0
+        self.schedule = schedule[self.start : self.start + phase.epochs * self.num_updates]
         self.rates = self.schedule.to(self.device)
         num_updates = phase.epochs * self.num_updates
         self.annealed = {
@@ -442,6 +448,20 @@ class _PhaseTraining:
                 self.totals[name.removeprefix("totals/")] = torch.empty_like(tensor, device=self.device)
         for name, tensor in self.state().items():
             tensor.copy_(saved[name])
+
+    @torch.no_grad()
+    def carry_on(self, before: "_PhaseTraining") -> None:
+        """Begin with the averages, moments and counts of a phase that trained the same network, as if it was one.
+
+        They are copied: an update reads from where it was recorded.
+        """
+        if self.averaged is not None and before.averaged is not None:
+            self.averaged.network.load_state_dict(before.averaged.network.state_dict())
+        for weight in self.parameters:
+            for name, tensor in before.optimizer.state.get(weight, {}).items():
+                self.optimizer.state[weight][name].copy_(tensor)
+        self.scaler.scale_S.copy_(before.scaler.scale_S)
+        self.scaler.clean_steps_S.copy_(before.scaler.clean_steps_S)
 
     def learning_rate(self, epoch: int) -> float:
         """At the start of the epoch."""
@@ -511,7 +531,7 @@ class _PhaseTraining:
             group["lr"].copy_(rate)
         self.optimizer.step()
         if self.averaged is not None:
-            self.averaged.update(self.phase.network, self.updates_done)
+            self.averaged.update(self.phase.network, self.start + self.updates_done)
         self.updates_done += 1
 
     def _anneal(self) -> None:

@@ -104,11 +104,16 @@ def open_gates(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> Tensor:
 
 
 def weighted_sum(terms: Mapping[str, tuple[float, Term]]) -> Objective:
-    """The weighted sum of named terms, as `{"loss": sum, **terms}` so that each is logged."""
+    """The weighted sum of named terms, as `{"loss": sum, **terms}` so that each is logged.
+
+    Terms of weight 0 are only logged; one at least has another.
+    """
+    weighed = {name: weight for name, (weight, _) in terms.items() if weight}
 
     def evaluate(logits_SBK: Tensor, parts: Parts, labels_SB: Tensor) -> dict[str, Tensor]:
         values = {name: term(logits_SBK, parts, labels_SB) for name, (_, term) in terms.items()}
-        loss = torch.stack([weight * values[name] for name, (weight, _) in terms.items()]).sum(dim=0)
+        # Without those of weight 0: where one is infinite, 0 times it would be NaN.
+        loss = torch.stack([weight * values[name] for name, weight in weighed.items()]).sum(dim=0)
         return {"loss": loss, **values}
 
     return evaluate

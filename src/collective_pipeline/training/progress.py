@@ -26,7 +26,7 @@ class Progress:
     Args:
         arm: Its name.
         num_epochs: That it is to train.
-        num_arms: Of the whole comparison, for the estimate of its time.
+        num_arms: That are trained one after another, this one among them.
         device_type: On a `cpu`, a comparison that takes long names the quick test.
         brief: No line after the first epoch and the last: for one of very many short trainings.
     """
@@ -92,17 +92,18 @@ class Progress:
     def _warn_if_long(self, per_epoch: float) -> None:
         """Tell once, as soon as it can be known."""
         self.length_is_known = True
-        seconds = per_epoch * self.num_epochs * self.num_arms
-        if seconds < LONG_SECONDS:
+        seconds = per_epoch * self.num_epochs
+        if seconds * self.num_arms < LONG_SECONDS:
             return
-        what = f"all {self.num_arms} arms" if self.num_arms > 1 else "this arm"
+        # Of this arm alone: the others may be far faster or slower.
+        beside = f", and it is one of {self.num_arms} arms" if self.num_arms > 1 else ""
         is_short_plan = self.num_epochs <= DEBUG.training.epochs
         advice = (
-            " on this CPU; for an answer in minutes use the debug environment, kedro run --env debug, or a GPU"
+            "; for an answer in minutes use the debug environment, kedro run --env debug, or a GPU"
             if self.device_type == "cpu" and not is_short_plan
             else ""
         )
-        logger.warning("At this pace %s will take about %s%s.", what, duration(seconds), advice)
+        logger.warning("At this pace %s will take about %s%s%s.", self.arm, duration(seconds), beside, advice)
 
     def _warn_if_busy(self) -> None:
         """Tell once if other programs have the cores.

@@ -70,6 +70,8 @@ class Snapshots:
         resume: bool,
     ) -> None:
         self.path = path
+        # The id of the run that tracks this training is kept here, so that it goes on in the same run.
+        self.run_file = path.with_suffix(".run")
         self.name = name
         self.identity = json.loads(json.dumps(identity))
         self.circumstances = json.loads(json.dumps(circumstances))
@@ -155,7 +157,7 @@ class Snapshots:
                 self.name,
                 header["facts"]["place"]["epoch"],
             )
-        for file in (self.path, _previous(self.path)):
+        for file in (self.path, _previous(self.path), self.run_file):
             file.unlink(missing_ok=True)
 
     def load(self) -> Snapshot | None:

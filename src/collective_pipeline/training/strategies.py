@@ -67,8 +67,8 @@ class Phase:
         rate_factor: Of the configured learning rate.
         classifies: Whether the logits mean anything, so that accuracy can be measured.
         selects: Whether the network is the arm itself, so that validation may choose one of the phase's epochs.
-        goes_on: Whether its learning rate is that of the same epochs in a training without phases, instead of a
-            schedule of its own.
+        goes_on: Whether it is a part of one training of the same network: its learning rate is that of these epochs in
+            a training without phases, and averages and moments are those of the phase before, instead of its own.
         annealed: What of the network is neither learnt nor constant.
     """
 

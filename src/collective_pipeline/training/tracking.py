@@ -3,6 +3,8 @@
 import contextlib
 import importlib.metadata
 import math
+import os
+import socket
 import statistics
 import threading
 import time
@@ -12,16 +14,20 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import psutil
 import pynvml
-from mlflow.entities import Metric
+from mlflow.entities import LifecycleStage, LoggedModel, Metric
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.tracking.fluent import run_id_to_system_metrics_monitor
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from torch import Tensor
 
 import collective_pipeline
+from collective_pipeline.files import replacing
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.loop import Epoch
@@ -38,23 +44,28 @@ _LOGGING_MODEL = threading.Lock()
 class Curves:
     """A callback that logs every epoch's means over seeds to the active run, as `train/loss`, `val/accuracy`, ...
 
-    A database takes about as long for one epoch as for fifty, so that quick epochs are sent together.
+    A database takes about as long for one epoch as for fifty, so that quick epochs are sent together. What a run that
+    was interrupted has already is not logged again.
     """
 
     def __init__(self) -> None:
         self.waiting: list[Metric] = []
         self.last_time = 0.0
+        self.logged: set[int] | None = None
 
     def __call__(self, epoch: Epoch) -> None:
         run = mlflow.active_run()
         if run is None or epoch.partial:  # what is partial comes again, with all seeds
             return
-        means = {name.replace("_", "/", 1): epoch.mean(name) for name in epoch.metrics}
-        means["learning_rate"] = epoch.learning_rate
-        now = round(1000 * time.time())
-        self.waiting += [Metric(name, mean, now, epoch.number) for name, mean in means.items() if math.isfinite(mean)]
+        client = mlflow.MlflowClient()
+        if self.logged is None:
+            self.logged = {metric.step for metric in client.get_metric_history(run.info.run_id, "learning_rate")}
+        if epoch.number not in self.logged:
+            means = {name.replace("_", "/", 1): epoch.mean(name) for name in epoch.metrics}
+            means["learning_rate"] = epoch.learning_rate
+            now = round(1000 * time.time())
+            self.waiting += [Metric(name, x, now, epoch.number) for name, x in means.items() if math.isfinite(x)]
         if epoch.finished or time.perf_counter() - self.last_time > SECONDS_BETWEEN:
-            client = mlflow.MlflowClient()
             for start in range(0, len(self.waiting), 1000):  # as many as MLflow takes at once
                 client.log_batch(run.info.run_id, metrics=self.waiting[start : start + 1000])
             self.waiting, self.last_time = [], time.perf_counter()
@@ -83,20 +94,86 @@ class GpuTemperatures(BaseMetricsMonitor):
         return {name: statistics.fmean(values) for name, values in self._metrics.items()}
 
 
+def start_run(
+    name: str,
+    file: Path,
+    *,
+    experiment_id: str,
+    parent: str,
+    tags: Mapping[str, str],
+    params: Mapping[str, Any],
+    log_system_metrics: bool = False,
+) -> str:
+    """Start a run, active in this thread, or go on in the one that is kept in `file`.
+
+    Args:
+        name: Of the run.
+        file: Where its id is kept for whoever goes on, beside the state of what it tracks.
+        experiment_id: Of the experiment; a run of another one is left alone.
+        parent: The run that it is nested in.
+        tags: Also of a run that goes on.
+        params: Of a new run.
+        log_system_metrics: Whether MLflow is to watch the machine.
+
+    Returns:
+        Its id.
+    """
+    kept = _read_run(file, experiment_id)
+    run = mlflow.start_run(
+        run_id=kept,
+        experiment_id=experiment_id,
+        run_name=name,
+        nested=True,
+        tags={**tags, **process_tags(), MLFLOW_PARENT_RUN_ID: parent},
+        log_system_metrics=log_system_metrics,
+    )
+    log_gpu_temperatures(run.info.run_id)
+    if kept is None:
+        mlflow.log_params(dict(params))
+        with replacing(file) as partial:
+            partial.write_text(run.info.run_id)
+    return str(run.info.run_id)
+
+
+def _read_run(file: Path, experiment_id: str) -> str | None:
+    """The id in `file` if there is such a run in the experiment: it may have been deleted, or be kept elsewhere."""
+    try:
+        run = mlflow.MlflowClient().get_run(file.read_text())
+    except (OSError, MlflowException):
+        return None
+    here = run.info.experiment_id == experiment_id and run.info.lifecycle_stage == LifecycleStage.ACTIVE
+    return run.info.run_id if here else None
+
+
 @contextlib.contextmanager
-def nested_run(name: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> Iterator[None]:
-    """A run inside the active one, if there is one, for as long as the block takes."""
-    if mlflow.active_run() is None:
+def nested_run(name: str, file: Path, *, tags: Mapping[str, str], params: Mapping[str, Any]) -> Iterator[None]:
+    """A run inside the active one, if there is one, for as long as the block takes; see `start_run`."""
+    active = mlflow.active_run()
+    if active is None:
         yield
         return
-    mlflow.start_run(run_name=name, nested=True, tags=dict(tags))
-    mlflow.log_params(dict(params))
+    about = {"experiment_id": active.info.experiment_id, "parent": active.info.run_id}
+    start_run(name, file, tags=tags, params=params, **about)
     try:
         yield
     except BaseException as error:
         mlflow.end_run("KILLED" if isinstance(error, Interrupted) else "FAILED")
         raise
     mlflow.end_run()
+
+
+def process_tags() -> dict[str, str]:
+    """Of every run: which process it is of, so that another can tell whether that still lives."""
+    return {"host": socket.gethostname(), "pid": str(os.getpid())}
+
+
+def end_runs_of_the_dead(experiment_id: str) -> None:
+    """Mark as failed what processes of this machine that were killed have left as running."""
+    client = mlflow.MlflowClient()
+    of_here = f"attributes.status = 'RUNNING' and tags.host = '{socket.gethostname()}'"
+    for run in client.search_runs([experiment_id], of_here):
+        if not psutil.pid_exists(int(run.data.tags["pid"])):
+            client.set_terminated(run.info.run_id, "FAILED")
 
 
 def set_up_system_metrics() -> None:
@@ -114,7 +191,9 @@ def log_gpu_temperatures(run_id: str) -> None:
 
 
 def log_model(checkpoint: Checkpoint, path: Path, images: Tensor) -> None:
-    """The checkpoint as a model of the active run, with the package's code and a signature: it can be taken away.
+    """The checkpoint as the one model of the active run, with the package's code and a signature: it can be taken away.
+
+    What an interrupted run has logged before is replaced.
 
     Args:
         checkpoint: What is logged.
@@ -122,6 +201,8 @@ def log_model(checkpoint: Checkpoint, path: Path, images: Tensor) -> None:
         images: Raw ones as an example of the input, uint8 `(B, C, H, W)`.
     """
     with _LOGGING_MODEL:
+        for earlier in _models_of_active_run():
+            mlflow.MlflowClient().delete_logged_model(earlier.model_id)
         mlflow.pyfunc.log_model(
             name="model",
             loader_module=LOADER,
@@ -131,6 +212,14 @@ def log_model(checkpoint: Checkpoint, path: Path, images: Tensor) -> None:
             input_example=images.cpu().numpy(),
             pip_requirements=[f"{package}=={_public_version(package)}" for package in REQUIREMENTS],
         )
+
+
+def _models_of_active_run() -> Sequence[LoggedModel]:
+    run = mlflow.active_run()
+    if run is None:
+        return []
+    of_run = f"source_run_id = '{run.info.run_id}'"
+    return mlflow.search_logged_models([run.info.experiment_id], filter_string=of_run, output_format="list")
 
 
 def _signature(checkpoint: Checkpoint) -> ModelSignature:

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -12,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from optuna.trial import TrialState
 
 from collective_pipeline.training.interrupt import Interrupted
-from collective_pipeline.training.tracking import log_gpu_temperatures, set_up_system_metrics
+from collective_pipeline.training.tracking import set_up_system_metrics, start_run
 from collective_pipeline.tuning.study import Study, Unit
 
 logger = logging.getLogger(__name__)
@@ -35,22 +36,24 @@ class Tracking:
     parent: str
 
     @contextlib.contextmanager
-    def trial(self, unit: Unit, params: Mapping[str, Any]) -> Iterator[None]:
-        """A run of this unit, active in this thread: finished whatever the trial's state, unless there is an error."""
+    def trial(self, unit: Unit, file: Path, params: Mapping[str, Any]) -> Iterator[None]:
+        """A run of this unit, active in this thread: finished whatever the trial's state, unless there is an error.
+
+        A unit that was interrupted goes on in the run that is kept in `file`.
+        """
         mlflow.set_tracking_uri(self.uri)
         set_up_system_metrics()
-        run = mlflow.start_run(
-            run_name=str(unit),
-            experiment_id=self.experiment_id,
-            parent_run_id=self.parent,
-            nested=True,
-            tags={"model_type": unit.model_type, "stage": unit.stage, "unit": unit.name},
-            log_system_metrics=unit.stage != "search",
-        )
         status = "FAILED"
         try:
-            log_gpu_temperatures(run.info.run_id)
-            mlflow.log_params(dict(params))
+            start_run(
+                str(unit),
+                file,
+                experiment_id=self.experiment_id,
+                parent=self.parent,
+                tags={"model_type": unit.model_type, "stage": unit.stage, "unit": unit.name},
+                params=params,
+                log_system_metrics=unit.stage != "search",
+            )
             yield
             status = "FINISHED"
         except Interrupted:

@@ -23,11 +23,11 @@ import pandas as pd
 import torch
 from optuna.trial import TrialState
 
-from collective_pipeline.config import MODEL_TYPES, Arm, Parameters, Range, UserError, flatten, with_values
+from collective_pipeline.config import MODEL_TYPES, Arm, Parameters, Range, SweepConfig, UserError, flatten, with_values
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.results import final_metrics, tabulate
 from collective_pipeline.models.checkpoint import Checkpoint, save_checkpoint
-from collective_pipeline.models.matching import OutOfReach, match_arm, match_size
+from collective_pipeline.models.matching import OutOfReach, count_collective, match_arm, match_size
 from collective_pipeline.randomness import key
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.loop import Epoch
@@ -152,6 +152,30 @@ def check_sizes(settings: Parameters, splits: Splits) -> None:
             raise UserError(f"{error.what}; change {where}") from None
 
 
+def estimate_largest(settings: Parameters, *, in_dim: int, num_classes: int) -> int:
+    """About how many parameters the largest network of the sweep has, one seed of it.
+
+    Of a search: that of the largest number that each name of the space may have.
+    """
+    sweep = settings.sweep
+    if sweep.mode == "grid":
+        return max(sweep.sizes)
+    largest = {}
+    for name, values in sweep.space.items():
+        numbers = [values.high] if isinstance(values, Range) else [x for x in values if isinstance(x, int | float)]
+        if name.startswith(("collective.", "baselines.")) and numbers:
+            largest[name] = max(numbers)
+    with contextlib.suppress(UserError):  # all of them together may be no collective; then as it is configured
+        settings = with_values(settings, largest)
+    collective = count_collective(settings.collective, in_dim=in_dim, num_classes=num_classes)
+    return max(collective, settings.baselines.target_params or 0)
+
+
+def count_side_by_side(config: SweepConfig, device: torch.device) -> int:
+    """How many trainings a worker has at once on this device."""
+    return config.side_by_side or (len(MODEL_TYPES) if device.type == "cuda" else 1)
+
+
 def run_workers(task: Task, device: torch.device) -> None:
     """Work until the study is done, with as many processes as `sweep.workers` says, this one included.
 
@@ -221,7 +245,7 @@ def work(task: Task, device: torch.device, *, num_workers: int = 1) -> None:
         device: Where.
         num_workers: That share this machine's cores, and its memory or cards.
     """
-    side_by_side = task.settings.sweep.side_by_side or (len(MODEL_TYPES) if device.type == "cuda" else 1)
+    side_by_side = count_side_by_side(task.settings.sweep, device)
     num_devices = torch.cuda.device_count() if device.type == "cuda" and task.settings.device in {"auto", "cuda"} else 1
     with _threads(device, num_workers * side_by_side):
         worker = Worker(task, task.open(), device, side_by_side * math.ceil(num_workers / num_devices))
@@ -305,8 +329,9 @@ class Worker:
             return
         chosen = {"params": arm.params, "target_params": arm.target_params}
         tracked = flatten(settings) | {f"arm.{name}": value for name, value in flatten(arm).items()} | chosen
-        with self.task.tracking.trial(unit, tracked) if self.task.tracking else contextlib.nullcontext():
-            self._train(claim, arm, settings)
+        snapshots, tracking = self._snapshots(unit, arm, settings), self.task.tracking
+        with tracking.trial(unit, snapshots.run_file, tracked) if tracking else contextlib.nullcontext():
+            self._train(claim, arm, settings, snapshots)
 
     def _settings_of(self, claim: Claim) -> Parameters:
         """What this unit is trained with."""
@@ -321,7 +346,7 @@ class Worker:
             values = found[0].user_attrs["values"]
         return with_values(settings, values).model_copy(update={"seeds": unit.seeds})
 
-    def _train(self, claim: Claim, arm: Arm, settings: Parameters) -> None:
+    def _train(self, claim: Claim, arm: Arm, settings: Parameters, snapshots: Snapshots) -> None:
         unit, splits = claim.unit, self.task.splits
         claim.trial.set_user_attr("values", claim.values)
         claim.trial.set_user_attr("params", arm.params)
@@ -332,7 +357,6 @@ class Worker:
         progress = Progress(
             name, num_epochs=settings.training.epochs, num_arms=1, device_type=self.device.type, brief=search
         )
-        snapshots = self._snapshots(unit, arm, settings)
         try:
             checkpoint, fit = train_arm(
                 arm,
@@ -367,6 +391,7 @@ class Worker:
             self._fail(claim, "the loss of every seed diverged before it had good weights", pruner)
             return
         log_outcome(TrialState.COMPLETE, final_metrics(rows))
+        # Before the study is told: whoever is killed in between keeps it again, in its place, and nothing is lost.
         if unit.stage == "final":
             self._keep(unit, checkpoint)
         self._tell(claim, pruner, values=[float(rows["val_accuracy"].mean())])

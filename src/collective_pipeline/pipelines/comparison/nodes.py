@@ -39,6 +39,7 @@ def compare(
     comparison = compare_arms(timed, settings.comparison, reference=reference)
     summary = {
         "answer": answer(comparison, settings.comparison, reference=reference),
+        "reference": reference,
         "test_accuracy": {
             str(name): round(mean, 3) for name, mean in comparison.set_index("model_type")["test_accuracy_mean"].items()
         },

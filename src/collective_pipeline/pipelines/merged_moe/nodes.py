@@ -189,15 +189,21 @@ def train_sub_models(
     *,
     num_arms: int,
 ) -> tuple[dict[str, Checkpoint], pd.DataFrame]:
-    """A network for each group, one after another, each with all seeds; their histories."""
+    """A network for each group, one after another, each with all seeds; their histories.
+
+    Raises:
+        UserError: If they cannot be merged, because one diverged for example.
+    """
     own = settings.merged_moe
+    plans = plan_sub_models(own, splits, groups)
     with_training = settings.model_copy(update={"training": own.sub_models})
     checkpoints, histories = {}, [pd.DataFrame(columns=["model_type", "seed", "epoch", "seconds"])]
     is_alone = threading.current_thread() is threading.main_thread()
-    for plan in plan_sub_models(own, splits, groups):
+    for plan in plans:
         logger.info("%-16s  learns %s", plan.name, _told(plan.splits))
         tags = {"model_type": plan.arm.model_type, "dataset": settings.dataset}
-        with nested_run(plan.name, tags, {"classes": _told(plan.splits), "params": plan.arm.params}):
+        params = {"classes": _told(plan.splits), "params": plan.arm.params}
+        with nested_run(plan.name, snapshots[plan.name].run_file, tags=tags, params=params):
             checkpoints[plan.name], history = train(
                 plan.arm,
                 plan.splits,
@@ -208,6 +214,14 @@ def train_sub_models(
                 name=plan.name,
             )
         histories.append(history)
+    if plans:
+        check_submodels(
+            list(checkpoints.values()),
+            own.architecture(splits.image_shape),
+            groups=groups.groups,
+            images=splits.image_spec,
+            seeds=own.seeds,
+        )
     return checkpoints, pd.concat([history for history in histories if len(history)] or histories, ignore_index=True)
 
 
@@ -225,16 +239,11 @@ def train_mixture(
     """Merge the sub-models and train what comes of it; a run goes on from a state only with the same sub-models.
 
     Raises:
-        UserError: If the sub-models cannot be merged, or if what was saved began with others.
+        UserError: If what was saved began with others.
     """
     architecture = arm.architecture
     assert isinstance(architecture, MixtureArchitecture)
-    plans = plan_sub_models(settings.merged_moe, splits, groups)
-    found = [sub_models[plan.name] for plan in plans if plan.name in sub_models]
-    if plans:
-        check_submodels(
-            found, architecture, groups=groups.groups, images=splits.image_spec, seeds=settings.merged_moe.seeds
-        )
+    found = [sub_models[plan.name] for plan in plan_sub_models(settings.merged_moe, splits, groups)]
     snapshots.identify(**{SUB_MODELS: _digest(found)})
 
     def prepare(model: nn.Module, seeds: Sequence[int]) -> None:

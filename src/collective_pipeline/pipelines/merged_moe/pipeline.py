@@ -70,7 +70,9 @@ def _create_sub_models() -> Pipeline:
                 update_wrapper(partial(train_sub_models, num_arms=len(ARMS)), train_sub_models),
                 inputs=["splits", "settings", "device", "merged_moe.groups", "sub_models.snapshots"],
                 outputs=["sub_models.checkpoints", "sub_models.history"],
-                name="train_sub_models",
+                # In turn, nodes that could run at the same time run in the order of their names, and sub-models that
+                # cannot be merged are to be refused before any arm trains.
+                name="fit_sub_models",
             )
         ]
     )

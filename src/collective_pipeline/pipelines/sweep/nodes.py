@@ -78,7 +78,7 @@ def compare(
         told = answer_sizes(overall, comparison, settings.comparison, near=near, reference=reference)
     labels = comparison["model_type"] + " " + comparison["params"].astype(str)
     accuracies = dict(zip(labels, comparison["test_accuracy_mean"].round(3).tolist(), strict=True))
-    summary: dict[str, Any] = {"answer": told, "test_accuracy": accuracies}
+    summary: dict[str, Any] = {"answer": told, "reference": reference, "test_accuracy": accuracies}
     if models:
         first = next(iter(models.values()))[0]
         use = ["kedro", "run", "--pipeline", "predict", "--params", f"images=photos/,checkpoint={first}"]

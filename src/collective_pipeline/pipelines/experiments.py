@@ -1,0 +1,134 @@
+"""What is known of every pipeline before it runs: which parameters it reads, and how many weights it saves."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from collective_pipeline.config import (
+    MODEL_TYPES,
+    DatasetName,
+    Parameters,
+    TrainingConfig,
+    UserError,
+    parameter_names,
+)
+from collective_pipeline.models.matching import parameter_budget
+from collective_pipeline.pipelines.deepmoe import list_arms
+from collective_pipeline.pipelines.merged_moe import estimate_params
+from collective_pipeline.training.runtime import choose_device
+from collective_pipeline.tuning.work import count_side_by_side, estimate_largest
+
+# Copies of a trained arm: the best weights, and MLflow's.
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A pipeline, as seen from the command line.
+
+    Attributes:
+        reads: Its parameters: whole sections, or names in them.
+        count_weights: About how many weights may be on the disk at once with these settings, states of training among
+            them.
+    """
+
+    reads: tuple[str, ...]
+    count_weights: Callable[[Parameters], int]
+
+    def is_reader_of(self, name: str) -> bool:
+        """Whether it reads the parameter of this dotted name."""
+        return any(name == read or name.startswith(f"{read}.") for read in self.reads)
+
+
+def _count_matched(settings: Parameters) -> int:
+    """Of one arm."""
+    in_dim, num_classes = _flat(settings.dataset)
+    target = parameter_budget(settings.collective, settings.baselines, in_dim=in_dim, num_classes=num_classes)
+    return len(settings.seeds) * target * (KEPT + _saved(settings.training))
+
+
+def _count_deepmoe(settings: Parameters) -> int:
+    own = settings.deepmoe
+    params = sum(arm.params for arm in list_arms(own, *_about(own.dataset)))
+    return len(own.seeds) * params * (KEPT + _saved(own.training))
+
+
+def _count_merged_moe(settings: Parameters) -> int:
+    own = settings.merged_moe
+    params = estimate_params(own, *_about(own.dataset))
+    return len(own.seeds) * params * (KEPT + max(_saved(own.training), _saved(own.sub_models)))
+
+
+def _count_sweep(settings: Parameters) -> int:
+    """States of as many trainings as there are at once, and what a search keeps; a grid keeps no weights."""
+    sweep, (in_dim, num_classes) = settings.sweep, _flat(settings.dataset)
+    largest = estimate_largest(settings, in_dim=in_dim, num_classes=num_classes)
+    at_once = sweep.workers * count_side_by_side(sweep, choose_device(settings.device))
+    kept = KEPT * sweep.retrain * len(sweep.model_types) if sweep.mode == "search" else 0
+    return len(settings.seeds) * largest * (at_once * _saved(settings.training) + kept)
+
+
+def _saved(training: TrainingConfig) -> int:
+    """Copies in the states of a training: the last one, the one before it, and the one that is being written.
+
+    Each has the weights, the best ones, two moments, and averages where there are some.
+    """
+    return 3 * (4 + (training.ema_decay is not None))
+
+
+def _about(dataset: DatasetName) -> tuple[tuple[int, int, int], int]:
+    """The shape of its images and how many classes it has at most."""
+    return ((1, 28, 28), 10) if "mnist" in dataset else ((3, 32, 32), 100)
+
+
+def _flat(dataset: DatasetName) -> tuple[int, int]:
+    """The features of its images, and its classes."""
+    shape, num_classes = _about(dataset)
+    return math.prod(shape), num_classes
+
+
+MATCHED = ("dataset", "seeds", "resume", "device", "data", "collective", "baselines", "training", "comparison")
+# Of experiments that have a data set, seeds, a training and a reference of their own.
+SHARED = ("resume", "device", "data", "comparison.confidence", "comparison.resamples")
+PREDICT = ("images", "model_type", "dataset", "checkpoint", "checkpoint_seed", "device")
+
+# The one that `kedro run` alone runs.
+DEFAULT = "single"
+# By their names in the registry.
+EXPERIMENTS = {
+    "single": Experiment((*MATCHED, "model_type"), _count_matched),
+    "phase1": Experiment(MATCHED, lambda settings: len(MODEL_TYPES) * _count_matched(settings)),
+    "sweep": Experiment((*MATCHED, "sweep"), _count_sweep),
+    "deepmoe": Experiment((*SHARED, "deepmoe"), _count_deepmoe),
+    "merged_moe": Experiment((*SHARED, "merged_moe"), _count_merged_moe),
+    "predict": Experiment(PREDICT, lambda settings: 0),
+}
+
+
+def check_read(given: Iterable[str], pipelines: Iterable[str]) -> None:
+    """Refuse parameters on the command line that would change nothing.
+
+    Args:
+        given: Their dotted names.
+        pipelines: Those that are run.
+
+    Raises:
+        UserError: Naming each that none of them reads, and what to use instead.
+    """
+    pipelines = list(pipelines)
+    unread = [name for name in given if not any(EXPERIMENTS[pipeline].is_reader_of(name) for pipeline in pipelines)]
+    if unread:
+        raise UserError("; ".join(_sentence(name, pipelines) for name in unread))
+
+
+def _sentence(name: str, pipelines: list[str]) -> str:
+    known = [
+        known
+        for known in parameter_names(Parameters)
+        if any(EXPERIMENTS[pipeline].is_reader_of(known) for pipeline in pipelines)
+    ]
+    # What is called so in the pipeline's own section; or without the section of another pipeline.
+    own = [found for tail in (name, name.partition(".")[2]) for found in known if f".{found}".endswith(f".{tail}")]
+    readers = [other for other, experiment in EXPERIMENTS.items() if experiment.is_reader_of(name)]
+    advice = f"use `{own[0]}`" if own else f"it is a parameter of --pipeline {', '.join(readers)}"
+    return f"`{name}` is not read by --pipeline {','.join(pipelines)}: {advice}"

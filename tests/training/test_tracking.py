@@ -1,0 +1,34 @@
+"""Runs in MLflow that nobody is left to end."""
+
+import subprocess
+import sys
+
+import mlflow
+import pytest
+
+from collective_pipeline.training.tracking import end_runs_of_the_dead, process_tags
+
+# What MLflow and its database say to each other is not ours to mend.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def client(tmp_path):
+    """Of a database of the test's own."""
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    yield mlflow.MlflowClient()
+    mlflow.set_tracking_uri(before)
+
+
+def test_what_a_killed_process_left_as_running_is_failed_and_nothing_else(client):
+    """Not what lives, runs on another machine, or says nothing of itself."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    own = process_tags()
+    tags = [own | {"pid": str(ended.pid)}, own, {"host": "elsewhere", "pid": str(ended.pid)}, {}]
+    experiment = client.create_experiment("runs", artifact_location="unused")
+    runs = [client.create_run(experiment, tags=about).info.run_id for about in tags]
+    end_runs_of_the_dead(experiment)
+
+    assert [client.get_run(run).info.status for run in runs] == ["FAILED", "RUNNING", "RUNNING", "RUNNING"]
