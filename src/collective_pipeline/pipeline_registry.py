@@ -29,8 +29,8 @@ def make_experiment(
 def register_pipelines() -> dict[str, Pipeline]:
     """`single` runs the arm that the parameter `model_type` names, `phase1` all seven, `sweep` all at many sizes.
 
-    `deepmoe` compares a network with gated channels to the one without, `merged_moe` a mixture of experts to two
-    networks of its size. `predict` only uses what was trained.
+    `deepmoe` compares a network with gated channels to the one without, `merged_moe` a mixture of experts to
+    three networks of its size, one of them a collective on images. `predict` only uses what was trained.
     """
     images = data.create_pipeline()
     single = make_experiment("single", images, ["single"], arm.matched([None]))
