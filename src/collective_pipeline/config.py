@@ -401,7 +401,7 @@ class ImageCollectiveConfig(Config):
     analyst_hidden: Widths = (128, 64)
     analyst_output: Width = 32
     c_expert: Positive = Field(0.25, description="width of the encoded experts, at least 1 / of all experts' features")
-    analyst_dropout: Fraction = 0.2
+    member_dropout: Fraction = Field(0.2, description="of experts (pixels, then features) and analysts")
     encoder_dropout: Fraction = 0.1
     head_dropout: Fraction = 0.2
 
@@ -412,7 +412,6 @@ class ImageCollectiveArchitecture(ImageCollectiveConfig):
     kind: Literal["image_collective"] = "image_collective"
     image_shape: tuple[int, int, int] = Field(description="channels, height, width")
     channels: Channels = Field((64, 128, 256, 512), description="of the stem's four stages")
-    expert_dropout: Fraction = 0.5
 
     @property
     def encoded_dim(self) -> int:

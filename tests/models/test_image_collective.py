@@ -91,7 +91,7 @@ def expert(experts, s, n, f_BCHW):
 
 def test_it_is_its_equations_member_by_member(architecture):
     """Written for one seed and one member at a time, with torch's own functions."""
-    dropouts = ("expert_dropout", "analyst_dropout", "encoder_dropout", "head_dropout")
+    dropouts = ("member_dropout", "encoder_dropout", "head_dropout")
     model = unsettle(make(architecture.model_copy(update=dict.fromkeys(dropouts, 0.0)))).eval()
     x_SBI = make_images().double()
     logits, parts = model(x_SBI)

@@ -165,9 +165,9 @@ def _build_image_collective(
         image_shape=config.image_shape,
         stem=Extractor(single, config.image_shape[0], config.channels),
         pool=GlobalAveragePool(single),
-        experts=Experts(experts, features, map_size(config.image_shape), config.expert_dropout),
+        experts=Experts(experts, features, map_size(config.image_shape), config.member_dropout),
         expert_encoder=_encoder(single, config.n_experts * features, encoded_dim, config.encoder_dropout),
-        analysts=Members(num_seeds, [analyst_dims] * config.n_analysts, dropout=config.analyst_dropout),
+        analysts=Members(num_seeds, [analyst_dims] * config.n_analysts, dropout=config.member_dropout),
         head=_decider(single, config.n_analysts * config.analyst_output, num_classes, dropout=config.head_dropout),
     )
 

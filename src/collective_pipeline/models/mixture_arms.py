@@ -64,13 +64,13 @@ def dense_arm(mixture: Arm, *, tolerance: float) -> Arm:
 
 
 def conv_collective_arm(mixture: Arm, collective: ImageCollectiveConfig, *, tolerance: float) -> Arm:
-    """A collective as large as this mixture, with experts like its own; all channels of stem and experts scaled alike.
+    """A collective as large as this mixture, the channels of its stem, which its experts keep, scaled alike.
 
     Raises:
         UserError: If there is none within `tolerance`, a relative error.
     """
     assert isinstance(mixture.architecture, MixtureArchitecture)
-    shared = {name: getattr(mixture.architecture, name) for name in ("image_shape", "channels", "expert_dropout")}
+    shared = {"image_shape": mixture.architecture.image_shape, "channels": mixture.architecture.channels}
     architecture = ImageCollectiveArchitecture(**collective.model_dump(), **shared)
     return _match("conv_collective", mixture, architecture, tolerance, change="merged_moe.collective, the mixture's")
 
