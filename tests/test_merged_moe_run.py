@@ -7,12 +7,13 @@ import pytest
 import torch
 from tests.test_run import as_params, kedro, runs_of
 
+from collective_pipeline.evaluation.members import member_outputs
 from collective_pipeline.io.checkpoints import CheckpointsDataset
 from collective_pipeline.models.checkpoint import load_checkpoint
 from collective_pipeline.pipelines.merged_moe import nodes
 
 REPORTING = "data/08_reporting/merged_moe"
-ARMS = ["merged_moe", "dense", "single_expert"]
+ARMS = ["merged_moe", "dense", "single_expert", "conv_collective"]
 TINY = {
     "merged_moe.training.batch_size": 64,
     "merged_moe.sub_models.batch_size": 32,
@@ -40,14 +41,15 @@ def merged(tmp_path_factory, new_project):
     return project, result
 
 
-def test_the_mixture_is_compared_to_two_networks_of_its_size(merged):
+def test_the_mixture_is_compared_to_three_networks_of_its_size(merged):
     project, result = merged
     comparison = pd.read_csv(project / REPORTING / "comparison.csv").set_index("model_type")
 
     assert list(comparison.index) == ARMS
     assert comparison["param_error_pct"].abs().max() <= 5
+    assert set(comparison["num_seeds"]) == {2}
     answer = json.loads((project / REPORTING / "summary.json").read_text())["answer"]
-    assert "the merged_moe is better than the 2 other arms" in answer
+    assert "the merged_moe is better than the 3 other arms" in answer
     assert "minus merged_moe" in result.stdout
     page = (project / REPORTING / "report.html").read_text()
     assert "Is merged_moe better? mnist" in page
@@ -75,6 +77,7 @@ def test_all_arms_have_the_updates_of_the_mixture_and_its_sub_models(merged):
         "merged_moe": [1],
         "dense": [1 + 6],
         "single_expert": [1 + 6],
+        "conv_collective": [1 + 6],
     }
 
 
@@ -89,6 +92,18 @@ def test_what_the_mixture_took_includes_its_sub_models(merged):
     assert runs.loc["merged_moe", "train_seconds"].sum() == pytest.approx(total)
 
 
+def test_the_members_of_the_trained_collective_can_be_looked_into(merged):
+    """Its file alone is enough: all seeds show what their experts and analysts say of an image."""
+    (path,) = (merged[0] / "data/06_models/merged_moe_conv_collective/best.safetensors").glob("*/best.safetensors")
+    checkpoint = load_checkpoint(path)
+    logits, parts = member_outputs(checkpoint.build(), torch.zeros(1, 5, 784))
+    architecture = checkpoint.arm.architecture
+
+    assert checkpoint.seeds == (42, 43) and logits.shape == (2, 5, 3)
+    assert parts["experts"].shape == (2, 3, 5, architecture.channels[-1])
+    assert parts["analysts"].shape == (2, 2, 5, 4)
+
+
 def test_arms_and_sub_models_are_runs_in_mlflow(merged):
     runs = runs_of(merged[0])
     nested = runs[runs["tags.mlflow.parentRunId"].notna()]
@@ -100,7 +115,7 @@ def test_arms_and_sub_models_are_runs_in_mlflow(merged):
 
 def test_a_second_run_with_resume_trains_nothing_again(merged, caplog):
     project = merged[0]
-    before = {arm: weights_of(project, f"merged_moe_{arm}") for arm in ("mixture", "dense")}
+    before = {arm: weights_of(project, f"merged_moe_{arm}") for arm in ("mixture", "dense", "conv_collective")}
     caplog.set_level("INFO", "collective_pipeline")
     result = run(project, resume="true")
 
@@ -180,6 +195,12 @@ def test_a_mixture_may_begin_without_sub_models(tmp_path, new_project):
     ("params", "told"),
     [
         ("merged_moe.n_experts=1", "merged_moe.n_experts=1"),
+        ("merged_moe.collective.n_analyst=3", "did you mean 'merged_moe.collective.n_analysts'?"),
+        (
+            "merged_moe.collective.n_analysts=500,merged_moe.training.batch_size=64,merged_moe.sub_models.batch_size=32",
+            "change merged_moe.collective, the mixture's channels or the tolerance",
+        ),
+        ("merged_moe.training.strategy=pretrain_freeze_finetune", "training.strategy: these networks are trained end"),
         ("merged_moe.initialise=averge", "did you mean 'average'?"),
         ("merged_moe.initialise=copy,merged_moe.copy_of=4", "copy_of=4 is no group: choose from 1 to 2"),
         (

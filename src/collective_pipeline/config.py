@@ -35,7 +35,7 @@ ImageModelType = Literal[
 ]  # fmt: skip
 NarrowModelType = Literal["narrow"]
 Stem = Literal["cifar", "imagenet"]
-MixtureModelType = Literal["merged_moe", "single_expert", "dense", "sub_model"]
+MixtureModelType = Literal["merged_moe", "single_expert", "dense", "conv_collective", "sub_model"]
 DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100"]
 Strategy = Literal["end_to_end", "pretrain_freeze_finetune", "layerwise_autoencoding"]
 
@@ -394,8 +394,41 @@ class MixtureArchitecture(MixtureConfig):
     image_shape: tuple[int, int, int] = Field(description="channels, height, width")
 
 
+class ImageCollectiveConfig(Config):
+    """A collective on the maps of a stem, for whatever stem; an expert is as wide as the stem's maps have channels."""
+
+    n_experts: int = Field(3, ge=1, le=1024)
+    n_analysts: int = Field(6, ge=1, le=1024)
+    analyst_hidden: Widths = (128, 64)
+    analyst_output: Width = 32
+    c_expert: Positive = Field(0.25, description="width of the encoded experts, at least 1 / of all experts' features")
+    member_dropout: Fraction = Field(0.2, description="of experts (pixels, then features) and analysts")
+    encoder_dropout: Fraction = 0.1
+    head_dropout: Fraction = 0.2
+
+
+class ImageCollectiveArchitecture(ImageCollectiveConfig):
+    """A collective for images of one shape."""
+
+    kind: Literal["image_collective"] = "image_collective"
+    image_shape: tuple[int, int, int] = Field(description="channels, height, width")
+    channels: Channels = Field((64, 128, 256, 512), description="of the stem's four stages")
+
+    @property
+    def encoded_dim(self) -> int:
+        """Width of the encoded experts."""
+        return max(1, int(self.n_experts * self.channels[-1] * self.c_expert))
+
+
 ImageArchitecture = ResNetArchitecture | VggArchitecture
-Architecture = CollectiveConfig | MlpArchitecture | ImageArchitecture | SubModelArchitecture | MixtureArchitecture
+Architecture = (
+    CollectiveConfig
+    | MlpArchitecture
+    | ImageArchitecture
+    | SubModelArchitecture
+    | MixtureArchitecture
+    | ImageCollectiveArchitecture
+)
 
 
 class Arm(Config):
@@ -744,17 +777,25 @@ DEBUG_TRAINING = {"augmentation_strength": 0.0, "cutout": 0, "precision": "auto"
 
 
 class MergedMoeConfig(MixtureConfig):
-    """`kedro run --pipeline merged_moe`: a mixture merged from sub-models, beside two networks of its size."""
+    """`kedro run --pipeline merged_moe`: a mixture merged from sub-models, beside three networks of its size."""
 
     dataset: DatasetName = "cifar10"
     seeds: Seeds = (42, 43, 44)
     class_groups: ClassGroupsConfig = ClassGroupsConfig()
     n_experts: int = Field(3, ge=2, le=1024, description="those beyond the groups are drawn")
-    tolerance: float = Field(0.001, gt=0, lt=1, description="largest relative error of the two networks' sizes")
+    tolerance: float = Field(0.001, gt=0, lt=1, description="largest relative error of the three networks' sizes")
+    collective: ImageCollectiveConfig = ImageCollectiveConfig()
     sub_models: TrainingConfig = MIXTURE_TRAINING.model_copy(update={"epochs": 12})
     training: TrainingConfig = Field(
-        MIXTURE_TRAINING, description="of the mixture; the two networks have as many updates as it and its sub-models"
+        MIXTURE_TRAINING, description="of the mixture; the three networks have as many updates as it and its sub-models"
     )
+
+    @model_validator(mode="after")
+    def _check_strategies(self) -> Self:
+        for name in ("sub_models", "training"):
+            if getattr(self, name).strategy != "end_to_end":
+                raise ValueError(f"{name}.strategy: these networks are trained end to end only; leave it at end_to_end")
+        return self
 
     def architecture(self, image_shape: tuple[int, int, int]) -> MixtureArchitecture:
         """The mixture for images of this shape."""
@@ -853,6 +894,7 @@ DEBUG = Parameters(
         channels=(2, 4, 4, 8),
         gate_width=8,
         tolerance=0.05,
+        collective=ImageCollectiveConfig(n_analysts=2, analyst_hidden=(4, 4), analyst_output=4),
         sub_models=MIXTURE_TRAINING.model_copy(update={"epochs": 1, **DEBUG_TRAINING}),
         training=MIXTURE_TRAINING.model_copy(update={"epochs": 1, **DEBUG_TRAINING}),
     ),

@@ -31,7 +31,7 @@ def register_pipelines() -> dict[str, Pipeline]:
     """`single` runs the arm that the parameter `model_type` names, `phase1` all seven, `sweep` all at many sizes.
 
     `deepmoe` compares a network with gated channels to the one without and to a narrower one, `merged_moe` a mixture
-    of experts to two networks of its size. `predict` only uses what was trained.
+    of experts to three networks of its size, one of them a collective on images. `predict` only uses what was trained.
     """
     images = data.create_pipeline()
     phase1 = make_experiment("phase1", images, MODEL_TYPES, arm.matched(MODEL_TYPES))

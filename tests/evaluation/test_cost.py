@@ -8,6 +8,7 @@ from collective_pipeline.config import (
     BaselineConfig,
     CollectiveConfig,
     GateConfig,
+    ImageCollectiveArchitecture,
     MlpArchitecture,
     ResNetArchitecture,
     VggArchitecture,
@@ -60,6 +61,9 @@ ARMS = {
     "vgg": image_arm(VggArchitecture(**VGG, gates=GATES)),
     "dense": image_arm(ResNetArchitecture(**RESNET)),
     "mlp": ARM,
+    "image_collective": make_image_arm(
+        "conv_collective", ImageCollectiveArchitecture(image_shape=SHAPE, channels=(3, 4, 5, 6)), num_classes=5
+    ),
     "collective": match_arm("collective", CollectiveConfig(), BaselineConfig(), in_dim=784, num_classes=10),
 }
 
@@ -103,7 +107,7 @@ def test_what_closed_gates_save_is_in_the_right_layers():
     ]
     assert [layer[1:] for layer in gated("bottleneck_b")] == [(0, None), (None, 0), (1, None), (None, 1)]
     assert [layer[1:] for layer in gated("vgg")] == [(0, None), (1, 0), (2, 1), (None, 2)]
-    assert gated("dense") == gated("mlp") == gated("collective") == []
+    assert gated("dense") == gated("mlp") == gated("collective") == gated("image_collective") == []
 
 
 def test_executed_macs_are_those_of_the_open_channels():

@@ -20,11 +20,14 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from collective_pipeline.models.collective import Collective
+from collective_pipeline.models.image_collective import ImageCollective
 
 IMAGES_AT_ONCE = 1024
+# Networks whose members stand in `experts` and `analysts`, and whose parts of these names are the members' features.
+WithMembers = Collective | ImageCollective
 
 
-def member_outputs(model: Collective, x_SBI: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def member_outputs(model: WithMembers, x_SBI: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits `(S, B, K)` and the members' features, as the model's forward gives them, for any number of images.
 
     The model is put in evaluation mode: nothing is dropped.
@@ -93,7 +96,7 @@ def agreement(predictions_SNB: Tensor) -> Tensor:
     return 100 * (predictions_SNB.unsqueeze(2) == predictions_SNB.unsqueeze(1)).double().mean(dim=-1)
 
 
-def ablation_drops(model: Collective, x_SBI: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
+def ablation_drops(model: WithMembers, x_SBI: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
     """What the collective loses without each member: `experts` and `analysts`, `(S, N)` percentage points of accuracy.
 
     Mean ablation: the member's output is replaced by its mean over the images, so that what follows gets no word about

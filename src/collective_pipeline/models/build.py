@@ -16,6 +16,7 @@ from collective_pipeline.config import (
     CollectiveConfig,
     GateConfig,
     ImageArchitecture,
+    ImageCollectiveArchitecture,
     MixtureArchitecture,
     MlpArchitecture,
     ResNetArchitecture,
@@ -27,8 +28,9 @@ from collective_pipeline.models.collective import Collective, MemberDropout, Mem
 from collective_pipeline.models.convolution import BatchNorm2d, Conv2d, GlobalAveragePool
 from collective_pipeline.models.gating import GatedUnit, GateHeads, Gating, ShallowEmbedding
 from collective_pipeline.models.image_classifier import ImageClassifier
+from collective_pipeline.models.image_collective import ImageCollective
 from collective_pipeline.models.layers import Linear, Stack
-from collective_pipeline.models.mixture import POOLED, build_mixture, build_sub_model
+from collective_pipeline.models.mixture import POOLED, Experts, Extractor, build_mixture, build_sub_model, map_size
 from collective_pipeline.models.mlp import Classifier, Mlp
 from collective_pipeline.models.resnet import ResidualBlock, ResNet
 from collective_pipeline.models.vgg import Vgg, VggStage
@@ -68,6 +70,9 @@ def build_model(architecture: Architecture, *, in_dim: int, num_classes: int, nu
                 temperature=architecture.initial_temperature,
                 num_classes=num_classes,
             )
+        case ImageCollectiveArchitecture():
+            _check_size(architecture.image_shape, POOLED, "use larger images")
+            return _build_image_collective(architecture, num_classes=num_classes, num_seeds=num_seeds)
         case _:
             return _build_image_classifier(architecture, num_classes=num_classes, num_seeds=num_seeds)
 
@@ -125,32 +130,55 @@ def _build_collective(config: CollectiveConfig, *, in_dim: int, num_classes: int
         dims = [(in_dim, *dims, out_dim) for dims in hidden_dims]
         return Members(num_seeds, dims, dropout=config.member_dropout)
 
-    def encoder(in_dim: int, out_dim: int, dropout: float) -> Mlp:
-        return Mlp(single, (in_dim, math.isqrt(in_dim * out_dim), out_dim), dropout=[dropout])
-
     def decide(in_dim: int) -> Mlp:
-        dims = (in_dim, max(int(in_dim * config.collective_hidden_scale), 2 * num_classes), num_classes)
-        return Mlp(single, dims, dropout=[config.head_dropout], normalise=False)
+        scale = config.collective_hidden_scale
+        return _decider(single, in_dim, num_classes, hidden_scale=scale, dropout=config.head_dropout)
 
     head: nn.Module = decide(collective_dim)
     if config.head == "encoder_head":
         compressed = max(int(collective_dim * config.c_collective), 2 * num_classes)
-        head = nn.Sequential(encoder(collective_dim, compressed, config.head_dropout), decide(compressed))
+        head = nn.Sequential(_encoder(single, collective_dim, compressed, config.head_dropout), decide(compressed))
 
     experts = hidden(config.expert_hidden, config.num_experts, varied=config.vary_expert_architectures)
     analysts = hidden(config.analyst_hidden, config.num_analysts, varied=config.vary_analyst_architectures)
     drop = config.model_dropout
     return Collective(
         experts=members(in_dim, experts, config.expert_output),
-        expert_encoder=encoder(all_experts, encoded_dim, config.encoder_dropout),
+        expert_encoder=_encoder(single, all_experts, encoded_dim, config.encoder_dropout),
         analysts=members(analyst_in, analysts, config.analyst_output),
-        analyst_encoder=encoder(all_analysts, collective_dim, config.encoder_dropout)
+        analyst_encoder=_encoder(single, all_analysts, collective_dim, config.encoder_dropout)
         if config.analyst_encoder
         else nn.Identity(),
         head=head,
         expert_dropout=MemberDropout(Stack(num_seeds, config.num_experts), drop.expert_rate, drop.form),
         analyst_dropout=MemberDropout(Stack(num_seeds, config.num_analysts), drop.analyst_rate, drop.form),
     )
+
+
+def _build_image_collective(
+    config: ImageCollectiveArchitecture, *, num_classes: int, num_seeds: int
+) -> ImageCollective:
+    single, features, encoded_dim = Stack(num_seeds), config.channels[-1], config.encoded_dim
+    experts = Stack(num_seeds, config.n_experts)
+    analyst_dims = (features + encoded_dim, *config.analyst_hidden, config.analyst_output)
+    return ImageCollective(
+        image_shape=config.image_shape,
+        stem=Extractor(single, config.image_shape[0], config.channels),
+        pool=GlobalAveragePool(single),
+        experts=Experts(experts, features, map_size(config.image_shape), config.member_dropout),
+        expert_encoder=_encoder(single, config.n_experts * features, encoded_dim, config.encoder_dropout),
+        analysts=Members(num_seeds, [analyst_dims] * config.n_analysts, dropout=config.member_dropout),
+        head=_decider(single, config.n_analysts * config.analyst_output, num_classes, dropout=config.head_dropout),
+    )
+
+
+def _encoder(stack: Stack, in_dim: int, out_dim: int, dropout: float) -> Mlp:
+    return Mlp(stack, (in_dim, math.isqrt(in_dim * out_dim), out_dim), dropout=[dropout])
+
+
+def _decider(stack: Stack, in_dim: int, num_classes: int, *, dropout: float, hidden_scale: float = 1.0) -> Mlp:
+    dims = (in_dim, max(int(in_dim * hidden_scale), 2 * num_classes), num_classes)
+    return Mlp(stack, dims, dropout=[dropout], normalise=False)
 
 
 class _GatedUnits:

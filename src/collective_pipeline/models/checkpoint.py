@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from collective_pipeline.config import Arm, ImageArchitecture, ImageSpec, UserError
+from collective_pipeline.config import Arm, CollectiveConfig, ImageSpec, MlpArchitecture, UserError
 from collective_pipeline.files import replacing, write_tensors
 from collective_pipeline.models.build import build_arm
 
@@ -93,7 +93,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def _check_images(checkpoint: Checkpoint) -> None:
     arm, images = checkpoint.arm, checkpoint.images
     fits = math.prod(images.shape) == arm.in_dim and len(images.class_names) == arm.num_classes
-    if isinstance(arm.architecture, ImageArchitecture):
+    if not isinstance(arm.architecture, CollectiveConfig | MlpArchitecture):
         fits &= arm.architecture.image_shape == images.shape
     if not fits or not len(images.mean) == len(images.std) == images.shape[0]:
         raise ValueError("the images that it names are not those that its network reads")

@@ -250,7 +250,7 @@ def build_sub_model(
     return SubModel(
         image_shape,
         Extractor(stack, image_shape[0], channels),
-        Experts(stack, channels[-1], _map_size(image_shape), dropout),
+        Experts(stack, channels[-1], map_size(image_shape), dropout),
         Linear(stack, channels[-1], num_classes),
     )
 
@@ -303,12 +303,13 @@ def build_mixture(
         image_shape=image_shape,
         extractor=Extractor(stack, image_shape[0], channels),
         pool=GlobalAveragePool(stack),
-        experts=Experts(experts, features, _map_size(image_shape), expert_dropout),
+        experts=Experts(experts, features, map_size(image_shape), expert_dropout),
         gate=gate,
         head=head,
     )
 
 
-def _map_size(image_shape: ImageShape) -> int:
+def map_size(image_shape: ImageShape) -> int:
+    """Height times width of what an `Extractor` makes of such an image."""
     _, height, width = image_shape
     return (height // POOLED) * (width // POOLED)

@@ -1,12 +1,15 @@
-"""The arms of a comparison with a mixture of experts: itself, its sub-models, and two networks of its size."""
+"""The arms of a comparison with a mixture of experts: itself, its sub-models, and three networks of its size."""
 
 import math
-from collections.abc import Callable
-from functools import partial
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 from collective_pipeline.config import (
     Arm,
     Channels,
+    ImageCollectiveArchitecture,
+    ImageCollectiveConfig,
     MixtureArchitecture,
     MixtureModelType,
     RoutingLossConfig,
@@ -14,6 +17,8 @@ from collective_pipeline.config import (
     UserError,
 )
 from collective_pipeline.models.build import count_model_params
+
+ImageNetwork = MixtureArchitecture | SubModelArchitecture | ImageCollectiveArchitecture
 
 # Kernels are fast where widths are multiples of 8. Each attempt is a grid for the first three widths, and one for the
 # last, which takes up the rest; the later ones are for sizes that the first does not meet.
@@ -58,6 +63,18 @@ def dense_arm(mixture: Arm, *, tolerance: float) -> Arm:
     return _match("dense", mixture, _sub_model(mixture.architecture), tolerance)
 
 
+def conv_collective_arm(mixture: Arm, collective: ImageCollectiveConfig, *, tolerance: float) -> Arm:
+    """A collective as large as this mixture, the channels of its stem, which its experts keep, scaled alike.
+
+    Raises:
+        UserError: If there is none within `tolerance`, a relative error.
+    """
+    assert isinstance(mixture.architecture, MixtureArchitecture)
+    shared = {"image_shape": mixture.architecture.image_shape, "channels": mixture.architecture.channels}
+    architecture = ImageCollectiveArchitecture(**collective.model_dump(), **shared)
+    return _match("conv_collective", mixture, architecture, tolerance, change="merged_moe.collective, the mixture's")
+
+
 def _sub_model(mixture: MixtureArchitecture) -> SubModelArchitecture:
     return SubModelArchitecture(
         image_shape=mixture.image_shape, channels=mixture.channels, dropout=mixture.expert_dropout
@@ -66,7 +83,7 @@ def _sub_model(mixture: MixtureArchitecture) -> SubModelArchitecture:
 
 def _arm(
     model_type: MixtureModelType,
-    architecture: MixtureArchitecture | SubModelArchitecture,
+    architecture: ImageNetwork,
     params: int,
     *,
     num_classes: int,
@@ -85,14 +102,17 @@ def _arm(
 def _match(
     model_type: MixtureModelType,
     mixture: Arm,
-    architecture: MixtureArchitecture | SubModelArchitecture,
+    architecture: ImageNetwork,
     tolerance: float,
+    *,
+    change: str = "the mixture's",
 ) -> Arm:
     target, num_classes = mixture.params, mixture.num_classes
 
-    def with_channels(channels: Channels) -> MixtureArchitecture | SubModelArchitecture:
+    def with_channels(channels: Channels) -> ImageNetwork:
         return architecture.model_copy(update={"channels": channels})
 
+    @cache
     def count(channels: Channels) -> int:
         return _count(with_channels(channels), num_classes)
 
@@ -112,7 +132,7 @@ def _match(
     if abs(params - target) > tolerance * target:
         raise UserError(
             f"no {model_type} network has the {target:,} parameters of the mixture within {100 * tolerance:g} %: the "
-            f"nearest has {params:,}; change the mixture's channels or the tolerance"
+            f"nearest has {params:,}; change {change} channels or the tolerance"
         )
     return _arm(model_type, with_channels(channels), params, num_classes=num_classes, target_params=target)
 
@@ -122,10 +142,11 @@ def _candidates(
 ) -> list[tuple[Channels, int, float]]:
     """Channels near the configured proportions, their parameters, and how far a width is at most from its own."""
     grid, last_grid = grids
+    most = 2 * round(factor * configured[-1]) + 2 * last_grid
     candidates = []
     for firsts in {_scale(configured, factor * part / 100, grid)[:3] for part in PARTS}:
-        solved = _solve_last(target, partial(_count_last, count, firsts))
-        channels = (*firsts, max(1, round(solved / last_grid)) * last_grid)
+        last = _solve_last(target, partial(_count_last, count, firsts), range(last_grid, most, last_grid))
+        channels = (*firsts, last)
         ratios = [width / (factor * own) for width, own in zip(channels, configured, strict=True)]
         candidates.append((channels, count(channels), max(abs(ratio - 1) for ratio in ratios)))
     return candidates
@@ -148,15 +169,11 @@ def _count_last(count: Callable[[Channels], int], firsts: tuple[int, int, int], 
     return count((*firsts, last))
 
 
-def _solve_last(target: int, count: Callable[[int], int]) -> float:
-    """The last width with which the count, which is quadratic in it, is nearest to the target."""
-    constant, one, two = count(1), count(2), count(3)
-    square = (two - 2 * one + constant) / 2
-    linear = one - constant - 3 * square
-    constant -= round(square + linear)
-    root = linear**2 + 4 * square * max(target - constant, 0)
-    return (math.sqrt(root) - linear) / (2 * square)
+def _solve_last(target: int, count: Callable[[int], int], widths: Sequence[int]) -> int:
+    """Of these widths, in ascending order, the one whose count is nearest to the target; a wider one has more."""
+    place = bisect_left(widths, target, key=count)
+    return min(widths[max(0, place - 1) : place + 1], key=lambda last: abs(count(last) - target))
 
 
-def _count(architecture: MixtureArchitecture | SubModelArchitecture, num_classes: int) -> int:
+def _count(architecture: ImageNetwork, num_classes: int) -> int:
     return count_model_params(architecture, in_dim=math.prod(architecture.image_shape), num_classes=num_classes)

@@ -4,7 +4,7 @@
 trains the rest on the frozen experts, then everything at a tenth of the rate. `layerwise_autoencoding` lets each
 layer in turn, on top of the frozen ones before it, rebuild its own input, then trains everything.
 
-Only a collective has members to pretrain; a single network is trained end to end for the same number of updates.
+Only a `Collective` has members to pretrain; any other network is trained end to end for the same number of updates.
 A network with gates has two stages in any case: its last epochs are without the gates' own losses, and these frozen.
 Suffixes as in `models.collective`.
 """

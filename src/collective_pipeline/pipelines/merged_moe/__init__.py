@@ -1,4 +1,4 @@
-"""A mixture of experts, merged from networks that each know a group of classes, beside two networks of its size."""
+"""A mixture of experts, merged from networks that each know a group of classes, beside three networks of its size."""
 
 from collective_pipeline.pipelines.merged_moe.nodes import estimate_params, read_settings
 from collective_pipeline.pipelines.merged_moe.pipeline import ARMS, create_pipeline

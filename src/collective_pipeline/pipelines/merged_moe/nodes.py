@@ -26,7 +26,13 @@ from collective_pipeline.data.splits import Splits
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.merging import check_submodels, merge
 from collective_pipeline.models.mixture import Mixture
-from collective_pipeline.models.mixture_arms import dense_arm, mixture_arm, single_expert_arm, sub_model_arm
+from collective_pipeline.models.mixture_arms import (
+    conv_collective_arm,
+    dense_arm,
+    mixture_arm,
+    single_expert_arm,
+    sub_model_arm,
+)
 from collective_pipeline.pipelines.arm.nodes import clear, evaluate, train
 from collective_pipeline.training.runtime import choose_device
 from collective_pipeline.training.snapshots import Snapshots, digest_of
@@ -94,7 +100,7 @@ def plan_sub_models(config: MergedMoeConfig, splits: Splits, groups: ClassGroups
 
 
 def set_baseline_epochs(settings: Parameters, splits: Splits, groups: ClassGroups) -> Parameters:
-    """The settings of the two networks beside the mixture: as many updates as it and all its sub-models have.
+    """The settings of the networks beside the mixture: as many updates as it and all its sub-models have.
 
     Sub-models are part of what the mixture costs. An epoch of a group is shorter than one of all classes, so updates
     are counted, and their sum is rounded up to whole epochs; without sub-models all arms have the same.
@@ -105,7 +111,8 @@ def set_baseline_epochs(settings: Parameters, splits: Splits, groups: ClassGroup
     epochs = own.training.epochs + -(-before // _updates_per_epoch(splits, own.training))
     if plans:
         logger.info(
-            "dense and single_expert train for %d epochs: the mixture's %d, and the updates of its %d sub-models",
+            "dense, single_expert and conv_collective train for %d epochs: the mixture's %d, and the updates of its %d "
+            "sub-models",
             epochs,
             own.training.epochs,
             len(plans),
@@ -118,7 +125,7 @@ def _updates_per_epoch(splits: Splits, config: TrainingConfig) -> int:
 
 
 def make_arms(settings: Parameters, splits: Splits) -> list[Arm]:
-    """The mixture, one network without experts and one with a single one, as large as the mixture.
+    """The mixture, and as large as it is a network without experts, one with a single expert, and a collective.
 
     Raises:
         UserError: If the images are too small, or if there is no network of that size.
@@ -129,6 +136,7 @@ def make_arms(settings: Parameters, splits: Splits) -> list[Arm]:
         mixture,
         dense_arm(mixture, tolerance=own.tolerance),
         single_expert_arm(mixture, tolerance=own.tolerance),
+        conv_collective_arm(mixture, own.collective, tolerance=own.tolerance),
     ]
 
 
@@ -137,7 +145,7 @@ def estimate_params(config: MergedMoeConfig, image_shape: tuple[int, int, int], 
     architecture = config.architecture(image_shape)
     num_groups = 0 if config.initialise == "fresh" else len(config.class_groups.groups or GROUPS[config.dataset])
     return (
-        3 * mixture_arm(architecture, num_classes=num_classes).params
+        4 * mixture_arm(architecture, num_classes=num_classes).params
         + num_groups * sub_model_arm(architecture, num_classes=num_classes).params
     )
 
@@ -150,13 +158,13 @@ def clear_for_training(
     groups: ClassGroups,
     folder: Path,
     *arms_and_files: Arm | Path,
-) -> tuple[dict[str, Snapshots], Snapshots, Snapshots, Snapshots]:
+) -> tuple[dict[str, Snapshots], *tuple[Snapshots, ...]]:
     """Where every training saves its state; with `resume`, what is there is refused here if it is of another run.
 
     Args:
         splits, settings, baseline_settings, device, groups: Of the experiment.
         folder: For the states of the sub-models.
-        arms_and_files: The mixture and the two networks beside it; the files of their states in the same order.
+        arms_and_files: The mixture and the networks beside it; the files of their states in the same order.
 
     Returns:
         Those of the sub-models by their names; those of the arms.
@@ -171,13 +179,13 @@ def clear_for_training(
         sub_models[plan.name].identify(classes=plan.splits.class_names)
     arms = [item for item in arms_and_files if isinstance(item, Arm)]
     files = [item for item in arms_and_files if isinstance(item, Path)]
-    mixture, dense, single_expert = (
-        snapshots_at(file, arm, splits, with_epochs, device)
-        for file, arm, with_epochs in zip(files, arms, [settings, *[baseline_settings] * 2], strict=True)
+    of_arms = tuple(
+        snapshots_at(file, arm, splits, settings if arm is arms[0] else baseline_settings, device)
+        for file, arm in zip(files, arms, strict=True)
     )
-    mixture.identify(groups=[_names(splits, group) for group in groups.groups])
-    clear([*sub_models.values(), mixture, dense, single_expert], apart_from={SUB_MODELS})
-    return sub_models, mixture, dense, single_expert
+    of_arms[0].identify(groups=[_names(splits, group) for group in groups.groups])
+    clear([*sub_models.values(), *of_arms], apart_from={SUB_MODELS})
+    return sub_models, *of_arms
 
 
 def train_sub_models(

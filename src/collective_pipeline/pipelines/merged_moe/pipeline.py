@@ -16,7 +16,12 @@ from collective_pipeline.pipelines.merged_moe.nodes import (
     train_sub_models,
 )
 
-MIXTURE, *BASELINES = ARMS = ("merged_moe_mixture", "merged_moe_dense", "merged_moe_single_expert")
+MIXTURE, *BASELINES = ARMS = (
+    "merged_moe_mixture",
+    "merged_moe_dense",
+    "merged_moe_single_expert",
+    "merged_moe_conv_collective",
+)
 
 
 def create_pipeline() -> Pipeline:
