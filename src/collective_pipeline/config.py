@@ -468,6 +468,9 @@ class TrainingConfig(Config):
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
         "auto", description="auto: tf32 on CUDA, fp32 elsewhere"
     )
+    expert_analysis_interval: int | None = Field(
+        None, ge=0, description="epochs from one heat map of experts in MLflow to the next; null or 0: at the end alone"
+    )
 
     @model_validator(mode="after")
     def _check_nesterov(self) -> Self:
@@ -484,6 +487,10 @@ class TrainingConfig(Config):
                 f"warmup_epochs={self.warmup_epochs:g} fills all {self.epochs} epochs: choose a smaller warm-up"
             )
         return self
+
+
+# What only looks on: trainings that differ in it are the same training.
+LOOKS_ON = frozenset({"training.expert_analysis_interval"})
 
 
 class ComparisonConfig(Config):
@@ -692,6 +699,7 @@ class DeepMoeConfig(Config):
         schedule="one_cycle",
         label_smoothing=0.1,
         precision="bf16",
+        expert_analysis_interval=10,
     )
 
     @model_validator(mode="after")
@@ -715,8 +723,16 @@ class DeepMoeConfig(Config):
 
 
 MIXTURE_TRAINING = TrainingConfig(
-    epochs=40, optimizer="adamw", learning_rate=1e-3, weight_decay=1e-4, schedule="one_cycle", precision="bf16"
+    epochs=40,
+    optimizer="adamw",
+    learning_rate=1e-3,
+    weight_decay=1e-4,
+    schedule="one_cycle",
+    precision="bf16",
+    expert_analysis_interval=10,
 )
+# Sub-models have no experts to look at.
+SUB_MODEL_TRAINING = MIXTURE_TRAINING.model_copy(update={"epochs": 20, "expert_analysis_interval": None})
 
 
 class MergedMoeConfig(MixtureConfig):
@@ -727,7 +743,7 @@ class MergedMoeConfig(MixtureConfig):
     class_groups: ClassGroupsConfig = ClassGroupsConfig()
     n_experts: int = Field(3, ge=2, le=1024, description="those beyond the groups are drawn")
     tolerance: float = Field(0.001, gt=0, lt=1, description="largest relative error of the two networks' sizes")
-    sub_models: TrainingConfig = MIXTURE_TRAINING.model_copy(update={"epochs": 20})
+    sub_models: TrainingConfig = SUB_MODEL_TRAINING
     training: TrainingConfig = Field(
         MIXTURE_TRAINING, description="of the mixture; the two networks have as many updates as it and its sub-models"
     )
@@ -827,7 +843,9 @@ DEBUG = Parameters(
         channels=(2, 4, 4, 8),
         gate_width=8,
         tolerance=0.05,
-        sub_models=MIXTURE_TRAINING.model_copy(update={"epochs": 1, "augmentation_strength": 0.0, "precision": "auto"}),
+        sub_models=SUB_MODEL_TRAINING.model_copy(
+            update={"epochs": 1, "augmentation_strength": 0.0, "precision": "auto"}
+        ),
         training=MIXTURE_TRAINING.model_copy(update={"epochs": 1, "augmentation_strength": 0.0, "precision": "auto"}),
     ),
 )

@@ -9,7 +9,7 @@ from collective_pipeline.pipelines import arm, comparison, data, deepmoe, merged
 
 
 def make_experiment(
-    name: str, images: Pipeline, arms: Sequence[str], make: Callable[..., list[Arm]], *, gated: str | None = None
+    name: str, images: Pipeline, arms: Sequence[str], make: Callable[..., list[Arm]], *, analysed: Sequence[str]
 ) -> Pipeline:
     """Shared data, one namespaced copy of the arm's pipeline for each of `arms`, and their comparison.
 
@@ -18,11 +18,13 @@ def make_experiment(
         images: What gives settings, device and splits.
         arms: The namespaces.
         make: The node that makes their arms.
-        gated: The arm whose gates are looked into.
+        analysed: The arms whose experts, members or gates are looked into.
     """
     return sum(
         (arm.create_pipeline(namespace, num_arms=len(arms)) for namespace in arms),
-        start=images + arm.create_preparation(arms, make) + comparison.create_pipeline(name, arms=arms, gated=gated),
+        start=images
+        + arm.create_preparation(arms, make)
+        + comparison.create_pipeline(name, arms=arms, analysed=analysed),
     )
 
 
@@ -33,21 +35,22 @@ def register_pipelines() -> dict[str, Pipeline]:
     networks of its size. `predict` only uses what was trained.
     """
     images = data.create_pipeline()
-    single = make_experiment("single", images, ["single"], arm.matched([None]))
-    phase1 = make_experiment("phase1", images, MODEL_TYPES, arm.matched(MODEL_TYPES))
+    single = make_experiment("single", images, ["single"], arm.matched([None]), analysed=["single"])
+    phase1 = make_experiment("phase1", images, MODEL_TYPES, arm.matched(MODEL_TYPES), analysed=["collective"])
     gated = make_experiment(
         "deepmoe",
         data.create_pipeline(deepmoe.read_settings, raw_images="deepmoe.raw_images"),
         ["deepmoe_gated", "deepmoe_dense"],
         deepmoe.make_arms,
-        gated="deepmoe_gated",
+        analysed=["deepmoe_gated"],
     )
+    merged = comparison.create_pipeline("merged_moe", arms=merged_moe.ARMS, analysed=[merged_moe.MIXTURE])
     return {
         "__default__": single,
         "single": single,
         "phase1": phase1,
         "deepmoe": gated,
-        "merged_moe": merged_moe.create_pipeline() + comparison.create_pipeline("merged_moe", arms=merged_moe.ARMS),
+        "merged_moe": merged_moe.create_pipeline() + merged,
         "sweep": images + sweep.create_pipeline("sweep"),
         "predict": predict.create_pipeline(),
     }

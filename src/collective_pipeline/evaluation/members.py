@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from collective_pipeline.models.collective import Collective
 
 IMAGES_AT_ONCE = 1024
+# Networks whose members stand in `experts` and `analysts`, and whose parts of these names are the members' features.
+WithMembers = Collective
 
 
-def member_outputs(model: Collective, x_SBI: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def member_outputs(model: WithMembers, x_SBI: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits `(S, B, K)` and the members' features, as the model's forward gives them, for any number of images.
 
     The model is put in evaluation mode: nothing is dropped.
@@ -63,8 +65,8 @@ def linear_cka(*groups_SNBE: Tensor) -> Tensor:
     return cka_SNN
 
 
-def probe_predictions(train_SNBE: Tensor, labels_B: Tensor, test_SNBE: Tensor) -> Tensor:
-    """The class that each member's features alone speak for: the predictions of its linear probe, int64 `(S, N, B)`.
+def probe_predictions(train_SNBE: Tensor, labels_B: Tensor, test_SNBE: Tensor) -> tuple[Tensor, Tensor]:
+    """The class that each member's features alone speak for, int64 `(S, N, B)`, and how probable its probe finds it.
 
     A linear probe is a linear classifier on frozen features, here scikit-learn's logistic regression on standardised
     ones. It says what a member knows in a form that the next layer can read, not what the collective makes of it.
@@ -77,11 +79,15 @@ def probe_predictions(train_SNBE: Tensor, labels_B: Tensor, test_SNBE: Tensor) -
         test_SNBE: Features of the images to predict.
     """
     predictions_SNB = torch.empty(test_SNBE.shape[:3], dtype=torch.int64)
+    probabilities_SNB = torch.empty(test_SNBE.shape[:3])
     for seed, member in itertools.product(*map(range, test_SNBE.shape[:2])):
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         probe.fit(train_SNBE[seed, member].numpy(force=True), labels_B.numpy(force=True))
-        predictions_SNB[seed, member] = torch.from_numpy(probe.predict(test_SNBE[seed, member].numpy(force=True)))
-    return predictions_SNB.to(test_SNBE.device)
+        probabilities_BK = torch.from_numpy(probe.predict_proba(test_SNBE[seed, member].numpy(force=True)))
+        highest = probabilities_BK.max(dim=1)
+        probabilities_SNB[seed, member] = highest.values
+        predictions_SNB[seed, member] = torch.from_numpy(probe.classes_)[highest.indices]
+    return predictions_SNB.to(test_SNBE.device), probabilities_SNB.to(test_SNBE.device)
 
 
 def agreement(predictions_SNB: Tensor) -> Tensor:
@@ -93,7 +99,7 @@ def agreement(predictions_SNB: Tensor) -> Tensor:
     return 100 * (predictions_SNB.unsqueeze(2) == predictions_SNB.unsqueeze(1)).double().mean(dim=-1)
 
 
-def ablation_drops(model: Collective, x_SBI: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
+def ablation_drops(model: WithMembers, x_SBI: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
     """What the collective loses without each member: `experts` and `analysts`, `(S, N)` percentage points of accuracy.
 
     Mean ablation: the member's output is replaced by its mean over the images, so that what follows gets no word about

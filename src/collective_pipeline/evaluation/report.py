@@ -11,15 +11,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped,unused-ignore]
 
+from collective_pipeline.data.splits import Images
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS
-from collective_pipeline.evaluation.experts import UNIT_COLUMNS
+from collective_pipeline.evaluation.experts import SEED_COLUMNS, UNIT_COLUMNS, ExpertAnalysis
 from collective_pipeline.evaluation.figures import (
     curve_points,
     plot_accuracy,
     plot_accuracy_against_macs,
     plot_accuracy_against_params,
     plot_differences,
-    plot_gates,
+    plot_experts,
+    plot_samples,
     plot_training_curves,
 )
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS, hints
@@ -58,8 +60,8 @@ def write_report(
     history: pd.DataFrame,
     facts: Mapping[str, Mapping[str, str]],
     reference: str = "collective",
-    units: pd.DataFrame | None = None,
-    classes: pd.DataFrame | None = None,
+    experts: ExpertAnalysis | None = None,
+    images: Images | None = None,
 ) -> str:
     """The page as HTML: answer, key figures, tables, figures, every run, and how it was run.
 
@@ -71,22 +73,14 @@ def write_report(
         history: A row per arm, seed and epoch.
         facts: Section, name and value of everything needed to run it again.
         reference: The arm that the others are compared to.
-        units: What its gates do, `experts.UNIT_COLUMNS`, if it has gates.
-        classes: Likewise, `experts.CLASS_COLUMNS`.
+        experts: What its experts, members or gated layers do, if there are any.
+        images: Those that `experts` was made with.
     """
     details = [make_table("Every run, one row per arm and seed", RUNS, results, RUN_COLUMNS, "runs.csv")]
     figures = list(_figures(results, comparison, history, reference, compared=_is_compared(comparison)))
-    if units is not None and classes is not None:
-        details.append(make_table("Gates, one row per seed and unit", UNITS, units, UNIT_COLUMNS, "gates.csv"))
-        figures.append(
-            make_figure(
-                plot_gates(classes),
-                "Percent of a layer's gates that test images of a class open, or an expert's mean weight; mean over "
-                "seeds.",
-                classes,
-                "gates_by_class.csv",
-            )
-        )
+    if experts is not None and images is not None and not experts.units.empty:
+        details += _expert_tables(experts)
+        figures += _expert_figures(experts, images)
     compared = _is_compared(comparison)
     return render(
         title=title,
@@ -263,12 +257,20 @@ RUNS: Columns = {
 
 UNITS: Columns = {
     "Unit": lambda unit: unit.unit,
+    "Arm": lambda unit: unit.model_type,
     "Seed": lambda unit: str(unit.seed),
-    "Gates": lambda unit: f"{unit.num_gates:,}",
+    "Gates": lambda unit: f"{unit.num_gates:,}" if unit.num_gates else "",
     "Open (%)": lambda unit: number(".1f", unit.gate_pct),
     "Information about the class (bits)": lambda unit: number(".3f", unit.information_bits),
     "Accuracy alone (%)": lambda unit: number(".2f", unit.accuracy),
     "Lost without it (points)": lambda unit: number("+z.2f", unit.accuracy_lost_without),
+}
+UNITS_BY_SEED: Columns = {
+    "Arm": lambda run: run.model_type,
+    "Seed": lambda run: str(run.seed),
+    "Entropy of use (bits)": lambda run: number(".3f", run.usage_entropy_bits),
+    "Accuracy (%)": lambda run: number(".2f", run.accuracy),
+    "At least one right alone (%)": lambda run: number(".2f", run.oracle_accuracy),
 }
 
 
@@ -281,6 +283,12 @@ def make_table(caption: str, columns: Columns, data: pd.DataFrame, csv_columns: 
         file_name=file_name,
         csv=data[list(csv_columns)].to_csv(index=False),
     )
+
+
+def _without_empty(columns: Columns, data: pd.DataFrame) -> Columns:
+    """Those that say something of any row."""
+    rows = list(data.itertuples())
+    return {name: tell for name, tell in columns.items() if any(tell(row) for row in rows)}
 
 
 def gpu_table(columns: Columns, comparison: pd.DataFrame, csv_columns: Iterable[str]) -> Table | None:
@@ -375,6 +383,44 @@ def _figures(
         "the first leaps of the training.",
         curve_points(history),
         "training_curves.csv",
+    )
+
+
+def _expert_tables(experts: ExpertAnalysis) -> Iterable[Table]:
+    yield make_table(
+        "Experts, members and gated layers, one row per seed and unit",
+        _without_empty(UNITS, experts.units),
+        experts.units,
+        UNIT_COLUMNS,
+        "expert_analysis.csv",
+    )
+    # Layers choose nothing, and have an accuracy only together: it stands in the table of runs.
+    if experts.seeds["oracle_accuracy"].notna().any():
+        yield make_table(
+            "Experts and members together, one row per seed",
+            _without_empty(UNITS_BY_SEED, experts.seeds),
+            experts.seeds,
+            SEED_COLUMNS,
+            "expert_analysis_by_seed.csv",
+        )
+
+
+def _expert_figures(experts: ExpertAnalysis, images: Images) -> Iterable[Figure]:
+    yield make_figure(
+        plot_experts(experts.classes),
+        "On the test images of each class, how far a unit opens (percent of a layer's gates, or an expert's mean "
+        "weight) and how often it is right alone (an expert with all the weight, or a linear probe of a member's "
+        "features). One seed is shown; the file has all.",
+        experts.classes,
+        "expert_analysis_by_class.csv",
+    )
+    yield make_figure(
+        plot_samples(experts.samples, images),
+        "Random test images of different classes, what the network says of them, and below each its units: blue bars "
+        "say how far a unit opens, green ones how sure a unit without a gate is. The class in a bar is what the unit "
+        "says alone.",
+        experts.samples,
+        "sample_predictions.csv",
     )
 
 

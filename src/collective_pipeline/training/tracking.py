@@ -19,6 +19,7 @@ from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonito
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.tracking.fluent import run_id_to_system_metrics_monitor
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+from plotly.graph_objects import Figure  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 
 import collective_pipeline
@@ -97,6 +98,16 @@ def nested_run(name: str, tags: Mapping[str, str], params: Mapping[str, Any]) ->
         mlflow.end_run("KILLED" if isinstance(error, Interrupted) else "FAILED")
         raise
     mlflow.end_run()
+
+
+def is_tracked() -> bool:
+    """Whether there is a run to log to."""
+    return mlflow.active_run() is not None
+
+
+def log_figure(figure: Figure, path: str) -> None:
+    """A page of the active run that shows it, without a network: plotly.js, some 4 MB, is in it."""
+    mlflow.log_figure(figure, path, save_kwargs={"include_plotlyjs": True})
 
 
 def set_up_system_metrics() -> None:
