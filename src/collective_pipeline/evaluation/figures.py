@@ -24,7 +24,8 @@ PANELS = {"val_accuracy": "Validation accuracy", "val_loss": "Validation loss", 
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 GRID = "#E3E3E3"
 EXPERT_PANELS = {"gate_pct": "Open (%)", "accuracy": "Right alone (%)"}
-SAMPLES_IN_ROW, IMAGE_HEIGHT, BAR_HEIGHT = 5, 120, 18  # the heights in pixels, of an image and of a bar
+SAMPLES_IN_ROW = 5
+IMAGE_HEIGHT, BAR_HEIGHT, GAP = 120, 18, 48  # pixels: of an image, of a bar, and between rows of either
 
 
 def plot_accuracy(comparison: pd.DataFrame, *, reference: str = "collective") -> go.Figure:
@@ -199,6 +200,7 @@ def plot_experts(classes: pd.DataFrame) -> go.Figure:
                     "thickness": 14,
                 },
                 hovertemplate="%{y}, %{x}: %{z:.1f} %<extra></extra>",
+                showlegend=False,
                 row=row,
                 col=column,
             )
@@ -226,49 +228,61 @@ def plot_samples(samples: pd.DataFrame, images: Images) -> go.Figure:
     ]
     strips = [arm[start : start + SAMPLES_IN_ROW] for arm in shown for start in range(0, len(arm), SAMPLES_IN_ROW)]
     heights = [height for strip in strips for height in (IMAGE_HEIGHT, BAR_HEIGHT * len(strip[0]))]
+    height = sum(heights) + GAP * (len(heights) - 1)
     figure = make_subplots(
-        rows=2 * len(strips),
+        rows=len(heights),
         cols=SAMPLES_IN_ROW,
         row_heights=heights,
-        vertical_spacing=0.36 / (2 * len(strips)) ** 1.2,
-        horizontal_spacing=0.02,
+        vertical_spacing=GAP / height,
+        horizontal_spacing=0.03,
+        # Above images alone; make_subplots counts all places, row by row.
         subplot_titles=[
-            title
+            _title_of(strip[column]) if row == 0 and column < len(strip) else ""
             for strip in strips
-            for titles in ([_title_of(sample) for sample in strip], [])
-            for title in titles + [""] * (SAMPLES_IN_ROW - len(titles))
+            for row in range(2)
+            for column in range(SAMPLES_IN_ROW)
         ],
     )
-    for above, strip in zip(range(1, 2 * len(strips), 2), strips, strict=True):
+    for above, strip in zip(range(1, len(heights), 2), strips, strict=True):
         for column, sample in enumerate(strip, start=1):
             pixels = images.images[int(sample["image"].iloc[0])].cpu()
-            rgb = pixels.expand(3, -1, -1).permute(1, 2, 0)
-            figure.add_image(z=rgb.tolist(), hoverinfo="skip", row=above, col=column)
-            opens = sample["gate_pct"].notna().any()
-            says = sample["says"].fillna("").astype(str).tolist()
-            figure.add_bar(
-                x=sample["gate_pct" if opens else "confidence_pct"].tolist(),
-                y=sample["unit"].tolist(),
-                orientation="h",
-                text=says,
-                textposition="inside",
-                insidetextanchor="start",
-                marker={"color": COLORS[1] if opens else COLORS[3]},
-                customdata=says,
-                hovertemplate="%{y}: %{x:.1f} %, alone %{customdata}<extra></extra>"
-                if any(says)
-                else "%{y}: %{x:.1f} %<extra></extra>",
-                showlegend=False,
-                row=above + 1,
-                col=column,
-            )
+            figure.add_image(z=pixels.expand(3, -1, -1).permute(1, 2, 0).tolist(), row=above, col=column)
             figure.update_xaxes(visible=False, row=above, col=column)
             figure.update_yaxes(visible=False, row=above, col=column)
-            figure.update_xaxes(range=[0, 100], nticks=3, row=above + 1, col=column)
+            for trace in _bars_of(sample):
+                figure.add_trace(trace, row=above + 1, col=column)
+            figure.update_xaxes(range=[0, 100], tickvals=[0, 50], row=above + 1, col=column)
             figure.update_yaxes(autorange="reversed", showticklabels=column == 1, row=above + 1, col=column)
+            if above + 1 < len(heights):
+                figure.update_xaxes(showticklabels=False, row=above + 1, col=column)
+    figure.update_traces(hoverinfo="skip", selector={"type": "image"})
     figure.update_annotations(font_size=13)
     seed = int(samples["seed"].iloc[0])
-    return finish(figure, f"Sample predictions, seed {seed}", None, None, height=sum(heights) + 90 * len(strips) + 60)
+    return finish(figure, f"Sample predictions, seed {seed}", None, None, height=height + 120)
+
+
+def _bars_of(sample: pd.DataFrame) -> Iterable[go.Bar | go.Scatter]:
+    """How far each unit opens or how sure it is, and on it the class that it says alone."""
+    opens = sample["gate_pct"].notna().any()
+    yield go.Bar(
+        x=sample["gate_pct" if opens else "confidence_pct"].tolist(),
+        y=sample["unit"].tolist(),
+        orientation="h",
+        marker={"color": fade(COLORS[1] if opens else COLORS[3], 0.6)},
+        hovertemplate="%{y}: %{x:.1f} %<extra></extra>",
+        showlegend=False,
+    )
+    # Not the bar's own text, which has no room in a short one.
+    yield go.Scatter(
+        x=[2] * len(sample),
+        y=sample["unit"].tolist(),
+        text=sample["says"].fillna("").astype(str).tolist(),
+        mode="text",
+        textposition="middle right",
+        textfont={"size": 12},
+        hoverinfo="skip",
+        showlegend=False,
+    )
 
 
 def _title_of(sample: pd.DataFrame) -> str:
@@ -361,7 +375,7 @@ def _mean_of_seeds(comparison: pd.DataFrame) -> str:
 
 def finish(figure: go.Figure, title: str, x_title: str | None, y_title: str | None, *, height: int) -> go.Figure:
     """Title, axes, font and margins as in all figures."""
-    has_legend = any(trace.showlegend is not False for trace in figure.data)
+    has_legend = any(getattr(trace, "showlegend", False) is not False for trace in figure.data)  # an image has none
     figure.update_layout(
         template="none",
         title={"text": title, "x": 0.02, "xanchor": "left", "font": {"size": 20}},

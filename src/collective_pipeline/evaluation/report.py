@@ -427,7 +427,8 @@ def _expert_figures(experts: ExpertAnalysis, images: Images) -> Iterable[Figure]
 def make_figure(figure: go.Figure, description: str, data: pd.DataFrame, file_name: str) -> Figure:
     """A figure with the table behind it."""
     title = figure.layout.title.text
-    figure.update_layout(title=None, margin_t=16)
+    # Titles of panels, of at most two lines, stand above the topmost.
+    figure.update_layout(title=None, margin_t=52 if figure.layout.annotations else 16)
     # Inside <script> only "<" can end the element, and JSON may write it as an escape.
     return Figure(
         title,

@@ -122,7 +122,7 @@ def _means_of(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         elif isinstance(first[name], bool):
             means[name] = any(values)
         else:
-            means[name] = statistics.fmean(values) if values else None
+            means[name] = round(statistics.fmean(values), 6) if values else None
     return means
 
 
