@@ -2,6 +2,7 @@
 
 import json
 
+import mlflow
 import pandas as pd
 import pytest
 from tests.test_run import as_params, kedro, runs_of
@@ -10,7 +11,9 @@ REPORTING = "data/08_reporting/deepmoe"
 # Without an offset about half of the gates are shut from the start.
 TINY = {
     "deepmoe.training.batch_size": 64,
+    "deepmoe.training.expert_analysis_interval": 2,
     "deepmoe.width": 2,
+    "deepmoe.narrow": 0.5,
     "deepmoe.gates.offset": 0.0,
     "comparison.resamples": 200,
 }
@@ -64,7 +67,9 @@ def test_gates_learn_in_a_first_stage_and_stay_in_a_second(gated):
 
 def test_gates_are_told_layer_by_layer_and_class_by_class(gated):
     project, _ = gated
-    units, classes = (pd.read_csv(project / REPORTING / f"{name}.csv") for name in ("gates", "gates_by_class"))
+    units, classes = (
+        pd.read_csv(project / REPORTING / f"{name}.csv") for name in ("expert_analysis", "expert_analysis_by_class")
+    )
     runs = pd.read_csv(project / REPORTING / "runs.csv")
 
     assert len(units) == 2 * 16 and len(classes) == 2 * 16 * 10
@@ -74,8 +79,29 @@ def test_gates_are_told_layer_by_layer_and_class_by_class(gated):
     assert means.to_dict() == pytest.approx(units.set_index(["seed", "unit"])["gate_pct"].to_dict())
     assert (units.groupby("seed")["gate_pct"].mean() < 100).all() and len(runs) == 6
     page = (project / REPORTING / "report.html").read_text()
-    assert "Gates open, by class" in page and "layer 16" in page
-    assert json.loads((project / REPORTING / "gates.json").read_text())["data"][0]["type"] == "heatmap"
+    assert "Experts by class, seed 42" in page and "layer 16" in page
+    assert json.loads((project / REPORTING / "expert_analysis.json").read_text())["data"][0]["type"] == "heatmap"
+    # Layers say nothing alone, and so nothing of them is told together.
+    assert "At least one right alone" not in page and "Sample predictions, seed 42" in page
+
+
+def test_what_skipping_shut_gates_saves_is_measured(gated):
+    table = pd.read_csv(gated[0] / REPORTING / "skipping.csv")
+
+    assert list(table["batch_size"]) == [1, 32, 512] and (table.filter(like="_ms") > 0).all(axis=None)
+    assert "Shut gates skipped, on this device" in (gated[0] / REPORTING / "report.html").read_text()
+
+
+def test_gates_are_looked_at_while_they_are_trained(gated):
+    """By default after ten epochs; here after the second of three, in a run of its own folder in MLflow."""
+    runs, client = runs_of(gated[0]), mlflow.MlflowClient()
+    arms = runs[runs["tags.mlflow.parentRunId"].notna()].set_index("tags.model_type")
+    logged = {
+        name: [file.path for file in client.list_artifacts(arm["run_id"], "expert_analysis")]
+        for name, arm in arms.iterrows()
+    }
+
+    assert logged == {"resnet18_moe": ["expert_analysis/epoch_0002.html"], "resnet18": [], "narrow": []}
 
 
 def test_both_arms_are_runs_in_mlflow(gated):

@@ -1,6 +1,7 @@
 """`kedro run --pipeline merged_moe` as a user types it, on a few hundred images."""
 
 import json
+import math
 
 import pandas as pd
 import pytest
@@ -53,6 +54,26 @@ def test_the_mixture_is_compared_to_three_networks_of_its_size(merged):
     assert "minus merged_moe" in result.stdout
     page = (project / REPORTING / "report.html").read_text()
     assert "Is merged_moe better? mnist" in page
+
+
+def test_the_experts_of_the_mixture_are_looked_into(merged):
+    """How far each opens for which class, what it knows alone, and what no routing among them can exceed."""
+    project, _ = merged
+    units, classes, seeds, samples = (
+        pd.read_csv(project / REPORTING / f"{name}.csv")
+        for name in ("expert_analysis", "expert_analysis_by_class", "expert_analysis_by_seed", "sample_predictions")
+    )
+
+    assert units["unit"].tolist() == ["expert 1", "expert 2", "expert 3"] * 2
+    assert units.groupby("seed")["gate_pct"].sum().tolist() == pytest.approx([100, 100], abs=1e-3)
+    assert classes.groupby(["seed", "class"])["gate_pct"].sum().tolist() == pytest.approx([100] * 6, abs=1e-3)
+    assert samples.groupby("image")["gate_pct"].sum().tolist() == pytest.approx([100] * 3, abs=1e-3)
+    assert (seeds["usage_entropy_bits"] <= math.log2(3) + 1e-9).all()
+    assert (seeds["oracle_accuracy"] >= units.groupby("seed")["accuracy"].max().to_numpy()).all()
+    page = (project / REPORTING / "report.html").read_text()
+    assert all(told in page for told in ("Experts by class, seed 42", "Entropy of use (bits)", "Sample predictions"))
+    told = json.loads((project / REPORTING / "results.json").read_text())
+    assert list(told) == ARMS and list(told["merged_moe"]["class_accuracies"]) == ["0", "1", "7"]
 
 
 def test_every_group_has_a_sub_model_and_the_mixture_all_of_their_classes(merged):

@@ -20,10 +20,12 @@ import torch
 from click.testing import CliRunner, Result
 from kedro.framework.cli.cli import KedroCLI
 from PIL import Image
+from plotly.offline import get_plotlyjs
 
 from collective_pipeline.config import MODEL_TYPES, UserError
 from collective_pipeline.data.small_images import IDX_FILES, IDX_IMAGES, IDX_LABELS, read_idx
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS
+from collective_pipeline.evaluation.experts import CLASS_COLUMNS, SAMPLE_COLUMNS, SEED_COLUMNS, UNIT_COLUMNS
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 from collective_pipeline.evaluation.predict import Predictor
 from collective_pipeline.models.checkpoint import load_checkpoint
@@ -31,6 +33,17 @@ from collective_pipeline.startup import quieten
 from collective_pipeline.training import loop, tracking, train
 
 TINY = {"training.epochs": 2, "training.batch_size": 64, "seeds": "1 2", "comparison.resamples": 200}
+RESULTS = {
+    "overall_accuracy",
+    "class_accuracies",
+    "best_accuracy",
+    "total_epochs",
+    "early_stopped",
+    "final_train_loss",
+    "final_train_accuracy",
+    "final_test_accuracy",
+}
+EXPERT_TABLES = ("expert_analysis", "expert_analysis_by_class", "expert_analysis_by_seed", "sample_predictions")
 IMAGES, LABELS = (f"data/01_raw/mnist/{name}.gz" for name in IDX_FILES[2:])
 PREDICTIONS = "data/07_model_output/predict/predictions.csv"
 
@@ -67,7 +80,8 @@ def phase1(project) -> tuple[Path, Result]:
     """One run of phase 1, on which several promises are checked."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracking, "SYSTEM_METRICS_SECONDS", 0.01)  # these arms train for less than the usual two seconds
-        result = kedro(project, "run", "--pipeline", "phase1", "--env", "debug", "--params", as_params(TINY))
+        params = as_params(TINY | {"training.expert_analysis_interval": 1})
+        result = kedro(project, "run", "--pipeline", "phase1", "--env", "debug", "--params", params)
     shutil.copytree(project / "data", project / "kept" / "data")  # other tests train the same arms
     return project, result
 
@@ -113,7 +127,7 @@ def test_phase1_leaves_report_figures_history_and_checkpoints(phase1):
     summary = json.loads((project / "data/08_reporting/phase1/summary.json").read_text())
 
     assert summary["answer"].split(",")[0] in page
-    assert len(list((project / "data/08_reporting/phase1").glob("*.json"))) == 5
+    assert len(list((project / "data/08_reporting/phase1").glob("*.json"))) == 8
     for arm in MODEL_TYPES:
         history = pd.read_parquet(project / f"data/07_model_output/{arm}/history.parquet")
         (path,) = (project / f"data/06_models/{arm}/best.safetensors").glob("*/best.safetensors")
@@ -122,6 +136,59 @@ def test_phase1_leaves_report_figures_history_and_checkpoints(phase1):
         )
         assert load_checkpoint(path).seeds == (1, 2)
     assert not list(project.rglob("*.partial*"))
+
+
+def test_phase1_leaves_the_fields_of_the_originals_evaluation(phase1):
+    """`results.json`: for every arm means over seeds and each seed by itself, as the tables have them."""
+    folder = phase1[0] / "data/08_reporting/phase1"
+    told = json.loads((folder / "results.json").read_text())
+    runs = pd.read_csv(folder / "runs.csv").set_index(["model_type", "seed"])
+    _, labels = raw_test_images(phase1[0])
+
+    assert list(told) == list(MODEL_TYPES)
+    for arm, results in told.items():
+        assert results.keys() == RESULTS | {"seeds"} and results["total_epochs"] == 2
+        assert [seed["seed"] for seed in results["seeds"]] == [1, 2]
+        for seed in results["seeds"]:
+            row = runs.loc[arm, seed["seed"]]
+            assert seed["overall_accuracy"] == seed["final_test_accuracy"] == pytest.approx(row["test_accuracy"])
+            assert seed["best_accuracy"] == pytest.approx(row["val_accuracy"])
+            # As many test images of each class: their mean is the accuracy of all.
+            assert list(seed["class_accuracies"]) == [str(digit) for digit in range(10)]
+            means = [seed["class_accuracies"][str(label)] for label in labels]
+            assert sum(means) / len(means) == pytest.approx(row["test_accuracy"], abs=1e-3)
+            assert seed["early_stopped"] is False and seed["final_train_loss"] > 0
+
+
+def test_phase1_looks_into_the_members_of_the_collective(phase1):
+    """Tables with a row for each seed and member, a heat map and samples for Kedro-Viz, both in the report."""
+    folder = phase1[0] / "data/08_reporting/phase1"
+    units, classes, seeds, samples = (pd.read_csv(folder / f"{name}.csv") for name in EXPERT_TABLES)
+    members = [f"expert {n}" for n in (1, 2)] + [f"analyst {n}" for n in range(1, 7)]
+
+    assert (tuple(units), tuple(classes), tuple(seeds)) == (UNIT_COLUMNS, CLASS_COLUMNS, SEED_COLUMNS)
+    assert tuple(samples) == SAMPLE_COLUMNS
+    assert units["unit"].tolist() == members * 2 and set(units["model_type"]) == {"collective"}
+    assert units["accuracy"].between(0, 100).all() and units["gate_pct"].isna().all()
+    assert len(classes) == 2 * 8 * 10 and len(seeds) == 2 and len(samples) == 10 * 8
+    best = units.groupby("seed")["accuracy"].max().tolist()
+    assert (seeds["oracle_accuracy"] >= best).all()
+    page = (folder / "report.html").read_text()
+    assert "Experts by class, seed 1" in page and "Sample predictions, seed 1" in page
+    for figure, kind in (("expert_analysis", "heatmap"), ("sample_predictions", "image")):
+        assert json.loads((folder / f"{figure}.json").read_text())["data"][0]["type"] == kind
+
+
+def test_heat_maps_of_every_epoch_are_in_the_run_of_the_arm_that_has_experts(phase1):
+    """They open without a network."""
+    client, runs = mlflow.MlflowClient(), runs_of(phase1[0])
+    for _, run in runs[runs["tags.mlflow.parentRunId"].notna()].iterrows():
+        logged = [file.path for file in client.list_artifacts(run["run_id"], "expert_analysis")]
+        epochs = (1, 2) if run["tags.model_type"] == "collective" else ()
+        assert logged == [f"expert_analysis/epoch_{epoch:04d}.html" for epoch in epochs]
+        for path in logged:
+            page = Path(client.download_artifacts(run["run_id"], path)).read_text()
+            assert "Experts by class, seed 1" in page and "cdn.plot.ly" not in page.replace(get_plotlyjs(), "")
 
 
 def test_phase1_is_tracked(phase1):
@@ -306,6 +373,11 @@ def test_kedro_run_trains_the_named_arm(project, model_type):
     assert result.exit_code == 0, result.output
     assert list(runs["model_type"]) == [model_type] and list(runs["seed"]) == [3]
     assert list((project / f"data/06_models/{model_type}/best.safetensors").glob("*/best.safetensors"))
+    # Without experts the tables are there, but empty, and the report says nothing of them.
+    folder, has_members = project / "data/08_reporting/single", model_type == "collective"
+    assert all(pd.read_csv(folder / f"{name}.csv").empty != has_members for name in EXPERT_TABLES)
+    assert ("Experts by class" in (folder / "report.html").read_text()) == has_members
+    assert list(json.loads((folder / "results.json").read_text())) == [model_type]
 
 
 def test_both_spellings_of_pipeline(project):

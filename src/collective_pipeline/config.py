@@ -510,6 +510,9 @@ class TrainingConfig(Config):
     compile: bool = Field(
         False, description="torch.compile of what trains, on CUDA: fewer passes over maps, after half a minute's wait"
     )
+    expert_analysis_interval: int | None = Field(
+        None, ge=0, description="epochs from one heat map of experts in MLflow to the next; null or 0: at the end alone"
+    )
 
     @model_validator(mode="after")
     def _check_nesterov(self) -> Self:
@@ -526,6 +529,10 @@ class TrainingConfig(Config):
                 f"warmup_epochs={self.warmup_epochs:g} fills all {self.epochs} epochs: choose a smaller warm-up"
             )
         return self
+
+
+# What only looks on: trainings that differ in it are the same training.
+LOOKS_ON = frozenset({"training.expert_analysis_interval"})
 
 
 class ComparisonConfig(Config):
@@ -742,6 +749,7 @@ class DeepMoeConfig(Config):
         cutout=12,
         precision="bf16",
         compile=True,
+        expert_analysis_interval=10,
     )
 
     @model_validator(mode="after")
@@ -772,7 +780,10 @@ MIXTURE_TRAINING = TrainingConfig(
     schedule="one_cycle",
     cutout=12,
     precision="bf16",
+    expert_analysis_interval=10,
 )
+# Sub-models have no experts to look at.
+SUB_MODEL_TRAINING = MIXTURE_TRAINING.model_copy(update={"epochs": 12, "expert_analysis_interval": None})
 DEBUG_TRAINING = {"augmentation_strength": 0.0, "cutout": 0, "precision": "auto"}
 
 
@@ -785,7 +796,7 @@ class MergedMoeConfig(MixtureConfig):
     n_experts: int = Field(3, ge=2, le=1024, description="those beyond the groups are drawn")
     tolerance: float = Field(0.001, gt=0, lt=1, description="largest relative error of the three networks' sizes")
     collective: ImageCollectiveConfig = ImageCollectiveConfig()
-    sub_models: TrainingConfig = MIXTURE_TRAINING.model_copy(update={"epochs": 12})
+    sub_models: TrainingConfig = SUB_MODEL_TRAINING
     training: TrainingConfig = Field(
         MIXTURE_TRAINING, description="of the mixture; the three networks have as many updates as it and its sub-models"
     )
@@ -895,7 +906,7 @@ DEBUG = Parameters(
         gate_width=8,
         tolerance=0.05,
         collective=ImageCollectiveConfig(n_analysts=2, analyst_hidden=(4, 4), analyst_output=4),
-        sub_models=MIXTURE_TRAINING.model_copy(update={"epochs": 1, **DEBUG_TRAINING}),
+        sub_models=SUB_MODEL_TRAINING.model_copy(update={"epochs": 1, **DEBUG_TRAINING}),
         training=MIXTURE_TRAINING.model_copy(update={"epochs": 1, **DEBUG_TRAINING}),
     ),
 )

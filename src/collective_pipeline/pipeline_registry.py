@@ -1,6 +1,7 @@
 """The pipelines that `kedro run --pipeline` knows."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kedro.pipeline import Pipeline
 
@@ -10,7 +11,7 @@ from collective_pipeline.pipelines.experiments import DEFAULT
 
 
 def make_experiment(
-    name: str, images: Pipeline, arms: Sequence[str], make: Callable[..., list[Arm]], *, gated: str | None = None
+    name: str, images: Pipeline, arms: Sequence[str], make: Callable[..., list[Arm]], **looked_into: Any
 ) -> Pipeline:
     """Shared data, one namespaced copy of the arm's pipeline for each of `arms`, and their comparison.
 
@@ -19,11 +20,11 @@ def make_experiment(
         images: What gives settings, device and splits.
         arms: The namespaces.
         make: The node that makes their arms.
-        gated: The arm whose gates are looked into.
+        looked_into: What else `comparison.create_pipeline` is told.
     """
     return sum(
         (arm.create_pipeline(namespace, num_arms=len(arms)) for namespace in arms),
-        start=images + arm.create_preparation(arms, make) + comparison.create_pipeline(name, arms=arms, gated=gated),
+        start=images + arm.create_preparation(arms, make) + comparison.create_pipeline(name, arms=arms, **looked_into),
     )
 
 
@@ -34,19 +35,23 @@ def register_pipelines() -> dict[str, Pipeline]:
     of experts to three networks of its size, one of them a collective on images. `predict` only uses what was trained.
     """
     images = data.create_pipeline()
-    phase1 = make_experiment("phase1", images, MODEL_TYPES, arm.matched(MODEL_TYPES))
+    phase1 = make_experiment("phase1", images, MODEL_TYPES, arm.matched(MODEL_TYPES), analysed=["collective"])
     gated = make_experiment(
         "deepmoe",
         data.create_pipeline(deepmoe.read_settings, raw_images="deepmoe.raw_images"),
         ["deepmoe_gated", "deepmoe_dense", "deepmoe_narrow"],
         deepmoe.make_arms,
-        gated="deepmoe_gated",
+        analysed=["deepmoe_gated"],
+        gated_and_dense=("deepmoe_gated", "deepmoe_dense"),
+    )
+    merged = comparison.create_pipeline(
+        "merged_moe", arms=merged_moe.ARMS, analysed=[merged_moe.MIXTURE, merged_moe.COLLECTIVE]
     )
     pipelines = {
-        "single": make_experiment("single", images, ["single"], arm.matched([None])),
+        "single": make_experiment("single", images, ["single"], arm.matched([None]), analysed=["single"]),
         "phase1": phase1,
         "deepmoe": gated,
-        "merged_moe": merged_moe.create_pipeline() + comparison.create_pipeline("merged_moe", arms=merged_moe.ARMS),
+        "merged_moe": merged_moe.create_pipeline() + merged,
         "sweep": images + sweep.create_pipeline("sweep"),
         "predict": predict.create_pipeline(),
     }

@@ -5,13 +5,18 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from collective_pipeline.config import MODEL_TYPES, ComparisonConfig
+from collective_pipeline.data.splits import Images
 from collective_pipeline.evaluation.comparison import RUN_COLUMNS, compare_arms
+from collective_pipeline.evaluation.experts import ExpertAnalysis
 from collective_pipeline.evaluation.figures import (
     plot_accuracy,
     plot_accuracy_against_params,
     plot_differences,
+    plot_experts,
+    plot_samples,
     plot_training_curves,
 )
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS
@@ -137,3 +142,69 @@ def test_curves_are_means_inside_the_band_of_the_seeds():
 def test_one_epoch_is_drawn_as_points():
     _, _, history = make_run(("collective",), 3, 1)
     assert {trace.mode for trace in plot_training_curves(history).data[1::2]} == {"markers"}
+
+
+IMAGES = Images(torch.arange(7 * 3 * 4 * 5).view(7, 3, 4, 5).to(torch.uint8), torch.arange(7))
+
+
+def make_analysis(num_seeds=2, num_classes=7):
+    """Of a mixture with gates, and of a collective without."""
+    arms = {"merged_moe": (["expert 1", "expert 2"], 40.0), "collective": (["expert 1", "analyst 1"], None)}
+    classes = [
+        {"model_type": arm, "seed": 42 + s, "unit": unit, "class": str(k), "gate_pct": gate, "accuracy": 10.0 * s + k}
+        for arm, (units, gate) in arms.items()
+        for s in range(num_seeds)
+        for unit in units
+        for k in range(num_classes)
+    ]
+    samples = [
+        {"model_type": arm, "seed": 42, "image": k, "class": str(k), "prediction": "0", "unit": unit}
+        | {"gate_pct": gate, "says": str(k), "confidence_pct": 90.0}
+        for arm, (units, gate) in arms.items()
+        for k in range(num_classes)
+        for unit in units
+    ]
+    return ExpertAnalysis.of_rows(classes=classes, samples=samples)
+
+
+def test_heat_maps_of_experts_are_of_the_first_seed_and_of_what_there_is():
+    """A panel for gates and one for accuracy alone; a collective has no gates, so its first one is empty."""
+    figure = plot_experts(make_analysis().classes)
+    maps = [trace for trace in figure.data if trace.type == "heatmap"]
+
+    assert len(maps) == 4 and all(isinstance(trace.z, tuple) for trace in maps)
+    assert list(maps[1].z[0]) == list(maps[3].z[1]) == [0, 1, 2, 3, 4, 5, 6]
+    assert set(maps[0].z[0]) == {40.0} and np.isnan(maps[2].z[0]).all()
+    alone = make_analysis().classes
+    alone = alone[alone["model_type"] == "collective"]
+    assert len(plot_experts(alone).data) == 1
+
+
+def test_samples_show_the_image_itself_and_what_every_unit_has_to_do_with_it():
+    """Five in a row, so that seven of two arms are four rows; bars are gates, or how sure a member is."""
+    figure = plot_samples(make_analysis().samples, IMAGES)
+    shown = [trace for trace in figure.data if trace.type == "image"]
+    bars = [trace for trace in figure.data if trace.type == "bar"]
+    told = [trace for trace in figure.data if trace.type == "scatter"]
+
+    assert len(shown) == len(bars) == len(told) == 14
+    assert np.array_equal(np.array(shown[9].z), IMAGES.images[2].permute(1, 2, 0).numpy())
+    assert bars[0].x == (40.0, 40.0) and bars[7].x == (90.0, 90.0)
+    assert bars[7].y == ("expert 1", "analyst 1") and told[9].text == ("2", "2")
+    titles = [annotation.text for annotation in figure.layout.annotations if annotation.text]
+    assert titles[0] == "0<br>says 0" and "color" in titles[1] and len(titles) == 14
+
+
+def test_grey_images_are_shown_too():
+    grey = Images(IMAGES.images[:, :1], IMAGES.labels)
+    figure = plot_samples(make_analysis().samples, grey)
+
+    assert np.array_equal(np.array(figure.data[0].z)[..., 2], grey.images[0, 0].numpy())
+
+
+def test_without_experts_figures_say_so():
+    """Pipelines are static: the files exist whichever arm was chosen."""
+    empty = ExpertAnalysis.of_rows()
+
+    for figure in (plot_experts(empty.classes), plot_samples(empty.samples, IMAGES)):
+        assert not figure.data and figure.layout.title.text.startswith("No experts")

@@ -107,24 +107,25 @@ def test_a_probe_reads_what_is_there_and_no_more():
     labels = torch.tensor([0, 1, 2, 2] * 15)
     told = noise(1, 1, IMAGES, 4) + 50 * torch.nn.functional.one_hot(labels, 4)
     features = torch.cat([told, torch.full_like(told, 3.0)], dim=1)
-    predictions = probe_predictions(features, labels, features)[0]
+    predictions, probabilities = (told[0] for told in probe_predictions(features, labels, features))
 
-    assert torch.equal(predictions[0], labels)
+    assert torch.equal(predictions[0], labels) and (probabilities[0] > 0.9).all()
     assert predictions[1].tolist() == [2] * IMAGES
+    assert probabilities[1].tolist() == pytest.approx([0.5] * IMAGES, abs=1e-3)
 
 
 def test_a_probe_is_fitted_on_the_training_images_of_one_member(labels):
     """Its predictions do not change with the other members and seeds, nor with the other images to predict."""
     train, test = noise(SEEDS, 2, IMAGES, 5), noise(SEEDS, 2, 40, 5, seed=1)
     train[..., 0] += labels
-    predictions = probe_predictions(train, labels, test)
+    predictions, _ = probe_predictions(train, labels, test)
 
     assert predictions.shape == (SEEDS, 2, 40) and predictions.dtype == torch.int64
     assert not torch.equal(predictions[0, 0], predictions[1, 1])
     for seed in range(SEEDS):
         for member in range(2):
             one = slice(seed, seed + 1), slice(member, member + 1)
-            alone = probe_predictions(train[one], labels, test[one][:, :, :10])
+            alone, _ = probe_predictions(train[one], labels, test[one][:, :, :10])
             assert torch.equal(alone[0, 0], predictions[seed, member, :10])
 
 

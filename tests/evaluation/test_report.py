@@ -9,10 +9,13 @@ from urllib.parse import unquote
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from plotly.offline import get_plotlyjs
 
 from collective_pipeline.config import MODEL_TYPES, ComparisonConfig
+from collective_pipeline.data.splits import Images
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS, compare_arms
+from collective_pipeline.evaluation.experts import CLASS_COLUMNS, SAMPLE_COLUMNS, UNIT_COLUMNS, ExpertAnalysis
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 from collective_pipeline.evaluation.report import write_report
 
@@ -187,3 +190,42 @@ def test_the_gpu_is_on_the_page_only_where_there_was_one():
     page = Page(make_report(results=known, comparison=compare_arms(known, config), history=history))
     assert "GPU" in page.texts and "1,234" in page.texts and len(page.all("li")) == 1
     assert not any(text == "nan" for text in page.texts)
+
+
+def analysis_of_members():
+    """Of a collective: no gates, and what probes say."""
+    about = {"model_type": "collective", "seed": 42, "unit": "analyst 3", "class": "7", "accuracy": 91.5}
+    unit = about | {"num_gates": 0, "accuracy_lost_without": 0.25}
+    together = {"model_type": "collective", "seed": 42, "accuracy": 97.0, "oracle_accuracy": 99.25}
+    sample = about | {"image": 0, "prediction": "1", "says": "7", "confidence_pct": 80.0}
+    rows = (
+        [{name: row.get(name) for name in columns}]
+        for row, columns in zip((unit, about, sample), (UNIT_COLUMNS, CLASS_COLUMNS, SAMPLE_COLUMNS), strict=True)
+    )
+    units, classes, samples = rows
+    return ExpertAnalysis.of_rows(units, classes, [together], samples)
+
+
+def test_experts_have_tables_figures_and_files_without_columns_that_say_nothing():
+    images = Images(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    page = Page(make_report(experts=analysis_of_members(), images=images))
+    files = [link["download"] for link in page.all("a") if "download" in link]
+
+    for told in ("analyst 3", "91.50", "+0.25", "99.25", "Accuracy alone (%)", "At least one right alone (%)"):
+        assert told in page.texts
+    for empty in ("Gates", "Open (%)", "Information about the class (bits)", "Entropy of use (bits)"):
+        assert empty not in page.texts
+    assert {
+        "expert_analysis.csv",
+        "expert_analysis_by_seed.csv",
+        "expert_analysis_by_class.csv",
+        "sample_predictions.csv",
+    } <= set(files)
+    titles = ("Experts by class, seed 42", "Sample predictions, seed 42")
+    assert all(title in page.texts for title in titles)
+
+
+def test_without_experts_there_is_no_section_of_them(page):
+    images = Images(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+
+    assert Page(make_report(experts=ExpertAnalysis.of_rows(), images=images)).texts == page.texts

@@ -134,19 +134,14 @@ def test_two_that_train_other_seeds_of_the_same_keep_their_states_apart(make_tas
 
 
 def test_what_a_sweep_does_not_read_does_not_part_its_studies(make_task):
-    """Settings of another pipeline, for example."""
+    """Settings of another pipeline, for example, or how often one looks at a training."""
     task = make_task(sizes=[3000], model_types=["shallow"])
     finished(task)
     deepmoe = task.settings.deepmoe.model_copy(update={"width": 16})
+    training = task.settings.training.model_copy(update={"expert_analysis_interval": 3})
+    other = task.settings.model_copy(update={"deepmoe": deepmoe, "training": training})
 
-    assert (
-        len(
-            collect_runs(
-                finished(replace(task, settings=task.settings.model_copy(update={"deepmoe": deepmoe}))), task.settings
-            )[0]
-        )
-        == 2
-    )
+    assert len(collect_runs(finished(replace(task, settings=other)), task.settings)[0]) == 2
 
 
 def test_more_trials_of_another_command_do_not_change_what_is_best_here(make_task):

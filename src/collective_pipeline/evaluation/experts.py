@@ -1,26 +1,41 @@
-"""What gates do: how far they open for which classes, and what each expert of a mixture is worth.
+"""What experts, members and gated layers are for: which classes they open for, what they know, what they are worth.
 
-Of a network with gated channels a unit is a layer, whose gates are its channels' and open or shut; of a mixture it is
-an expert with one gate, whose weights sum to one over the experts.
+A network is looked into by its units. Of one with gated channels a unit is a layer, whose gates are its channels' and
+open or shut. Of a mixture it is an expert with one gate, whose weights sum to one over the experts. Of a collective it
+is a member, an expert or an analyst, without gates.
 
-Suffixes: S seeds, B images, G gates, K classes, L units, N experts.
+What a unit knows alone is, of an expert of a mixture, what the network says if every image is left to it; of a member,
+whose features are no logits, what a linear probe reads in them (`members.probe_predictions`). A layer says nothing
+alone.
+
+Suffixes: S seeds, B images, G gates, K classes, N units.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from collective_pipeline.data.batches import Normalise
 from collective_pipeline.data.splits import Images
+from collective_pipeline.evaluation.cost import open_shares
+from collective_pipeline.evaluation.members import WithMembers, ablation_drops, member_outputs, probe_predictions
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.image_classifier import ImageClassifier
-from collective_pipeline.models.mixture import Mixture
+from collective_pipeline.models.mixture import Mixture, SoftmaxGate
+from collective_pipeline.randomness import make_generator
 
 BATCH_SIZE = 512
+# What probes are fitted on: for the debug collective 2,000 images and 24 probes take about a second.
+PROBE_IMAGES = 2000
+MAX_SAMPLES = 10
+NOTHING = -1  # in the place of a class that nothing was said of
+
 UNIT_COLUMNS = (
     "model_type",
     "seed",
@@ -32,32 +47,86 @@ UNIT_COLUMNS = (
     "accuracy_lost_without",
 )
 CLASS_COLUMNS = ("model_type", "seed", "unit", "class", "gate_pct", "accuracy")
-MIXTURE_COLUMNS = ("model_type", "seed", "usage_entropy_bits", "accuracy", "oracle_accuracy")
+SEED_COLUMNS = ("model_type", "seed", "usage_entropy_bits", "accuracy", "oracle_accuracy")
+SAMPLE_COLUMNS = (
+    "model_type",
+    "seed",
+    "image",
+    "class",
+    "prediction",
+    "unit",
+    "gate_pct",
+    "says",
+    "confidence_pct",
+)
 
 
-def describe_gates(
-    checkpoint: Checkpoint, images: Images, device: torch.device
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Three tables, empty but for their columns where the network has no gates.
+@dataclass(frozen=True)
+class ExpertAnalysis:
+    """Four tables about units; all of them empty but for their columns where a network has none.
 
-    `UNIT_COLUMNS`, a row for each seed and unit: how far it opens (percent of its gates, or the mean weight), the
-    mutual information between its gate and the class (for a layer the mean over its channels), and for an expert its
-    accuracy when every image is left to it alone, and the points of accuracy that are lost when it is left out.
-    `CLASS_COLUMNS`, the same for each class. `MIXTURE_COLUMNS`, for each seed: the entropy of the mean weights, at most
-    log2 N, and how many images at least one expert alone gets right, which no routing can exceed.
+    Attributes:
+        units: `UNIT_COLUMNS`, a row for each seed and unit: how far it opens (percent of its gates, or the mean weight
+            of its one gate), the mutual information of gate and class (of a layer the mean over its channels), its
+            accuracy alone, and the points of accuracy that are lost without it: without an expert the other gates
+            are raised to sum to 1, of a member the mean output stands for the output.
+        classes: `CLASS_COLUMNS`, the first and the third of these for the images of each class.
+        seeds: `SEED_COLUMNS`, for each seed: the entropy of a mixture's mean weights, at most log2 N; the accuracy; and
+            how many images at least one unit alone gets right, which no way of choosing among them can exceed.
+        samples: `SAMPLE_COLUMNS`, for one image of each of at most ten classes, of one seed: what the network says, and
+            of each unit how far it opens, which class it says alone, and how probable that is to it.
+    """
+
+    units: pd.DataFrame
+    classes: pd.DataFrame
+    seeds: pd.DataFrame
+    samples: pd.DataFrame
+
+    @classmethod
+    def of_rows(cls, units: Any = (), classes: Any = (), seeds: Any = (), samples: Any = ()) -> Self:
+        """From dictionaries."""
+        tables = zip(
+            (units, classes, seeds, samples), (UNIT_COLUMNS, CLASS_COLUMNS, SEED_COLUMNS, SAMPLE_COLUMNS), strict=True
+        )
+        return cls(*(pd.DataFrame(list(rows), columns=list(columns)) for rows, columns in tables))
+
+    @classmethod
+    def join(cls, analyses: Sequence[Self]) -> Self:
+        """Of several networks, one below the other."""
+        # To pandas an empty table's columns are of no type, and would take that of the others away.
+        found = [analysis for analysis in analyses if not analysis.units.empty] or analyses[:1]
+        return cls(*(pd.concat([getattr(one, f.name) for one in found], ignore_index=True) for f in fields(cls)))
+
+
+def describe_experts(checkpoint: Checkpoint, *, train: Images, images: Images, device: torch.device) -> ExpertAnalysis:
+    """What each unit does on `images`, and what the network would be without it.
+
+    Seeds that diverged before they had good weights are left out.
 
     Args:
         checkpoint: What was trained.
-        images: With labels.
+        train: Images that it was trained on, for probes; at most `PROBE_IMAGES` of them are read.
+        images: Others, with labels.
         device: Where to compute.
     """
-    model = checkpoint.build().to(device).requires_grad_(False)
-    if isinstance(model, ImageClassifier) and model.gating is not None:
-        return _describe_layers(model, checkpoint, images, device)
-    if isinstance(model, Mixture):
-        return _describe_experts(model, checkpoint, images, device)
-    units, classes, mixtures = (pd.DataFrame(columns=list(n)) for n in (UNIT_COLUMNS, CLASS_COLUMNS, MIXTURE_COLUMNS))
-    return units, classes, mixtures
+    subject = _Subject.of(checkpoint, train, images, device)
+    findings = None if subject is None else _observe(subject)
+    if subject is None or findings is None:
+        return ExpertAnalysis.of_rows()
+    return ExpertAnalysis.of_rows(
+        _unit_rows(subject, findings, _points_lost(subject, findings)),
+        _class_rows(subject, findings),
+        _seed_rows(subject, findings),
+        _sample_rows(subject, findings),
+    )
+
+
+def describe_classes(checkpoint: Checkpoint, *, train: Images, images: Images, device: torch.device) -> pd.DataFrame:
+    """`ExpertAnalysis.classes` alone, which costs less: nothing is left out in turn."""
+    subject = _Subject.of(checkpoint, train, images, device)
+    findings = None if subject is None else _observe(subject)
+    rows = () if subject is None or findings is None else _class_rows(subject, findings)
+    return ExpertAnalysis.of_rows(classes=rows).classes
 
 
 def mutual_information(joint_AK: Tensor) -> Tensor:
@@ -78,106 +147,248 @@ def entropy(p_A: Tensor) -> Tensor:
     return bits
 
 
-def _describe_layers(
-    model: ImageClassifier, checkpoint: Checkpoint, images: Images, device: torch.device
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    count_K, open_SKG = _sum_by_class(checkpoint, images, device, lambda x: (model(x)[1]["gates"] > 0).double())
-    shut_SKG = count_K[:, None] - open_SKG
-    joint_SGAK = torch.stack([open_SKG, shut_SKG], dim=-1).permute(0, 2, 3, 1)
-    information_SG = mutual_information(joint_SGAK)
-    share_SKG = 100 * open_SKG / count_K[:, None]
-    units, classes = [], []
-    layers = zip(
-        information_SG.split(model.gated_channels, dim=1),
-        share_SKG.split(model.gated_channels, dim=2),
-        (100 * open_SKG.sum(dim=1) / count_K.sum()).split(model.gated_channels, dim=1),
-        strict=True,
-    )
-    for layer, (information_SC, by_class_SKC, share_SC) in enumerate(layers, start=1):
-        for s, seed in enumerate(checkpoint.seeds):
-            about = {"model_type": checkpoint.arm.model_type, "seed": seed, "unit": f"layer {layer}"}
-            units.append(
-                about
-                | {"num_gates": share_SC.shape[1], "gate_pct": share_SC[s].mean().item()}
-                | {"information_bits": information_SC[s].mean().item()}
-            )
-            means = by_class_SKC[s].mean(dim=1).tolist()
-            classes += [
-                about | {"class": name, "gate_pct": mean}
-                for name, mean in zip(checkpoint.images.class_names, means, strict=True)
-            ]
-    return (
-        pd.DataFrame(units, columns=list(UNIT_COLUMNS)),
-        pd.DataFrame(classes, columns=list(CLASS_COLUMNS)),
-        pd.DataFrame(columns=list(MIXTURE_COLUMNS)),
-    )
+@dataclass(frozen=True)
+class _Subject:
+    """A network with good weights, the images that it is shown, on its device, and those that it was trained on."""
 
+    model: nn.Module
+    arm: str
+    seeds: tuple[int, ...]
+    class_names: tuple[str, ...]
+    normalise: Normalise
+    train: Images
+    images: Images
 
-def _describe_experts(
-    model: Mixture, checkpoint: Checkpoint, images: Images, device: torch.device
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    labels_B = images.labels.to(device)
-    count_K, weight_SKN = _sum_by_class(checkpoint, images, device, lambda x: model(x)[1]["gates"].double())
-    mean_SN = weight_SKN.sum(dim=1) / count_K.sum()
-    right_SNB = _right(checkpoint, images, device, model.expert_logits)
-    without_SN = 100 * _right(checkpoint, images, device, model.logits_without).double().mean(dim=2)
-    accuracy_S = 100 * _right(checkpoint, images, device, lambda x: model(x)[0].unsqueeze(1)).double().mean(dim=(1, 2))
-    information_SN = mutual_information(
-        torch.stack([weight_SKN, count_K[:, None] - weight_SKN], dim=-1).permute(0, 2, 3, 1)
-    )
-    units, classes, mixtures = [], [], []
-    for s, seed in enumerate(checkpoint.seeds):
-        arm = {"model_type": checkpoint.arm.model_type, "seed": seed}
-        mixtures.append(
-            arm
-            | {"usage_entropy_bits": entropy(mean_SN[s]).item(), "accuracy": accuracy_S[s].item()}
-            | {"oracle_accuracy": 100 * right_SNB[s].any(dim=0).double().mean().item()}
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, train: Images, images: Images, device: torch.device) -> Self | None:
+        """None if no seed has good weights."""
+        good = [
+            seed
+            for row, (seed, epoch) in enumerate(zip(checkpoint.seeds, checkpoint.best_epochs, strict=True))
+            if epoch > 0 and all(tensor[row].isfinite().all() for tensor in checkpoint.weights.values())
+        ]
+        if not good:
+            return None
+        return cls(
+            checkpoint.of_seeds(good).build().to(device).requires_grad_(False),
+            checkpoint.arm.model_type,
+            tuple(good),
+            checkpoint.images.class_names,
+            Normalise(checkpoint.images, device),
+            train,
+            images.to(device),
         )
-        for n in range(mean_SN.shape[1]):
-            about = arm | {"unit": f"expert {n + 1}"}
-            units.append(
-                about
-                | {"num_gates": 1, "gate_pct": 100 * mean_SN[s, n].item()}
-                | {"information_bits": information_SN[s, n].item()}
-                | {"accuracy": 100 * right_SNB[s, n].double().mean().item()}
-                | {"accuracy_lost_without": (accuracy_S[s] - without_SN[s, n]).item()}
-            )
-            for k, name in enumerate(checkpoint.images.class_names):
-                classes.append(
-                    about
-                    | {"class": name, "gate_pct": 100 * (weight_SKN[s, k, n] / count_K[k]).item()}
-                    | {"accuracy": 100 * right_SNB[s, n, labels_B == k].double().mean().item()}
-                )
-    return (
-        pd.DataFrame(units, columns=list(UNIT_COLUMNS)),
-        pd.DataFrame(classes, columns=list(CLASS_COLUMNS)),
-        pd.DataFrame(mixtures, columns=list(MIXTURE_COLUMNS)),
+
+    @property
+    def count_K(self) -> Tensor:
+        """How many images there are of each class."""
+        return torch.bincount(self.images.labels, minlength=len(self.class_names)).double()
+
+    def show(self, images: Images) -> Tensor:
+        """All of them as the network reads them, `(1, B, I)`."""
+        return self.normalise(images.images).unsqueeze(0)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images, a few at a time, `(1, B, I)`, and their labels."""
+        for rows in torch.arange(len(self.images), device=self.images.labels.device).split(BATCH_SIZE):
+            chosen = self.images[rows]
+            yield self.show(chosen), chosen.labels
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What S seeds of a network with N units make of B images; NaN or `NOTHING` where there is no such thing.
+
+    Attributes:
+        units: Their names.
+        num_gates: Of each unit.
+        answers_SB: The class that the whole network says.
+        gates_SNB: Which part of its gates the unit opens, or the weight of its one gate.
+        information_SN: Between gate and class, in bits.
+        said_SNB: The class that the unit says alone.
+        confidence_SNB: How probable that class is to it.
+    """
+
+    units: tuple[str, ...]
+    num_gates: tuple[int, ...]
+    answers_SB: Tensor
+    gates_SNB: Tensor
+    information_SN: Tensor
+    said_SNB: Tensor
+    confidence_SNB: Tensor
+
+
+def _observe(subject: _Subject) -> _Findings | None:
+    """None where a network has no units."""
+    model = subject.model
+    if isinstance(model, ImageClassifier) and model.gating is not None:
+        return _observe_layers(model, subject)
+    if isinstance(model, Mixture) and isinstance(model.gate, SoftmaxGate):
+        return _observe_experts(model, subject)
+    if isinstance(model, WithMembers):
+        return _observe_members(model, subject)
+    return None
+
+
+def _observe_layers(model: ImageClassifier, subject: _Subject) -> _Findings:
+    answers, shares, sums = [], [], []
+    for x, labels_B in subject.batches():
+        logits_SBK, parts = model(x)
+        answers.append(logits_SBK.argmax(dim=-1))
+        shares.append(open_shares(parts["gates"], model.gated_channels).transpose(1, 2))
+        sums.append(_sum_by_class((parts["gates"] > 0).double(), labels_B, len(subject.class_names)))
+    information_SG = _gate_information(torch.stack(sums).sum(dim=0), subject.count_K)
+    layers = information_SG.split(model.gated_channels, dim=1)
+    gates_SNB = torch.cat(shares, dim=2)
+    return _Findings(
+        units=tuple(f"layer {number}" for number in range(1, len(layers) + 1)),
+        num_gates=model.gated_channels,
+        answers_SB=torch.cat(answers, dim=1),
+        gates_SNB=gates_SNB,
+        information_SN=torch.stack([of_layer_SC.mean(dim=1) for of_layer_SC in layers], dim=1),
+        said_SNB=torch.full_like(gates_SNB, NOTHING, dtype=torch.int64),
+        confidence_SNB=torch.full_like(gates_SNB, math.nan),
     )
 
 
-def _sum_by_class(
-    checkpoint: Checkpoint, images: Images, device: torch.device, gates_of: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """How many images there are of each class, `(K,)`, and the sums over them of their gates, `(S, K, G)`."""
-    count_K = torch.bincount(images.labels, minlength=len(checkpoint.images.class_names)).double().to(device)
-    sums: list[Tensor] = []
-    for x, labels_B in _batches(checkpoint, images, device):
-        gates_SBG = gates_of(x)
-        is_class_BK = F.one_hot(labels_B, len(count_K)).double()
-        sums.append(torch.einsum("bk,sbg->skg", is_class_BK, gates_SBG))
-    return count_K, torch.stack(sums).sum(dim=0)
+def _observe_experts(model: Mixture, subject: _Subject) -> _Findings:
+    answers, gates, alone, sums = [], [], [], []
+    for x, labels_B in subject.batches():
+        logits_SBK, parts = model(x)
+        answers.append(logits_SBK.argmax(dim=-1))
+        gates.append(parts["gates"].transpose(1, 2))
+        alone.append(model.expert_logits(x).softmax(dim=-1).max(dim=-1))
+        sums.append(_sum_by_class(parts["gates"].double(), labels_B, len(subject.class_names)))
+    gates_SNB = torch.cat(gates, dim=2)
+    return _Findings(
+        units=tuple(f"expert {number}" for number in range(1, gates_SNB.shape[1] + 1)),
+        num_gates=(1,) * gates_SNB.shape[1],
+        answers_SB=torch.cat(answers, dim=1),
+        gates_SNB=gates_SNB,
+        information_SN=_gate_information(torch.stack(sums).sum(dim=0), subject.count_K),
+        said_SNB=torch.cat([highest.indices for highest in alone], dim=2),
+        confidence_SNB=torch.cat([highest.values for highest in alone], dim=2),
+    )
 
 
-def _right(
-    checkpoint: Checkpoint, images: Images, device: torch.device, logits_of: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Whether logits `(S, N, B, K)` name the class, for all images, `(S, N, B)`."""
-    chunks = [logits_of(x).argmax(dim=-1) == labels_B for x, labels_B in _batches(checkpoint, images, device)]
-    return torch.cat(chunks, dim=2)
+def _observe_members(model: WithMembers, subject: _Subject) -> _Findings:
+    rows = torch.randperm(len(subject.train), generator=make_generator(0, "probes"))[:PROBE_IMAGES]
+    known = subject.train[rows].to(subject.images.labels.device)
+    logits_SBK, parts = member_outputs(model, subject.show(subject.images))
+    _, known_parts = member_outputs(model, subject.show(known))
+    probes = [probe_predictions(known_parts[name], known.labels, parts[name]) for name in parts]
+    said_SNB = torch.cat([said for said, _ in probes], dim=1)
+    confidence_SNB = torch.cat([confidence for _, confidence in probes], dim=1)
+    return _Findings(
+        units=tuple(
+            f"{name.removesuffix('s')} {number}"
+            for name, part in parts.items()
+            for number in range(1, part.shape[1] + 1)
+        ),
+        num_gates=(0,) * said_SNB.shape[1],
+        answers_SB=logits_SBK.argmax(dim=-1),
+        gates_SNB=torch.full_like(confidence_SNB, math.nan),
+        information_SN=torch.full_like(confidence_SNB[..., 0], math.nan),
+        said_SNB=said_SNB,
+        confidence_SNB=confidence_SNB,
+    )
 
 
-def _batches(checkpoint: Checkpoint, images: Images, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    normalise = Normalise(checkpoint.images, device)
-    chunks = zip(images.images.split(BATCH_SIZE), images.labels.split(BATCH_SIZE), strict=True)
-    for pixels, labels in chunks:
-        yield normalise(pixels.to(device)).unsqueeze(0), labels.to(device)
+def _points_lost(subject: _Subject, findings: _Findings) -> Tensor:
+    """Points of accuracy that are lost without each unit, `(S, N)`; NaN for layers."""
+    model, labels_B = subject.model, subject.images.labels
+    if isinstance(model, WithMembers):
+        drops = ablation_drops(model, subject.show(subject.images), labels_B)
+        return torch.cat(list(drops.values()), dim=1)
+    if isinstance(model, Mixture):
+        without_SNB = torch.cat([model.logits_without(x).argmax(dim=-1) for x, _ in subject.batches()], dim=2)
+        return _percent(findings.answers_SB == labels_B).unsqueeze(1) - _percent(without_SNB == labels_B)
+    return torch.full_like(findings.information_SN, math.nan)
+
+
+def _sum_by_class(gates_SBG: Tensor, labels_B: Tensor, num_classes: int) -> Tensor:
+    """Over the images of each class, `(S, K, G)`."""
+    return torch.einsum("bk,sbg->skg", F.one_hot(labels_B, num_classes).to(gates_SBG.dtype), gates_SBG)
+
+
+def _gate_information(open_SKG: Tensor, count_K: Tensor) -> Tensor:
+    """Of gates and class, `(S, G)`, from sums of the gates over the images of each class; a weight is a part of one."""
+    shut_SKG = count_K[:, None] - open_SKG
+    return mutual_information(torch.stack([open_SKG, shut_SKG], dim=-1).permute(0, 2, 3, 1))
+
+
+def _percent(is_so_B: Tensor) -> Tensor:
+    """Of the last dimension."""
+    return 100 * is_so_B.double().mean(dim=-1)
+
+
+def _accuracy(said_SNB: Tensor, labels_B: Tensor) -> Tensor:
+    """Of each unit alone in percent, `(S, N)`; NaN where it says nothing."""
+    return _percent(said_SNB == labels_B).masked_fill((said_SNB == NOTHING).all(dim=-1), math.nan)
+
+
+def _unit_rows(subject: _Subject, findings: _Findings, lost_SN: Tensor) -> Iterator[dict[str, Any]]:
+    gate_SN = 100 * findings.gates_SNB.double().mean(dim=-1)
+    accuracy_SN = _accuracy(findings.said_SNB, subject.images.labels)
+    columns = torch.stack([gate_SN, findings.information_SN.double(), accuracy_SN, lost_SN.double()], dim=-1).tolist()
+    for s, seed in enumerate(subject.seeds):
+        for n, (unit, num_gates) in enumerate(zip(findings.units, findings.num_gates, strict=True)):
+            about = (subject.arm, seed, unit, num_gates)
+            yield dict(zip(UNIT_COLUMNS, (*about, *columns[s][n]), strict=True))
+
+
+def _class_rows(subject: _Subject, findings: _Findings) -> Iterator[dict[str, Any]]:
+    labels_B = subject.images.labels
+    of_class = [labels_B == k for k in range(len(subject.class_names))]
+    gate_KSN = torch.stack([100 * findings.gates_SNB[..., rows].double().mean(dim=-1) for rows in of_class])
+    accuracy_KSN = torch.stack([_accuracy(findings.said_SNB[..., rows], labels_B[rows]) for rows in of_class])
+    columns = torch.stack([gate_KSN, accuracy_KSN], dim=-1).tolist()
+    for s, seed in enumerate(subject.seeds):
+        for n, unit in enumerate(findings.units):
+            for k, name in enumerate(subject.class_names):
+                yield dict(zip(CLASS_COLUMNS, (subject.arm, seed, unit, name, *columns[k][s][n]), strict=True))
+
+
+def _seed_rows(subject: _Subject, findings: _Findings) -> Iterator[dict[str, Any]]:
+    labels_B = subject.images.labels
+    weighs = isinstance(subject.model, Mixture)  # only then do the gates of an image sum to one
+    speaks = not (findings.said_SNB == NOTHING).all()
+    entropy_S = entropy(findings.gates_SNB.double().mean(dim=-1))
+    oracle_S = _percent((findings.said_SNB == labels_B).any(dim=1))
+    accuracy_S = _percent(findings.answers_SB == labels_B)
+    for s, seed in enumerate(subject.seeds):
+        yield {
+            "model_type": subject.arm,
+            "seed": seed,
+            "usage_entropy_bits": entropy_S[s].item() if weighs else math.nan,
+            "accuracy": accuracy_S[s].item(),
+            "oracle_accuracy": oracle_S[s].item() if speaks else math.nan,
+        }
+
+
+def _sample_rows(subject: _Subject, findings: _Findings) -> Iterator[dict[str, Any]]:
+    """Of the first seed, since a figure has room for one."""
+    labels, names = subject.images.labels.tolist(), subject.class_names
+    for row in _choose_samples(labels):
+        answer = findings.answers_SB[0, row].item()
+        for n, unit in enumerate(findings.units):
+            said = int(findings.said_SNB[0, n, row])
+            yield {
+                "model_type": subject.arm,
+                "seed": subject.seeds[0],
+                "image": row,
+                "class": names[labels[row]],
+                "prediction": names[int(answer)],
+                "unit": unit,
+                "gate_pct": 100 * findings.gates_SNB[0, n, row].item(),
+                "says": None if said == NOTHING else names[said],
+                "confidence_pct": 100 * findings.confidence_SNB[0, n, row].item(),
+            }
+
+
+def _choose_samples(labels: Sequence[int]) -> list[int]:
+    """A random image of each of at most `MAX_SAMPLES` random classes, the same ones for every network."""
+    chosen: dict[int, int] = {}
+    for row in torch.randperm(len(labels), generator=make_generator(0, "sample_predictions")).tolist():
+        chosen.setdefault(labels[row], row)
+    return [row for _, row in sorted(list(chosen.items())[:MAX_SAMPLES])]

@@ -10,6 +10,7 @@ import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
 from plotly.subplots import make_subplots  # type: ignore[import-untyped,unused-ignore]
 
 from collective_pipeline.config import MODEL_TYPES
+from collective_pipeline.data.splits import Images
 
 Columns = tuple[str, str, str]
 """A quantity, its lower and its upper bound."""
@@ -22,6 +23,9 @@ COLORS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C
 PANELS = {"val_accuracy": "Validation accuracy", "val_loss": "Validation loss", "train_loss": "Training loss"}
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 GRID = "#E3E3E3"
+EXPERT_PANELS = {"gate_pct": "Open (%)", "accuracy": "Right alone (%)"}
+SAMPLES_IN_ROW = 5
+IMAGE_HEIGHT, BAR_HEIGHT, GAP = 120, 18, 48  # pixels: of an image, of a bar, and between rows of either
 
 
 def plot_accuracy(comparison: pd.DataFrame, *, reference: str = "collective") -> go.Figure:
@@ -158,26 +162,140 @@ def plot_training_curves(history: pd.DataFrame) -> go.Figure:
     return finish(figure, "Training curves", None, None, height=900)
 
 
-def plot_gates(classes: pd.DataFrame) -> go.Figure:
-    """How far each unit's gates open for each class, mean over seeds, as a heat map.
+def plot_experts(classes: pd.DataFrame) -> go.Figure:
+    """What each unit is for, as heat maps of unit and class: how far it opens, and how often it is right alone.
+
+    One row of panels for each arm, of its first seed: which of its members has which number means nothing across seeds.
 
     Args:
         classes: `experts.CLASS_COLUMNS`.
     """
-    means = classes.groupby(["unit", "class"], sort=False)["gate_pct"].mean().unstack(sort=False)
-    figure = go.Figure(
-        go.Heatmap(
-            x=means.columns.tolist(),
-            y=means.index.tolist(),
-            z=means.to_numpy().tolist(),
-            colorscale="Viridis",
-            colorbar={"title": {"text": "%"}},
-            hovertemplate="%{y}, %{x}: %{z:.1f} %<extra></extra>",
-        )
+    arms = [arm[arm["seed"] == arm["seed"].iloc[0]] for _, arm in classes.groupby("model_type", sort=False)]
+    panels = {column: title for column, title in EXPERT_PANELS.items() if classes[column].notna().any()}
+    if not panels:
+        return _blank("No experts, members or gates to look into")
+    figure = make_subplots(
+        rows=len(arms),
+        cols=len(panels),
+        row_heights=[arm["unit"].nunique() for arm in arms],
+        horizontal_spacing=0.24,
+        vertical_spacing=0.3 / len(arms),
+        subplot_titles=[f"{title}, {arm['model_type'].iloc[0]}" for arm in arms for title in panels.values()],
     )
-    figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(type="category")
-    return finish(figure, "Gates open, by class", "Class", None, height=160 + 28 * len(means))
+    for row, arm in enumerate(arms, start=1):
+        for column, name in enumerate(panels, start=1):
+            values = arm.set_index(["unit", "class"])[name].unstack(sort=False)
+            panel = figure.get_subplot(row, column)
+            low, high = panel.yaxis.domain
+            figure.add_heatmap(
+                x=[str(name) for name in values.columns],
+                y=values.index.tolist(),
+                z=values.to_numpy().tolist(),
+                colorscale="Viridis",
+                colorbar={
+                    "title": {"text": "%"},
+                    "x": panel.xaxis.domain[1],
+                    "y": (low + high) / 2,
+                    "len": high - low,
+                    "thickness": 14,
+                },
+                hovertemplate="%{y}, %{x}: %{z:.1f} %<extra></extra>",
+                showlegend=False,
+                row=row,
+                col=column,
+            )
+    figure.update_xaxes(type="category", title_text="Class")
+    figure.update_yaxes(autorange="reversed", type="category")
+    num_units = sum(arm["unit"].nunique() for arm in arms)
+    seed = int(classes["seed"].iloc[0])
+    return finish(figure, f"Experts by class, seed {seed}", None, None, height=140 * len(arms) + 26 * num_units)
+
+
+def plot_samples(samples: pd.DataFrame, images: Images) -> go.Figure:
+    """Images with their class and what the network says, and below each what its units have to do with that.
+
+    A bar is how far a unit opens for the image, or, where it has no gate, how sure it is of the class that stands in
+    it: the one that it says alone.
+
+    Args:
+        samples: `experts.SAMPLE_COLUMNS`.
+        images: Those that the column `image` counts.
+    """
+    if samples.empty:
+        return _blank("No experts, members or gates to show at work")
+    shown = [
+        [group for _, group in arm.groupby("image", sort=False)] for _, arm in samples.groupby("model_type", sort=False)
+    ]
+    strips = [arm[start : start + SAMPLES_IN_ROW] for arm in shown for start in range(0, len(arm), SAMPLES_IN_ROW)]
+    heights = [height for strip in strips for height in (IMAGE_HEIGHT, BAR_HEIGHT * len(strip[0]))]
+    height = sum(heights) + GAP * (len(heights) - 1)
+    figure = make_subplots(
+        rows=len(heights),
+        cols=SAMPLES_IN_ROW,
+        row_heights=heights,
+        vertical_spacing=GAP / height,
+        horizontal_spacing=0.03,
+        # Above images alone; make_subplots counts all places, row by row.
+        subplot_titles=[
+            _title_of(strip[column]) if row == 0 and column < len(strip) else ""
+            for strip in strips
+            for row in range(2)
+            for column in range(SAMPLES_IN_ROW)
+        ],
+    )
+    for above, strip in zip(range(1, len(heights), 2), strips, strict=True):
+        for column, sample in enumerate(strip, start=1):
+            pixels = images.images[int(sample["image"].iloc[0])].cpu()
+            figure.add_image(z=pixels.expand(3, -1, -1).permute(1, 2, 0).tolist(), row=above, col=column)
+            figure.update_xaxes(visible=False, row=above, col=column)
+            figure.update_yaxes(visible=False, row=above, col=column)
+            for trace in _bars_of(sample):
+                figure.add_trace(trace, row=above + 1, col=column)
+            figure.update_xaxes(range=[0, 100], tickvals=[0, 50], row=above + 1, col=column)
+            figure.update_yaxes(autorange="reversed", showticklabels=column == 1, row=above + 1, col=column)
+            if above + 1 < len(heights):
+                figure.update_xaxes(showticklabels=False, row=above + 1, col=column)
+    figure.update_traces(hoverinfo="skip", selector={"type": "image"})
+    figure.update_annotations(font_size=13)
+    seed = int(samples["seed"].iloc[0])
+    return finish(figure, f"Sample predictions, seed {seed}", None, None, height=height + 120)
+
+
+def _bars_of(sample: pd.DataFrame) -> Iterable[go.Bar | go.Scatter]:
+    """How far each unit opens or how sure it is, and on it the class that it says alone."""
+    opens = sample["gate_pct"].notna().any()
+    yield go.Bar(
+        x=sample["gate_pct" if opens else "confidence_pct"].tolist(),
+        y=sample["unit"].tolist(),
+        orientation="h",
+        marker={"color": fade(COLORS[1] if opens else COLORS[3], 0.6)},
+        hovertemplate="%{y}: %{x:.1f} %<extra></extra>",
+        showlegend=False,
+    )
+    # Not the bar's own text, which has no room in a short one.
+    yield go.Scatter(
+        x=[2] * len(sample),
+        y=sample["unit"].tolist(),
+        text=sample["says"].fillna("").astype(str).tolist(),
+        mode="text",
+        textposition="middle right",
+        textfont={"size": 12},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def _title_of(sample: pd.DataFrame) -> str:
+    """The image's class, and what the network says of it, coloured where that is wrong."""
+    true, said = str(sample["class"].iloc[0]), str(sample["prediction"].iloc[0])
+    return f"{true}<br>says {said}" if said == true else f'{true}<br><span style="color:{COLORS[0]}">says {said}</span>'
+
+
+def _blank(title: str) -> go.Figure:
+    figure = finish(go.Figure(), title, None, None, height=160)
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    return figure
 
 
 def curve_points(history: pd.DataFrame) -> pd.DataFrame:
@@ -257,7 +375,7 @@ def _mean_of_seeds(comparison: pd.DataFrame) -> str:
 
 def finish(figure: go.Figure, title: str, x_title: str | None, y_title: str | None, *, height: int) -> go.Figure:
     """Title, axes, font and margins as in all figures."""
-    has_legend = any(trace.showlegend is not False for trace in figure.data)
+    has_legend = any(getattr(trace, "showlegend", False) is not False for trace in figure.data)  # an image has none
     figure.update_layout(
         template="none",
         title={"text": title, "x": 0.02, "xanchor": "left", "font": {"size": 20}},

@@ -66,8 +66,8 @@ def linear_cka(*groups_SNBE: Tensor) -> Tensor:
     return cka_SNN
 
 
-def probe_predictions(train_SNBE: Tensor, labels_B: Tensor, test_SNBE: Tensor) -> Tensor:
-    """The class that each member's features alone speak for: the predictions of its linear probe, int64 `(S, N, B)`.
+def probe_predictions(train_SNBE: Tensor, labels_B: Tensor, test_SNBE: Tensor) -> tuple[Tensor, Tensor]:
+    """The class that each member's features alone speak for, int64 `(S, N, B)`, and how probable its probe finds it.
 
     A linear probe is a linear classifier on frozen features, here scikit-learn's logistic regression on standardised
     ones. It says what a member knows in a form that the next layer can read, not what the collective makes of it.
@@ -80,11 +80,15 @@ def probe_predictions(train_SNBE: Tensor, labels_B: Tensor, test_SNBE: Tensor) -
         test_SNBE: Features of the images to predict.
     """
     predictions_SNB = torch.empty(test_SNBE.shape[:3], dtype=torch.int64)
+    probabilities_SNB = torch.empty(test_SNBE.shape[:3])
     for seed, member in itertools.product(*map(range, test_SNBE.shape[:2])):
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         probe.fit(train_SNBE[seed, member].numpy(force=True), labels_B.numpy(force=True))
-        predictions_SNB[seed, member] = torch.from_numpy(probe.predict(test_SNBE[seed, member].numpy(force=True)))
-    return predictions_SNB.to(test_SNBE.device)
+        probabilities_BK = torch.from_numpy(probe.predict_proba(test_SNBE[seed, member].numpy(force=True)))
+        highest = probabilities_BK.max(dim=1)
+        probabilities_SNB[seed, member] = highest.values
+        predictions_SNB[seed, member] = torch.from_numpy(probe.classes_)[highest.indices]
+    return predictions_SNB.to(test_SNBE.device), probabilities_SNB.to(test_SNBE.device)
 
 
 def agreement(predictions_SNB: Tensor) -> Tensor:

@@ -11,18 +11,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped,unused-ignore]
 
+from collective_pipeline.data.splits import Images
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS
-from collective_pipeline.evaluation.experts import UNIT_COLUMNS
+from collective_pipeline.evaluation.experts import SEED_COLUMNS, UNIT_COLUMNS, ExpertAnalysis
 from collective_pipeline.evaluation.figures import (
     curve_points,
     plot_accuracy,
     plot_accuracy_against_macs,
     plot_accuracy_against_params,
     plot_differences,
-    plot_gates,
+    plot_experts,
+    plot_samples,
     plot_training_curves,
 )
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS, hints
+from collective_pipeline.evaluation.latency import SKIPPING_COLUMNS
 
 Columns = Mapping[str, Callable[[Any], str]]
 
@@ -58,8 +61,9 @@ def write_report(
     history: pd.DataFrame,
     facts: Mapping[str, Mapping[str, str]],
     reference: str = "collective",
-    units: pd.DataFrame | None = None,
-    classes: pd.DataFrame | None = None,
+    experts: ExpertAnalysis | None = None,
+    images: Images | None = None,
+    skipping: pd.DataFrame | None = None,
 ) -> str:
     """The page as HTML: answer, key figures, tables, figures, every run, and how it was run.
 
@@ -71,32 +75,32 @@ def write_report(
         history: A row per arm, seed and epoch.
         facts: Section, name and value of everything needed to run it again.
         reference: The arm that the others are compared to.
-        units: What its gates do, `experts.UNIT_COLUMNS`, if it has gates.
-        classes: Likewise, `experts.CLASS_COLUMNS`.
+        experts: What its experts, members or gated layers do, if there are any.
+        images: Those that `experts` was made with.
+        skipping: `latency.SKIPPING_COLUMNS`, if gates can be skipped.
     """
     details = [make_table("Every run, one row per arm and seed", RUNS, results, RUN_COLUMNS, "runs.csv")]
     figures = list(_figures(results, comparison, history, reference, compared=_is_compared(comparison)))
-    if units is not None and classes is not None:
-        details.append(make_table("Gates, one row per seed and unit", UNITS, units, UNIT_COLUMNS, "gates.csv"))
-        figures.append(
-            make_figure(
-                plot_gates(classes),
-                "Percent of a layer's gates that test images of a class open, or an expert's mean weight; mean over "
-                "seeds.",
-                classes,
-                "gates_by_class.csv",
-            )
-        )
+    if experts is not None and images is not None and not experts.units.empty:
+        details += _expert_tables(experts)
+        figures += _expert_figures(experts, images)
     compared = _is_compared(comparison)
+    tables = _comparison_tables(comparison, reference, compared)
+    notes = [INTERVALS, *([difference_note(reference), P_VALUES] if compared else []), TEST_SET]
+    if skipping is not None and not skipping.empty:
+        tables.append(
+            make_table("Shut gates skipped, on this device", SKIPPING, skipping, SKIPPING_COLUMNS, "skipping.csv")
+        )
+        notes.append(SKIPPED)
     return render(
         title=title,
         answer=answer,
         key_figures=_key_figures(comparison, reference) if compared else _key_figures_of_best(comparison),
         heading="Comparison" if compared else "Result",
-        tables=_comparison_tables(comparison, reference, compared),
+        tables=tables,
         gpu=gpu_table(GPU, comparison, COMPARISON_COLUMNS),
         hints=hints(comparison),
-        notes=[INTERVALS, *([difference_note(reference), P_VALUES] if compared else []), TEST_SET],
+        notes=notes,
         figures=figures,
         details=details,
         facts=facts,
@@ -120,6 +124,10 @@ INTERVALS = (
 P_VALUES = (
     "p says how often chance alone would make a difference at least as large if the two were equally good, corrected "
     "(Holm) for comparing several arms; the verdict above rests on p, not on the intervals."
+)
+SKIPPED = (
+    "The three networks answer in turns, each time other test images; medians of 30 rounds, first seed. Where skipping "
+    "takes longer than the network without gates, this device does not reward it."
 )
 TEST_SET = (
     "The test set was read once, with the checkpoint that validation chose. The intervals are over seeds; they do not "
@@ -263,12 +271,29 @@ RUNS: Columns = {
 
 UNITS: Columns = {
     "Unit": lambda unit: unit.unit,
+    "Arm": lambda unit: unit.model_type,
     "Seed": lambda unit: str(unit.seed),
-    "Gates": lambda unit: f"{unit.num_gates:,}",
+    "Gates": lambda unit: f"{unit.num_gates:,}" if unit.num_gates else "",
     "Open (%)": lambda unit: number(".1f", unit.gate_pct),
     "Information about the class (bits)": lambda unit: number(".3f", unit.information_bits),
     "Accuracy alone (%)": lambda unit: number(".2f", unit.accuracy),
     "Lost without it (points)": lambda unit: number("+z.2f", unit.accuracy_lost_without),
+}
+UNITS_BY_SEED: Columns = {
+    "Arm": lambda run: run.model_type,
+    "Seed": lambda run: str(run.seed),
+    "Entropy of use (bits)": lambda run: number(".3f", run.usage_entropy_bits),
+    "Accuracy (%)": lambda run: number(".2f", run.accuracy),
+    "At least one right alone (%)": lambda run: number(".2f", run.oracle_accuracy),
+}
+
+
+SKIPPING: Columns = {
+    "Images at once": lambda row: f"{row.batch_size:,}",
+    "Multiply-adds of an image (% of the network without gates)": lambda row: number(".1f", row.executed_pct),
+    "Without gates (ms)": lambda row: number(".3g", row.without_gates_ms),
+    "With gates (ms)": lambda row: number(".3g", row.with_gates_ms),
+    "Shut gates skipped (ms)": lambda row: number(".3g", row.skipping_ms),
 }
 
 
@@ -281,6 +306,12 @@ def make_table(caption: str, columns: Columns, data: pd.DataFrame, csv_columns: 
         file_name=file_name,
         csv=data[list(csv_columns)].to_csv(index=False),
     )
+
+
+def _without_empty(columns: Columns, data: pd.DataFrame) -> Columns:
+    """Those that say something of any row."""
+    rows = list(data.itertuples())
+    return {name: tell for name, tell in columns.items() if any(tell(row) for row in rows)}
 
 
 def gpu_table(columns: Columns, comparison: pd.DataFrame, csv_columns: Iterable[str]) -> Table | None:
@@ -378,10 +409,49 @@ def _figures(
     )
 
 
+def _expert_tables(experts: ExpertAnalysis) -> Iterable[Table]:
+    yield make_table(
+        "Experts, members and gated layers, one row per seed and unit",
+        _without_empty(UNITS, experts.units),
+        experts.units,
+        UNIT_COLUMNS,
+        "expert_analysis.csv",
+    )
+    # Layers choose nothing, and have an accuracy only together: it stands in the table of runs.
+    if experts.seeds["oracle_accuracy"].notna().any():
+        yield make_table(
+            "Experts and members together, one row per seed",
+            _without_empty(UNITS_BY_SEED, experts.seeds),
+            experts.seeds,
+            SEED_COLUMNS,
+            "expert_analysis_by_seed.csv",
+        )
+
+
+def _expert_figures(experts: ExpertAnalysis, images: Images) -> Iterable[Figure]:
+    yield make_figure(
+        plot_experts(experts.classes),
+        "On the test images of each class, how far a unit opens (percent of a layer's gates, or an expert's mean "
+        "weight) and how often it is right alone (an expert with all the weight, or a linear probe of a member's "
+        "features). One seed is shown; the file has all.",
+        experts.classes,
+        "expert_analysis_by_class.csv",
+    )
+    yield make_figure(
+        plot_samples(experts.samples, images),
+        "Random test images of different classes, what the network says of them, and below each its units: blue bars "
+        "say how far a unit opens, green ones how sure a unit without a gate is. The class in a bar is what the unit "
+        "says alone.",
+        experts.samples,
+        "sample_predictions.csv",
+    )
+
+
 def make_figure(figure: go.Figure, description: str, data: pd.DataFrame, file_name: str) -> Figure:
     """A figure with the table behind it."""
     title = figure.layout.title.text
-    figure.update_layout(title=None, margin_t=16)
+    # Titles of panels, of at most two lines, stand above the topmost.
+    figure.update_layout(title=None, margin_t=52 if figure.layout.annotations else 16)
     # Inside <script> only "<" can end the element, and JSON may write it as an escape.
     return Figure(
         title,

@@ -1,6 +1,9 @@
 """What a trained arm did: one row for each seed, and its means."""
 
-from collections.abc import Mapping, Sequence
+import math
+import statistics
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +13,8 @@ from collective_pipeline.evaluation.comparison import efficiency
 from collective_pipeline.evaluation.cost import count_macs
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS, USAGE_COLUMNS
 from collective_pipeline.models.checkpoint import Checkpoint
+
+OF_CLASS = "test_accuracy_of_"  # before the name of a class
 
 
 def tabulate(
@@ -21,14 +26,14 @@ def tabulate(
     num_images: int,
     executed_macs: Sequence[float] | None = None,
 ) -> pd.DataFrame:
-    """`comparison.RUN_COLUMNS`, `gpu.GPU_COLUMNS` and `test_top5_accuracy`, a row for each seed.
+    """`comparison.RUN_COLUMNS`, `gpu.GPU_COLUMNS` and what `summarise_runs` needs beside them, a row for each seed.
 
     A seed that diverged before it had good weights has no accuracies and no loss.
 
     Args:
         checkpoint: The weights that validation chose.
         history: A row per seed and epoch.
-        test: Accuracies in percent and loss on the test set, one for each seed.
+        test: What `training.train.score` says of the test set, one number for each seed.
         config: How it was trained.
         num_images: Of the training set.
         executed_macs: Of a test image with each seed, where gates close some; by default all that there are.
@@ -48,21 +53,77 @@ def tabulate(
             "executed_macs": float(count_macs(arm)) if executed_macs is None else executed_macs,
             "epochs": last["epoch"].to_numpy(),
             "best_epoch": checkpoint.best_epochs,
-            "test_accuracy": test["accuracy"],
-            "test_loss": test["loss"],
             "train_seconds": seconds / len(seeds),
             "samples_per_second": images / seconds,
             "diverged": ~np.isfinite(last["train_loss"].to_numpy()),
-            "test_top5_accuracy": test["top5_accuracy"],
+            "early_stopped": last["epoch"].to_numpy() < config.epochs,
+            "final_train_loss": last["train_loss"].to_numpy(),
+            "final_train_accuracy": last["train_accuracy"].to_numpy(),
+            **{f"test_{name}": values for name, values in test.items()},
         }
     )
-    results.loc[results["best_epoch"] == 0, ["test_accuracy", "test_loss", "test_top5_accuracy"]] = np.nan
+    results["early_stopped"] &= ~results["diverged"]
+    results.loc[results["best_epoch"] == 0, [f"test_{name}" for name in test]] = np.nan
     chosen = history[["seed", "epoch", "val_accuracy"]].rename(columns={"epoch": "best_epoch"})
     results = results.merge(chosen, on=["seed", "best_epoch"], how="left")
     # Of all the training; nothing where there was no GPU, or where it told nothing.
     usage = history.sort_values("seconds").reindex(columns=list(USAGE_COLUMNS)).iloc[-1]
     joules = usage["joules"] or np.nan
     return results.assign(**{**usage, "joules": joules / len(seeds), "images_per_joule": images / joules})
+
+
+def summarise_runs(results: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """What `results.json` holds: by the names of arms, the fields of the original's evaluation.
+
+    `overall_accuracy` and `final_test_accuracy` are one number here, since the test set is read once, with the weights
+    of the epoch whose validation accuracy is `best_accuracy`. All accuracies are in percent.
+
+    Args:
+        results: `tabulate`'s, of all arms.
+
+    Returns:
+        For each arm the fields' means over seeds (of `early_stopped` whether any did), and in `seeds` a list with the
+        same fields of each seed. What is not finite, because a seed diverged, is None.
+    """
+    return {
+        str(name): _means_of(seeds) | {"seeds": seeds}
+        for name, arm in results.groupby("model_type", sort=False)
+        for seeds in [[_summarise_run(run) for run in arm.to_dict("records")]]
+    }
+
+
+def _summarise_run(run: Mapping[Hashable, Any]) -> dict[str, Any]:
+    of_class = {str(name).removeprefix(OF_CLASS): run[name] for name in run if str(name).startswith(OF_CLASS)}
+    return {
+        "seed": run["seed"],
+        "overall_accuracy": _known(run["test_accuracy"]),
+        "class_accuracies": {name: _known(value) for name, value in of_class.items()},
+        "best_accuracy": _known(run["val_accuracy"]),
+        "total_epochs": run["epochs"],
+        "early_stopped": run["early_stopped"],
+        "final_train_loss": _known(run["final_train_loss"]),
+        "final_train_accuracy": _known(run["final_train_accuracy"]),
+        "final_test_accuracy": _known(run["test_accuracy"]),
+    }
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _means_of(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of every field over the seeds that have it."""
+    first = seeds[0]
+    means: dict[str, Any] = {}
+    for name in (name for name in first if name != "seed"):
+        values = [seed[name] for seed in seeds if seed[name] is not None]
+        if isinstance(first[name], Mapping):
+            means[name] = _means_of(values)
+        elif isinstance(first[name], bool):
+            means[name] = any(values)
+        else:
+            means[name] = round(statistics.fmean(values), 6) if values else None
+    return means
 
 
 def final_metrics(results: pd.DataFrame) -> dict[str, float]:

@@ -74,6 +74,7 @@ class Epoch:
 
 
 Callback = Callable[[Epoch], None]
+Look = Callable[[Epoch, dict[str, Tensor]], None]
 
 
 @dataclass
@@ -234,6 +235,7 @@ def fit(
     watch: Callable[[Iterable[int]], Iterable[int]] = iter,
     snapshots: Snapshots | None = None,
     going_on: Snapshot | None = None,
+    look: Look | None = None,
 ) -> Fit:
     """Train through the phases, validate after every epoch, and keep each seed's best weights.
 
@@ -248,11 +250,12 @@ def fit(
         watch: A wrapper around the stops of an epoch, the numbers of updates done, for progress within it.
         snapshots: Where to save the state of training now and then.
         going_on: From where to go on.
+        look: Called every `config.expert_analysis_interval` epochs with a copy of the weights that were validated.
 
     Raises:
         Interrupted: If the run was told to stop, after its state was saved.
     """
-    return _Fitting(phases, batches, validation, config, list(callbacks), watch, snapshots).run(going_on)
+    return _Fitting(phases, batches, validation, config, list(callbacks), watch, snapshots, look).run(going_on)
 
 
 @dataclass(frozen=True)
@@ -278,6 +281,7 @@ class _Fitting:
     callbacks: Sequence[Callback]
     watch: Callable[[Iterable[int]], Iterable[int]]
     snapshots: Snapshots | None
+    look: Look | None
     training: "_PhaseTraining | None" = None  # of the phase before
 
     def run(self, saved: Snapshot | None) -> Fit:
@@ -344,6 +348,15 @@ class _Fitting:
         usage = self.meter.read() if finished else self.meter.usage
         result.epochs[-1] = replace(epoch, finished=finished, usage=usage)
         self._tell(result.epochs[-1])
+        interval = config.expert_analysis_interval
+        if self.look is not None and phase.selects and interval and number % interval == 0:
+            self._show(self.look, result.epochs[-1], training.validated)
+
+    def _show(self, look: Look, epoch: Epoch, network: nn.Module) -> None:
+        """A copy of the network's weights: whatever is done with it, training is as it was."""
+        began = time.perf_counter()
+        look(epoch, {name: tensor.clone() for name, tensor in network.state_dict().items()})
+        self.started += time.perf_counter() - began  # which was no training
 
     def _tell(self, epoch: Epoch) -> None:
         for callback in self.callbacks:
@@ -548,8 +561,22 @@ class _PhaseTraining:
             module.train()
 
 
-def evaluate(network: nn.Module, images: Images, normalise: Normalise, config: TrainingConfig) -> Metrics:
-    """Cross-entropy and accuracies in percent of all seeds on the same images, each `(S,)`."""
+def evaluate(
+    network: nn.Module,
+    images: Images,
+    normalise: Normalise,
+    config: TrainingConfig,
+    measure: Callable[[Tensor, Tensor], Metrics] | None = None,
+) -> Metrics:
+    """Cross-entropy and accuracies in percent of all seeds on the same images, each `(S,)`.
+
+    Args:
+        network: Of all seeds.
+        images: On the network's device.
+        normalise: What stands between them.
+        config: Of the training.
+        measure: From logits `(S, B, K)` and labels `(S, B)` to other numbers whose means over images are wanted.
+    """
     network.eval()
     totals: Metrics = {}
     device = images.images.device
@@ -559,7 +586,8 @@ def evaluate(network: nn.Module, images: Images, normalise: Normalise, config: T
             logits = network(normalise(pixels).unsqueeze(0))[0].float()
             y = labels.expand(len(logits), -1)
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(dim=1)
-            for name, value in ({"loss": loss} | accuracies(logits, y)).items():
+            measured = {} if measure is None else measure(logits, y)
+            for name, value in ({"loss": loss} | accuracies(logits, y) | measured).items():
                 weighted = value * (len(labels) / len(images))
                 totals[name] = totals[name] + weighted if name in totals else weighted
     return totals
@@ -570,7 +598,7 @@ def to_host(metrics: Metrics) -> dict[str, list[float]]:
     numbers = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
     # Accuracies are counts over some thousand images: what float32 has beyond four decimals is noise.
     return {
-        name: [round(value, 4) for value in values] if name.endswith("accuracy") else values
+        name: [round(value, 4) for value in values] if "accuracy" in name else values
         for name, values in numbers.items()
     }
 

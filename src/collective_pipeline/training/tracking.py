@@ -24,6 +24,7 @@ from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.tracking.fluent import run_id_to_system_metrics_monitor
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from plotly.graph_objects import Figure  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 
 import collective_pipeline
@@ -174,6 +175,16 @@ def end_runs_of_the_dead(experiment_id: str) -> None:
     for run in client.search_runs([experiment_id], of_here):
         if not psutil.pid_exists(int(run.data.tags["pid"])):
             client.set_terminated(run.info.run_id, "FAILED")
+
+
+def is_tracked() -> bool:
+    """Whether there is a run to log to."""
+    return mlflow.active_run() is not None
+
+
+def log_figure(figure: Figure, path: str) -> None:
+    """A page of the active run that shows it, without a network: plotly.js, some 4 MB, is in it."""
+    mlflow.log_figure(figure, path, save_kwargs={"include_plotlyjs": True})
 
 
 def set_up_system_metrics() -> None:

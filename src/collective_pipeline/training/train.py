@@ -5,13 +5,15 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import collective_pipeline
 from collective_pipeline.config import (
+    LOOKS_ON,
     Arm,
     ModelType,
     NotEnoughMemory,
@@ -80,6 +82,7 @@ def train_arm(
     snapshots: Snapshots | None = None,
     num_beside: int = 1,
     prepare: Callable[[nn.Module, Sequence[int]], None] | None = None,
+    look: Callable[[int, Checkpoint], None] | None = None,
     name: str | None = None,
 ) -> tuple[Checkpoint, Fit]:
     """Build the arm once for all `seeds`, draw each seed's weights, train, and return what validation chose.
@@ -98,6 +101,8 @@ def train_arm(
         snapshots: Where to save the state of training now and then, and where to go on from.
         num_beside: How many arms share the device at the same time, this one included.
         prepare: Called with the network, whose weights are drawn, and its seeds, to give it other ones.
+        look: Called every `config.expert_analysis_interval` epochs with the number of the epoch and what its weights
+            are then, of the seeds that are still trained; of a group alone where not all seeds train at once.
         name: What messages call it; None: the arm's type.
 
     Raises:
@@ -121,7 +126,7 @@ def train_arm(
         place = saved.facts["place"]
         within = f" and {place['update']} updates of the next" if place["update"] else ""
         logger.info("%-16s  goes on after epoch %d/%d%s", name, place["epoch"], config.epochs, within)
-    training = _ArmTraining(name, arm, splits, config, device, list(callbacks), watch, snapshots, prepare)
+    training = _ArmTraining(name, arm, splits, config, device, list(callbacks), watch, snapshots, prepare, look)
     fits = training.run(groups, need, saved)
     result = Fit.join(fits)
     if len(fits) > 1:
@@ -145,6 +150,7 @@ class _ArmTraining:
     watch: Callable[[Iterable[int]], Iterable[int]]
     snapshots: Snapshots | None
     prepare: Callable[[nn.Module, Sequence[int]], None] | None
+    look: Callable[[int, Checkpoint], None] | None
 
     def run(self, groups: Sequence[Sequence[int]], need: Need, saved: Snapshot | None) -> list[Fit]:
         """Train one group after another, but for those that `saved` has done; halve those that do not fit."""
@@ -220,10 +226,21 @@ class _ArmTraining:
             result = fit(
                 phases, batches, splits.val, config,
                 callbacks=[callback], watch=self.watch, snapshots=self.snapshots, going_on=saved,
+                look=None if self.look is None else partial(self._show, self.look, seeds),
             )  # fmt: skip
             # Without any epoch to choose from there are no weights, whichever the network has now.
             none = {name: torch.full_like(tensor, torch.nan) for name, tensor in model.state_dict().items()}
             return replace(result, weights={name: tensor.cpu() for name, tensor in (result.weights or none).items()})
+
+    def _show(
+        self, look: Callable[[int, Checkpoint], None], seeds: Sequence[int], epoch: Epoch, weights: dict[str, Tensor]
+    ) -> None:
+        running = [seed for seed, runs in zip(seeds, epoch.running, strict=True) if runs]
+        on_host = {name: tensor.cpu() for name, tensor in weights.items()}
+        checkpoint = Checkpoint(
+            self.arm, self.splits.name, self.splits.image_spec, tuple(seeds), (epoch.number,) * len(seeds), on_host
+        )
+        look(epoch.number, checkpoint.of_seeds(running))
 
     def tell(self, epoch: Epoch) -> None:
         """Every callback."""
@@ -287,7 +304,8 @@ def snapshots_at(
     identity |= {"model_type": arm.model_type, "dataset": splits.name, "images": splits.digest}
     identity |= {"seeds": settings.seeds, "code version": _code_version()}
     identity |= {f"data.{name}": value for name, value in flatten(settings.data).items()}
-    identity |= {f"training.{name}": value for name, value in flatten(settings.training).items()}
+    training = {f"training.{name}": value for name, value in flatten(settings.training).items()}
+    identity |= {name: value for name, value in training.items() if name not in LOOKS_ON}
     circumstances = {"device": describe_device(device), "torch": torch.__version__}
     name = name or arm.model_type
     return Snapshots(path, name=name, identity=identity, circumstances=circumstances, resume=settings.resume)
@@ -307,7 +325,20 @@ def _code_version() -> str:
 def score(
     checkpoint: Checkpoint, images: Images, splits: Splits, config: TrainingConfig, *, device: torch.device
 ) -> dict[str, list[float]]:
-    """Loss and accuracies in percent of trained weights on `images`, one number for each seed."""
+    """Loss and accuracies in percent of trained weights on `images`, one number for each seed.
+
+    `accuracy_of_<class>` is that of the images of a class alone, NaN if there are none.
+    """
     set_matmul_precision(config, device)
-    scores = evaluate(checkpoint.build().to(device), images.to(device), Normalise(splits, device), config)
+
+    def measure(logits_SBK: Tensor, labels_SB: Tensor) -> dict[str, Tensor]:
+        is_right_SB = logits_SBK.argmax(dim=-1) == labels_SB
+        of_class = {name: is_right_SB & (labels_SB == k) for k, name in enumerate(splits.class_names)}
+        return {f"accuracy_of_{name}": 100 * is_so_SB.float().mean(dim=1) for name, is_so_SB in of_class.items()}
+
+    network = checkpoint.build().to(device)
+    scores = evaluate(network, images.to(device), Normalise(splits, device), config, measure)
+    shares = torch.bincount(images.labels, minlength=splits.num_classes) / len(images)
+    for name, share in zip(splits.class_names, shares.to(device), strict=True):
+        scores[f"accuracy_of_{name}"] = scores[f"accuracy_of_{name}"] / share
     return to_host(scores)

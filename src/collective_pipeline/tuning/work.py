@@ -23,7 +23,17 @@ import pandas as pd
 import torch
 from optuna.trial import TrialState
 
-from collective_pipeline.config import MODEL_TYPES, Arm, Parameters, Range, SweepConfig, UserError, flatten, with_values
+from collective_pipeline.config import (
+    LOOKS_ON,
+    MODEL_TYPES,
+    Arm,
+    Parameters,
+    Range,
+    SweepConfig,
+    UserError,
+    flatten,
+    with_values,
+)
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.results import final_metrics, tabulate
 from collective_pipeline.models.checkpoint import Checkpoint, save_checkpoint
@@ -84,7 +94,11 @@ def identify(settings: Parameters, splits: Splits) -> dict[str, Any]:
     kept = OF_ALL + OF_SEARCH * search
 
     def is_shared(name: str) -> bool:
-        return name.startswith(READ) or name in kept or (search and name.startswith("sweep.space."))
+        return (
+            (name.startswith(READ) and name not in LOOKS_ON)
+            or name in kept
+            or (search and name.startswith("sweep.space."))
+        )
 
     shared = {name: value for name, value in flatten(settings).items() if is_shared(name)}
     return shared | {"images": splits.digest}

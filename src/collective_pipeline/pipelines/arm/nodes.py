@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -11,11 +12,13 @@ from torch import nn
 from collective_pipeline.config import Arm, ModelType, Parameters
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.cost import measure_executed_macs
+from collective_pipeline.evaluation.experts import describe_classes
+from collective_pipeline.evaluation.figures import plot_experts
 from collective_pipeline.evaluation.results import tabulate
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.progress import Progress
 from collective_pipeline.training.snapshots import Snapshots
-from collective_pipeline.training.tracking import Curves
+from collective_pipeline.training.tracking import Curves, is_tracked, log_figure
 from collective_pipeline.training.train import match_to_splits, score, snapshots_at, train_arm
 
 
@@ -90,11 +93,24 @@ def train(
         snapshots=snapshots,
         num_beside=1 if is_alone else num_arms,
         prepare=prepare,
+        look=partial(log_experts, splits=splits, seed=settings.seeds[0], device=device),
         name=name,
     )
     history = pd.DataFrame(result.history)
     history.insert(0, "model_type", name)
     return checkpoint, history
+
+
+def log_experts(epoch: int, checkpoint: Checkpoint, *, splits: Splits, seed: int, device: torch.device) -> None:
+    """A heat map of what experts, members or gates do on the validation images, in the arm's MLflow run.
+
+    Of one seed, as the final one, as long as it is trained.
+    """
+    if not is_tracked() or seed not in checkpoint.seeds:
+        return
+    classes = describe_classes(checkpoint.of_seeds([seed]), train=splits.train, images=splits.val, device=device)
+    if not classes.empty:
+        log_figure(plot_experts(classes), f"expert_analysis/epoch_{epoch:04d}.html")
 
 
 def evaluate(

@@ -15,10 +15,11 @@ from collective_pipeline import __version__
 from collective_pipeline.config import Arm, Parameters, flatten, hide_password
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.comparison import RUN_COLUMNS, compare_arms
-from collective_pipeline.evaluation.experts import describe_gates
-from collective_pipeline.evaluation.figures import plot_training_curves
-from collective_pipeline.evaluation.latency import measure_latency
+from collective_pipeline.evaluation.experts import ExpertAnalysis, describe_experts
+from collective_pipeline.evaluation.figures import plot_samples
+from collective_pipeline.evaluation.latency import measure_latency, measure_skipping
 from collective_pipeline.evaluation.report import write_report
+from collective_pipeline.evaluation.results import summarise_runs
 from collective_pipeline.evaluation.verdict import answer
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.runtime import describe_device
@@ -56,15 +57,36 @@ def with_reference(plot: Callable[..., Figure]) -> Callable[..., Figure]:
     return update_wrapper(node, plot)
 
 
-def plot_curves(*histories: pd.DataFrame) -> Figure:
-    """Training curves of all arms."""
-    return plot_training_curves(pd.concat(histories, ignore_index=True))
+def join_histories(*histories: pd.DataFrame) -> pd.DataFrame:
+    """Of all arms."""
+    return pd.concat(histories, ignore_index=True)
 
 
-def analyse_gates(checkpoint: Checkpoint, splits: Splits, device: torch.device) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What the gates of a trained network do on the test images, by unit, and by unit and class."""
-    units, classes, _ = describe_gates(checkpoint, splits.test, device)
-    return units, classes
+def measure_shut_gates(
+    latency: dict[str, float], checkpoint: Checkpoint, dense: Arm, splits: Splits, device: torch.device
+) -> pd.DataFrame:
+    """What skipping shut gates saves here; the latency is only waited for, so that nothing else is at work."""
+    return measure_skipping(checkpoint, dense, splits.test, device)
+
+
+def summarise(*results: pd.DataFrame) -> dict[str, Any]:
+    """The fields of the original's evaluation, for every arm and seed."""
+    return summarise_runs(pd.concat(results, ignore_index=True))
+
+
+def analyse_experts(
+    splits: Splits, device: torch.device, *checkpoints: Checkpoint
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """What experts, members and gated layers do on the test images, if there are any: by unit, class, seed, image."""
+    found = ExpertAnalysis.join(
+        [describe_experts(one, train=splits.train, images=splits.test, device=device) for one in checkpoints]
+    )
+    return found.units, found.classes, found.seeds, found.samples
+
+
+def plot_sample_predictions(samples: pd.DataFrame, splits: Splits) -> Figure:
+    """Test images with what is said of them."""
+    return plot_samples(samples, splits.test)
 
 
 def report(
@@ -74,14 +96,14 @@ def report(
     runs: pd.DataFrame,
     comparison: pd.DataFrame,
     summary: dict[str, Any],
-    *gates_and_histories: pd.DataFrame,
-    num_gates: int = 0,
+    units: pd.DataFrame,
+    classes: pd.DataFrame,
+    seeds: pd.DataFrame,
+    samples: pd.DataFrame,
+    history: pd.DataFrame,
+    skipping: pd.DataFrame | None = None,
 ) -> str:
-    """The page that answers the question, and says how the answer came about.
-
-    The last tables are those of `analyse_gates`, if `num_gates` of them are given, and every arm's history.
-    """
-    gates, histories = gates_and_histories[:num_gates], gates_and_histories[num_gates:]
+    """The page that answers the question, and says how the answer came about."""
     return write_report(
         title=f"{settings.dataset}: {', '.join(comparison['model_type'])}"
         if len(comparison) == 1
@@ -89,11 +111,12 @@ def report(
         answer=summary["answer"],
         results=runs,
         comparison=comparison,
-        history=pd.concat(histories, ignore_index=True),
+        history=history,
         facts=describe_run(settings, splits, device),
         reference=settings.comparison.reference,
-        units=gates[0] if gates else None,
-        classes=gates[1] if gates else None,
+        experts=ExpertAnalysis(units, classes, seeds, samples),
+        images=splits.test,
+        skipping=skipping,
     )
 
 

@@ -1,7 +1,6 @@
 """Compare, plot, report."""
 
 from collections.abc import Callable, Sequence
-from functools import partial, update_wrapper
 
 from kedro.pipeline import Node, Pipeline
 from plotly.graph_objects import Figure
@@ -10,14 +9,18 @@ from collective_pipeline.evaluation.figures import (
     plot_accuracy,
     plot_accuracy_against_params,
     plot_differences,
-    plot_gates,
+    plot_experts,
+    plot_training_curves,
 )
 from collective_pipeline.pipelines.comparison.nodes import (
-    analyse_gates,
+    analyse_experts,
     compare,
+    join_histories,
     measure,
-    plot_curves,
+    measure_shut_gates,
+    plot_sample_predictions,
     report,
+    summarise,
     with_reference,
 )
 
@@ -27,41 +30,58 @@ def draw(plot: Callable[..., Figure], name: str, tables: Sequence[str] = ("compa
     return Node(with_reference(plot), inputs=["settings", *tables], outputs=f"{name}_figure", name=f"plot_{name}")
 
 
-def create_pipeline(namespace: str, *, arms: Sequence[str], gated: str | None = None) -> Pipeline:
+def create_pipeline(
+    namespace: str, *, arms: Sequence[str], analysed: Sequence[str], gated_and_dense: tuple[str, str] | None = None
+) -> Pipeline:
     """The comparison of these arms, each named by the namespace of its own pipeline.
 
     Args:
         namespace: Of the comparison.
         arms: In their order in tables.
-        gated: The one whose gates are looked into.
+        analysed: Those whose experts, members or gates are looked into, where they turn out to have any.
+        gated_and_dense: One of these and the same one without gates, to measure what skipping shut gates saves.
     """
     # Names without dots inside the pipeline; each is mapped to the arm's own dataset.
     models = {f"{arm}_arm": f"{arm}.arm" for arm in arms}
     results = {f"{arm}_results": f"{arm}.results" for arm in arms}
     histories = {f"{arm}_history": f"{arm}.history" for arm in arms}
+    checkpoints = {f"{arm}_checkpoint": f"{arm}.checkpoint" for arm in analysed}
     shared = {"settings": "settings", "splits": "splits", "device": "device"}
     tables = ["runs", "comparison"]
-    gates = ["gates", "gates_by_class"] if gated is not None else []
+    experts = ["expert_analysis", "expert_analysis_by_class", "expert_analysis_by_seed", "sample_predictions"]
+    skipping = [] if gated_and_dense is None else ["skipping"]
     nodes = [
         Node(measure, inputs=["device", *models, *results], outputs="latency", name="measure_latency"),
         Node(compare, inputs=["settings", "latency", *results], outputs=[*tables, "summary"], name="compare"),
+        Node(summarise, inputs=[*results], outputs="evaluation", name="summarise"),
+        Node(analyse_experts, inputs=["splits", "device", *checkpoints], outputs=experts, name="analyse_experts"),
         draw(plot_accuracy, "accuracy"),
         draw(plot_accuracy_against_params, "params", tables),
-        Node(plot_curves, inputs=[*histories], outputs="curves_figure", name="plot_curves"),
+        Node(join_histories, inputs=[*histories], outputs="histories", name="join_histories"),
+        Node(plot_training_curves, inputs="histories", outputs="curves_figure", name="plot_curves"),
         Node(
-            update_wrapper(partial(report, num_gates=len(gates)), report),
-            inputs=["settings", "splits", "device", *tables, "summary", *gates, *histories],
+            plot_experts,
+            inputs="expert_analysis_by_class",
+            outputs="expert_analysis_figure",
+            name="plot_experts",
+        ),
+        Node(
+            plot_sample_predictions,
+            inputs=["sample_predictions", "splits"],
+            outputs="sample_predictions_figure",
+            name="plot_sample_predictions",
+        ),
+        Node(
+            report,
+            inputs=["settings", "splits", "device", *tables, "summary", *experts, "histories", *skipping],
             outputs="report",
             name="report",
         ),
     ]
+    if gated_and_dense is not None:
+        gated, dense = gated_and_dense
+        inputs = ["latency", f"{gated}_checkpoint", f"{dense}_arm", "splits", "device"]
+        nodes.append(Node(measure_shut_gates, inputs=inputs, outputs="skipping", name="measure_shut_gates"))
     if len(arms) > 1:
         nodes.append(draw(plot_differences, "differences"))
-    trained = {}
-    if gated is not None:
-        trained = {"checkpoint": f"{gated}.checkpoint"}
-        nodes += [
-            Node(analyse_gates, inputs=["checkpoint", "splits", "device"], outputs=gates, name="analyse_gates"),
-            Node(plot_gates, inputs="gates_by_class", outputs="gates_figure", name="plot_gates"),
-        ]
-    return Pipeline(nodes, namespace=namespace, inputs=shared | models | results | histories | trained)
+    return Pipeline(nodes, namespace=namespace, inputs=shared | models | results | histories | checkpoints)

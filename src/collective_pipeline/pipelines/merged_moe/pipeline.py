@@ -16,12 +16,9 @@ from collective_pipeline.pipelines.merged_moe.nodes import (
     train_sub_models,
 )
 
-MIXTURE, *BASELINES = ARMS = (
-    "merged_moe_mixture",
-    "merged_moe_dense",
-    "merged_moe_single_expert",
-    "merged_moe_conv_collective",
-)
+MIXTURE, COLLECTIVE = "merged_moe_mixture", "merged_moe_conv_collective"
+BASELINES = ("merged_moe_dense", "merged_moe_single_expert", COLLECTIVE)
+ARMS = (MIXTURE, *BASELINES)
 
 
 def create_pipeline() -> Pipeline:
