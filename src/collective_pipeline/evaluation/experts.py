@@ -109,10 +109,10 @@ def describe_experts(checkpoint: Checkpoint, *, train: Images, images: Images, d
         images: Others, with labels.
         device: Where to compute.
     """
-    subject = _Subject.of(checkpoint, train, images, device)
-    findings = None if subject is None else _observe(subject)
-    if subject is None or findings is None:
+    seen = _look_into(checkpoint, train, images, device)
+    if seen is None:
         return ExpertAnalysis.of_rows()
+    subject, findings = seen
     return ExpertAnalysis.of_rows(
         _unit_rows(subject, findings, _points_lost(subject, findings)),
         _class_rows(subject, findings),
@@ -123,10 +123,8 @@ def describe_experts(checkpoint: Checkpoint, *, train: Images, images: Images, d
 
 def describe_classes(checkpoint: Checkpoint, *, train: Images, images: Images, device: torch.device) -> pd.DataFrame:
     """`ExpertAnalysis.classes` alone, which costs less: nothing is left out in turn."""
-    subject = _Subject.of(checkpoint, train, images, device)
-    findings = None if subject is None else _observe(subject)
-    rows = () if subject is None or findings is None else _class_rows(subject, findings)
-    return ExpertAnalysis.of_rows(classes=rows).classes
+    seen = _look_into(checkpoint, train, images, device)
+    return ExpertAnalysis.of_rows(classes=() if seen is None else _class_rows(*seen)).classes
 
 
 def mutual_information(joint_AK: Tensor) -> Tensor:
@@ -218,15 +216,20 @@ class _Findings:
     confidence_SNB: Tensor
 
 
-def _observe(subject: _Subject) -> _Findings | None:
-    """None where a network has no units."""
+def _look_into(
+    checkpoint: Checkpoint, train: Images, images: Images, device: torch.device
+) -> tuple[_Subject, _Findings] | None:
+    """None where a network has no units, or no seed good weights."""
+    subject = _Subject.of(checkpoint, train, images, device)
+    if subject is None:
+        return None
     model = subject.model
     if isinstance(model, ImageClassifier) and model.gating is not None:
-        return _observe_layers(model, subject)
+        return subject, _observe_layers(model, subject)
     if isinstance(model, Mixture) and isinstance(model.gate, SoftmaxGate):
-        return _observe_experts(model, subject)
+        return subject, _observe_experts(model, subject)
     if isinstance(model, WithMembers):
-        return _observe_members(model, subject)
+        return subject, _observe_members(model, subject)
     return None
 
 

@@ -85,11 +85,11 @@ def summarise_runs(results: pd.DataFrame) -> dict[str, dict[str, Any]]:
         For each arm the fields' means over seeds (of `early_stopped` whether any did), and in `seeds` a list with the
         same fields of each seed. What is not finite, because a seed diverged, is None.
     """
-    return {
-        str(name): _means_of(seeds) | {"seeds": seeds}
-        for name, arm in results.groupby("model_type", sort=False)
-        for seeds in [[_summarise_run(run) for run in arm.to_dict("records")]]
-    }
+    told = {}
+    for name, arm in results.groupby("model_type", sort=False):
+        seeds = [_summarise_run(run) for run in arm.to_dict("records")]
+        told[str(name)] = _means_of(seeds) | {"seeds": seeds}
+    return told
 
 
 def _summarise_run(run: Mapping[Hashable, Any]) -> dict[str, Any]:
