@@ -41,7 +41,7 @@ def test_the_gated_network_is_compared_to_the_one_without_gates(gated):
         "narrow": [42, 43],
     }
     answer = json.loads((project / REPORTING / "summary.json").read_text())["answer"]
-    assert "the resnet18_moe is better than the other arms" in answer
+    assert "the resnet18_moe is better than the 2 other arms" in answer
     assert "minus resnet18_moe" in result.stdout
     page = (project / REPORTING / "report.html").read_text()
     assert "Is resnet18_moe better? mnist" in page and "Test accuracy against executed multiply-adds" in page

@@ -736,9 +736,9 @@ class DeepMoeConfig(Config):
     narrow: float = Field(
         0.75, gt=0, le=1, description="width of the third network, without gates, as a part: what narrowing alone does"
     )
-    gates: GateConfig = GateConfig(freeze_epochs=30)
+    gates: GateConfig = GateConfig(freeze_epochs=22)
     training: TrainingConfig = TrainingConfig(
-        epochs=60,
+        epochs=45,
         batch_size=512,
         optimizer="sgd",
         nesterov=True,
@@ -748,7 +748,6 @@ class DeepMoeConfig(Config):
         label_smoothing=0.1,
         cutout=12,
         precision="bf16",
-        compile=True,
         expert_analysis_interval=10,
     )
 
@@ -773,7 +772,7 @@ class DeepMoeConfig(Config):
 
 
 MIXTURE_TRAINING = TrainingConfig(
-    epochs=24,
+    epochs=20,
     optimizer="adamw",
     learning_rate=1e-3,
     weight_decay=1e-4,
@@ -783,7 +782,7 @@ MIXTURE_TRAINING = TrainingConfig(
     expert_analysis_interval=10,
 )
 # Sub-models have no experts to look at.
-SUB_MODEL_TRAINING = MIXTURE_TRAINING.model_copy(update={"epochs": 12, "expert_analysis_interval": None})
+SUB_MODEL_TRAINING = MIXTURE_TRAINING.model_copy(update={"epochs": 10, "expert_analysis_interval": None})
 DEBUG_TRAINING = {"augmentation_strength": 0.0, "cutout": 0, "precision": "auto"}
 
 
@@ -894,9 +893,7 @@ DEBUG = Parameters(
         stem="imagenet",
         width=8,
         gates=GateConfig(freeze_epochs=1),
-        training=DeepMoeConfig().training.model_copy(
-            update={"epochs": 3, "cutout": 0, "precision": "auto", "compile": False}
-        ),
+        training=DeepMoeConfig().training.model_copy(update={"epochs": 3, "cutout": 0, "precision": "auto"}),
     ),
     merged_moe=MergedMoeConfig(
         dataset="mnist",

@@ -38,6 +38,21 @@ def test_a_line_says_where_it_is_and_how_long_it_takes(clock, told):
     assert " ".join(line.split()) == "shallow epoch 1/10 validation accuracy 97.00 % 2.0 s/epoch 18 s left"
 
 
+def test_seeds_that_train_in_turn_have_a_pace_each_and_the_time_of_all_that_is_left(clock, told):
+    """The clock of every part begins at 0, its first epoch takes longer."""
+    report = Progress("resnet18", num_epochs=10, num_arms=1, device_type="cuda")
+    report(replace(epoch(1, 5.0), group=(1, 3)))
+    clock["wall"] += 60
+    report(replace(epoch(9, 21.0), group=(1, 3)))
+    report(replace(epoch(1, 4.0), group=(2, 3)))
+    clock["wall"] += 60
+    report(replace(epoch(5, 12.0), group=(2, 3)))
+
+    lines = [" ".join(line.split()) for line in told.messages]
+    assert lines[1] == "resnet18 seeds, part 1/3 epoch 9/10 validation accuracy 97.00 % 2.0 s/epoch 42 s left"
+    assert lines[3] == "resnet18 seeds, part 2/3 epoch 5/10 validation accuracy 97.00 % 2.0 s/epoch 30 s left"
+
+
 def test_lines_are_some_seconds_apart_and_the_last_is_always_told(clock, told):
     """Fast epochs do not flood the terminal."""
     report = Progress("shallow", num_epochs=10, num_arms=1, device_type="cuda")

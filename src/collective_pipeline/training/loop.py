@@ -49,7 +49,7 @@ class Epoch:
         seconds: Since training began.
         finished: Whether it was the last one.
         restored: Whether it is only told again: it was trained before the run was interrupted, or in groups of seeds.
-        partial: Whether it is of a group of the seeds only, because memory is too small for all of them at once.
+        group: Which of how many groups of seeds it is of, where they train one after another.
         usage: Of the GPU since training began, as of its last reading.
     """
 
@@ -62,8 +62,13 @@ class Epoch:
     seconds: float
     finished: bool = False
     restored: bool = False
-    partial: bool = False
+    group: tuple[int, int] = (1, 1)
     usage: Usage = field(default_factory=Usage)
+
+    @property
+    def partial(self) -> bool:
+        """Whether it is of some of the seeds only."""
+        return self.group != (1, 1)
 
     def mean(self, name: str) -> float:
         """Of a metric over the seeds that are still trained and whose number is finite; NaN if there are none."""
@@ -204,7 +209,11 @@ class Fit:
     def restore(cls, facts: Mapping[str, Any], weights: dict[str, Tensor]) -> "Fit":
         """From `facts` that were written as JSON."""
         epochs = [
-            Epoch(**epoch | {"running": tuple(epoch["running"]), "usage": Usage(**epoch["usage"]), "restored": True})
+            Epoch(
+                **epoch
+                | {"running": tuple(epoch["running"]), "group": tuple(epoch["group"])}
+                | {"usage": Usage(**epoch["usage"]), "restored": True}
+            )
             for epoch in facts["epochs"]
         ]
         return cls(**{**facts, "seeds": tuple(facts["seeds"]), "epochs": epochs, "weights": weights})
@@ -222,7 +231,7 @@ def _join_epochs(model: Epoch, fits: Sequence[Fit]) -> Epoch:
     seconds = sum(part.seconds if part else fit.epochs[-1].seconds for fit, part in zip(fits, parts, strict=True))
     usage = sum((part.usage if part else fit.epochs[-1].usage for fit, part in zip(fits, parts, strict=True)), Usage())
     joined = replace(model, metrics=metrics, running=tuple(running), seconds=seconds, usage=usage)
-    return replace(joined, partial=False, restored=True)
+    return replace(joined, group=(1, 1), restored=True)
 
 
 def fit(

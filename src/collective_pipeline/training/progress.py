@@ -67,7 +67,8 @@ class Progress:
                 self._log(f"epoch {epoch.number}/{epoch.num_epochs}  is done")
             return
         per_epoch = self._pace(epoch)
-        left = per_epoch * (epoch.num_epochs - epoch.number)
+        group, num_groups = epoch.group
+        left = per_epoch * (epoch.num_epochs * (num_groups - group + 1) - epoch.number)
         is_end = epoch.number == 1 or epoch.finished
         if self._is_due(4 * SECONDS_BETWEEN_LINES) if self.brief else is_end or self._is_due(SECONDS_BETWEEN_LINES):
             score = (
@@ -76,14 +77,17 @@ class Progress:
                 else f"{epoch.phase}, loss {epoch.mean('train_loss'):.4f}"
             )
             time_left = f"done in {duration(epoch.seconds)}" if epoch.finished else f"{duration(left)} left"
-            self._log(f"epoch {epoch.number}/{epoch.num_epochs}  {score}  {per_epoch:.1f} s/epoch  {time_left}")
+            of_seeds = f"seeds, part {group}/{num_groups}  " if epoch.partial else ""
+            self._log(
+                f"{of_seeds}epoch {epoch.number}/{epoch.num_epochs}  {score}  {per_epoch:.1f} s/epoch  {time_left}"
+            )
         self._warn_if_busy()
         if not self.length_is_known and (self.device_type != "cuda" or epoch.number > 1):
-            self._warn_if_long(per_epoch)
+            self._warn_if_long(per_epoch * num_groups)
 
     def _pace(self, epoch: Epoch) -> float:
         """Seconds an epoch, without the first one that is told: on a GPU it also compiles and records."""
-        if self.first is None:
+        if self.first is None or epoch.number <= self.first.number:  # or it is of other seeds than the one before
             self.first = epoch
         if epoch.number == self.first.number:
             return epoch.seconds / epoch.number

@@ -163,7 +163,7 @@ class _ArmTraining:
                 self.snapshots.before = _describe_done(groups, done)
             group = groups[len(done)]
             epochs: list[int] = []
-            trained = self._try(group, saved, epochs, partial=len(groups) > 1)
+            trained = self._try(group, saved, epochs, (len(done) + 1, len(groups)))
             if trained is not None:
                 done.append(trained)
             elif saved is not None or epochs:
@@ -187,12 +187,14 @@ class _ArmTraining:
             len(groups),
         )
 
-    def _try(self, seeds: Sequence[int], saved: Snapshot | None, epochs: list[int], *, partial: bool) -> Fit | None:
+    def _try(
+        self, seeds: Sequence[int], saved: Snapshot | None, epochs: list[int], number: tuple[int, int]
+    ) -> Fit | None:
         """Train these seeds, noting each of their `epochs`; None if the memory was not enough."""
 
         def note(epoch: Epoch) -> None:
             epochs.append(epoch.number)
-            self.tell(replace(epoch, partial=partial))
+            self.tell(replace(epoch, group=number))
 
         try:
             return self._train(seeds, saved, note)
