@@ -24,6 +24,8 @@ PANELS = {"val_accuracy": "Validation accuracy", "val_loss": "Validation loss", 
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 GRID = "#E3E3E3"
 EXPERT_PANELS = {"gate_pct": "Open (%)", "accuracy": "Right alone (%)"}
+# Pixels: a row of a heat map, between two of them for classes and a title, around all.
+UNIT_HEIGHT, PANEL_GAP, MARGINS = 26, 76, 120
 SAMPLES_IN_ROW = 5
 IMAGE_HEIGHT, BAR_HEIGHT, GAP = 120, 18, 48  # pixels: of an image, of a bar, and between rows of either
 
@@ -165,50 +167,53 @@ def plot_training_curves(history: pd.DataFrame) -> go.Figure:
 def plot_experts(classes: pd.DataFrame) -> go.Figure:
     """What each unit is for, as heat maps of unit and class: how far it opens, and how often it is right alone.
 
-    One row of panels for each arm, of its first seed: which of its members has which number means nothing across seeds.
+    A panel for each arm and what is known of it, of its first seed: which of its members has which number means nothing
+    across seeds.
 
     Args:
         classes: `experts.CLASS_COLUMNS`.
     """
     arms = [arm[arm["seed"] == arm["seed"].iloc[0]] for _, arm in classes.groupby("model_type", sort=False)]
-    panels = {column: title for column, title in EXPERT_PANELS.items() if classes[column].notna().any()}
+    panels = [
+        (f"{title}, {arm['model_type'].iloc[0]}", arm.set_index(["unit", "class"])[column].unstack(sort=False))
+        for arm in arms
+        for column, title in EXPERT_PANELS.items()
+        if arm[column].notna().any()
+    ]
     if not panels:
         return _blank("No experts, members or gates to look into")
+    heights = [UNIT_HEIGHT * len(values) for _, values in panels]
+    height = sum(heights) + PANEL_GAP * (len(panels) - 1)
     figure = make_subplots(
-        rows=len(arms),
-        cols=len(panels),
-        row_heights=[arm["unit"].nunique() for arm in arms],
-        horizontal_spacing=0.24,
-        vertical_spacing=0.3 / len(arms),
-        subplot_titles=[f"{title}, {arm['model_type'].iloc[0]}" for arm in arms for title in panels.values()],
+        rows=len(panels),
+        cols=1,
+        row_heights=heights,
+        vertical_spacing=PANEL_GAP / height if len(panels) > 1 else 0,
+        subplot_titles=[title for title, _ in panels],
     )
-    for row, arm in enumerate(arms, start=1):
-        for column, name in enumerate(panels, start=1):
-            values = arm.set_index(["unit", "class"])[name].unstack(sort=False)
-            panel = figure.get_subplot(row, column)
-            low, high = panel.yaxis.domain
-            figure.add_heatmap(
-                x=[str(name) for name in values.columns],
-                y=values.index.tolist(),
-                z=values.to_numpy().tolist(),
-                colorscale="Viridis",
-                colorbar={
-                    "title": {"text": "%"},
-                    "x": panel.xaxis.domain[1],
-                    "y": (low + high) / 2,
-                    "len": high - low,
-                    "thickness": 14,
-                },
-                hovertemplate="%{y}, %{x}: %{z:.1f} %<extra></extra>",
-                showlegend=False,
-                row=row,
-                col=column,
-            )
-    figure.update_xaxes(type="category", title_text="Class")
+    for row, (_, values) in enumerate(panels, start=1):
+        low, high = figure.get_subplot(row, 1).yaxis.domain
+        figure.add_heatmap(
+            x=[str(name) for name in values.columns],
+            y=values.index.tolist(),
+            z=values.to_numpy().tolist(),
+            colorscale="Viridis",
+            colorbar={
+                "title": {"text": "%"},
+                "y": (low + high) / 2,
+                "len": max(high - low, 100 / height),  # room for its numbers beside a mixture of two
+                "thickness": 14,
+                "nticks": 4,
+            },
+            hovertemplate="%{y}, %{x}: %{z:.1f} %<extra></extra>",
+            showlegend=False,
+            row=row,
+            col=1,
+        )
+    figure.update_xaxes(type="category")
     figure.update_yaxes(autorange="reversed", type="category")
-    num_units = sum(arm["unit"].nunique() for arm in arms)
     seed = int(classes["seed"].iloc[0])
-    return finish(figure, f"Experts by class, seed {seed}", None, None, height=140 * len(arms) + 26 * num_units)
+    return finish(figure, f"Experts by class, seed {seed}", None, None, height=height + MARGINS)
 
 
 def plot_samples(samples: pd.DataFrame, images: Images) -> go.Figure:
