@@ -56,14 +56,18 @@ def test_the_mixture_is_compared_to_three_networks_of_its_size(merged):
     assert "Is merged_moe better? mnist" in page
 
 
-def test_the_experts_of_the_mixture_are_looked_into(merged):
+def test_the_experts_of_the_mixture_are_looked_into_and_the_members_of_the_collective(merged):
     """How far each opens for which class, what it knows alone, and what no routing among them can exceed."""
     project, _ = merged
-    units, classes, seeds, samples = (
+    tables = [
         pd.read_csv(project / REPORTING / f"{name}.csv")
         for name in ("expert_analysis", "expert_analysis_by_class", "expert_analysis_by_seed", "sample_predictions")
-    )
+    ]
+    members = tables[0][tables[0]["model_type"] == "conv_collective"]
+    units, classes, seeds, samples = (table[table["model_type"] == "merged_moe"] for table in tables)
 
+    assert members["unit"].tolist() == ["expert 1", "expert 2", "expert 3", "analyst 1", "analyst 2"] * 2
+    assert members["gate_pct"].isna().all() and members["accuracy"].between(0, 100).all()
     assert units["unit"].tolist() == ["expert 1", "expert 2", "expert 3"] * 2
     assert units.groupby("seed")["gate_pct"].sum().tolist() == pytest.approx([100, 100], abs=1e-3)
     assert classes.groupby(["seed", "class"])["gate_pct"].sum().tolist() == pytest.approx([100] * 6, abs=1e-3)
@@ -168,7 +172,8 @@ def test_a_run_that_broke_in_the_second_sub_model_ends_as_one_that_did_not(
 
     assert result.exit_code == 0, result.output
     trained = {line.split()[0] for line in caplog.messages if "validation accuracy" in line}
-    assert trained == {"sub_model_2", "merged_moe"}
+    # Nothing else had begun before the sub-models were there.
+    assert trained == {"sub_model_2", *ARMS}
     whole = weights_of(merged[0], "merged_moe_mixture")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights_of(project, "merged_moe_mixture").items())
 
