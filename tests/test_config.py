@@ -77,13 +77,16 @@ def test_debug_is_debug():
     assert check_parameters(shipped("debug")) == DEBUG
 
 
-def test_deepmoe_paper_is_the_schedule_that_the_original_names():
-    """350 epochs, falling after 150 and 250; the last 80 with the gates as they are."""
-    deepmoe = check_parameters(shipped("deepmoe_paper")).deepmoe
-    rates = make_schedule(deepmoe.training, rate=0.1, num_updates=350, warmup_updates=0).tolist()
+@pytest.mark.parametrize(
+    ("env", "falls", "epochs", "frozen"), [("cifar", (150, 250), 350, 80), ("imagenet", (100, 130, 160, 190), 210, 30)]
+)
+def test_deepmoe_paper_is_the_schedule_that_the_original_names(env, falls, epochs, frozen):
+    """A tenth of the rate after each of these epochs; the last ones with the gates as they are."""
+    deepmoe = check_parameters(shipped(f"deepmoe_paper_{env}")).deepmoe
+    rates = make_schedule(deepmoe.training, rate=0.1, num_updates=epochs, warmup_updates=0).tolist()
 
-    assert rates == pytest.approx([0.1] * 150 + [0.01] * 100 + [0.001] * 100)
-    assert deepmoe.training.epochs == 350 and deepmoe.gates.freeze_epochs == 80
+    assert rates == pytest.approx([0.1 * 0.1 ** sum(epoch >= fall for fall in falls) for epoch in range(epochs)])
+    assert deepmoe.training.epochs == epochs and deepmoe.gates.freeze_epochs == frozen
     assert deepmoe.training.optimizer == "sgd"
 
 
