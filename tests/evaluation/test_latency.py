@@ -1,11 +1,14 @@
 """How long answers take."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from collective_pipeline.config import Arm, GateConfig, ImageSpec, MlpArchitecture
 from collective_pipeline.data.splits import Images
 from collective_pipeline.evaluation import latency
+from collective_pipeline.evaluation.cost import count_macs, measure_executed_macs
 from collective_pipeline.evaluation.latency import SKIPPING_COLUMNS, measure_latency, measure_skipping, take_turns
 from collective_pipeline.models.build import build_arm, initialise
 from collective_pipeline.models.checkpoint import Checkpoint
@@ -71,7 +74,7 @@ def test_skipping_is_measured_beside_the_whole_networks(monkeypatch):
     """For every batch size, also one that is larger than there are images; without an offset about half is shut."""
     monkeypatch.setattr(latency, "BATCH_SIZES", (1, 50))
     monkeypatch.setattr(latency, "ROUNDS", 2)
-    dense = checkpoint_of("resnet18").arm
+    dense = checkpoint_of("resnet18")
 
     table = measure_skipping(checkpoint_of("resnet18_moe", offset=0.0), dense, random_images(20), CPU)
 
@@ -83,6 +86,43 @@ def test_skipping_is_measured_beside_the_whole_networks(monkeypatch):
 
 @pytest.mark.parametrize(("name", "gates"), [("resnet18", {}), ("resnet18_moe", {"position": "pre_norm"})])
 def test_nothing_is_measured_where_nothing_can_be_skipped(name, gates):
-    table = measure_skipping(checkpoint_of(name, **gates), checkpoint_of("resnet18").arm, random_images(4), CPU)
+    table = measure_skipping(checkpoint_of(name, **gates), checkpoint_of("resnet18"), random_images(4), CPU)
 
     assert list(table.columns) == list(SKIPPING_COLUMNS) and table.empty
+
+
+def test_images_are_met_in_no_order_of_their_classes(monkeypatch):
+    """All of them once: what is executed on average is what is counted over the whole set."""
+    monkeypatch.setattr(latency, "BATCH_SIZES", (1,))
+    monkeypatch.setattr(latency, "ROUNDS", 24)
+    monkeypatch.setattr(latency, "WARM_UP", 0)
+    gated, dense, images = checkpoint_of("resnet18_moe", offset=0.0), checkpoint_of("resnet18"), random_images(24)
+    seen = []
+    cut = latency.Normalise.__call__
+
+    def watched(normalise, pixels):
+        seen.append(pixels.clone())
+        return cut(normalise, pixels)
+
+    monkeypatch.setattr(latency.Normalise, "__call__", watched)
+    table = measure_skipping(gated, dense, images, CPU)
+    monkeypatch.setattr(latency.Normalise, "__call__", cut)
+
+    whole = measure_executed_macs(gated.of_seeds([7]), images, CPU)[0] / count_macs(dense.arm)
+    assert table["executed_pct"].iloc[0] == pytest.approx(100 * whole)
+    places = [next(i for i, one in enumerate(images.images) if torch.equal(one, image[0])) for image in seen]
+    assert sorted(places) == list(range(24)) != places
+
+
+def test_a_seed_that_diverged_is_not_measured(monkeypatch):
+    monkeypatch.setattr(latency, "BATCH_SIZES", (1,))
+    gated, dense = checkpoint_of("resnet18_moe"), checkpoint_of("resnet18")
+    none_is_good = replace(gated, best_epochs=(0, 0))
+    second_is_good = replace(
+        gated, best_epochs=(0, 1), weights={name: tensor.clone() for name, tensor in gated.weights.items()}
+    )
+    for tensor in second_is_good.weights.values():
+        tensor[0] = torch.nan
+
+    assert measure_skipping(none_is_good, dense, random_images(4), CPU).empty
+    assert measure_skipping(second_is_good, dense, random_images(4), CPU)["executed_pct"].notna().all()

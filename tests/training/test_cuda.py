@@ -147,20 +147,29 @@ def make_network():
     return network
 
 
-def test_a_compiled_network_computes_the_same(compiler):
-    """Logits, parts, gradients and statistics while it trains, and what it says afterwards."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_compiled_network_computes_the_same(compiler, caplog, frozen):
+    """Logits, parts, gradients and statistics while it trains, also in part, and what it says afterwards."""
     plain, compiled = make_network(), make_network()
     cuda.compile_forward(compiled)
     cuda.compile_forward(compiled)  # of a second phase
+    forward, calls = compiled.forward.compiled, []
+    compiled.forward.compiled = lambda x: calls.append(len(x)) or forward(x)
     x = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0))
     for network in (plain, compiled):
-        logits, parts = network.train()(x)
+        network.train()
+        if frozen:  # as in the stage with fixed gates
+            network.eval()
+            network.network.train()
+        logits, parts = network(x)
         (logits.square().sum() + sum(part.sum() for part in parts.values())).backward()
 
     for (name, expected), (_, found) in zip(plain.named_parameters(), compiled.named_parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: n + text)
     torch.testing.assert_close(dict(compiled.named_buffers()), dict(plain.named_buffers()))
-    torch.testing.assert_close(compiled.eval()(x[:, :4])[0], plain.eval()(x[:, :4])[0], rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled.eval()(x[:, :4])[0], plain.eval()(x[:, :4])[0], rtol=1e-4, atol=1e-5)
+    assert calls == [1] and "cannot be used" not in caplog.text
     assert list(compiled.state_dict()) == list(plain.state_dict())
 
 

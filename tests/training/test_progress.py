@@ -53,6 +53,20 @@ def test_seeds_that_train_in_turn_have_a_pace_each_and_the_time_of_all_that_is_l
     assert lines[3] == "resnet18 seeds, part 2/3 epoch 5/10 validation accuracy 97.00 % 2.0 s/epoch 30 s left"
 
 
+def test_the_length_of_a_run_counts_seeds_that_train_in_turn(clock, told):
+    """Before the first epoch has ended; and every part counts its own epochs."""
+    report = Progress("resnet18", num_epochs=45, num_arms=1, device_type="cpu", num_parts=3)
+    for _ in report.watch(range(1, 11)):
+        clock["wall"] += 12
+    report(replace(epoch(45, 60.0, num_epochs=45), group=(1, 3)))
+    for _ in report.watch(range(1, 3)):
+        clock["wall"] += 30
+
+    lines = [" ".join(line.split()) for line in told.messages]
+    assert sum("At this pace resnet18 will take about 4.5 h; for an answer in minutes" in line for line in lines) == 1
+    assert lines[-1].startswith("resnet18 epoch 1: ")
+
+
 def test_lines_are_some_seconds_apart_and_the_last_is_always_told(clock, told):
     """Fast epochs do not flood the terminal."""
     report = Progress("shallow", num_epochs=10, num_arms=1, device_type="cuda")

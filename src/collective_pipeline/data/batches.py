@@ -38,7 +38,7 @@ class Batches:
     def __init__(
         self, splits: Splits, seeds: Sequence[int], *, batch_size: int, augmentation_strength: float, cutout: int = 0
     ) -> None:
-        check_batch_size(splits, batch_size)
+        check_batches(splits, batch_size, cutout)
         self.train = splits.train
         self.device = splits.train.images.device
         self.normalise = Normalise(splits, self.device)
@@ -128,12 +128,18 @@ def count_draws(augmentation_strength: float, cutout: int) -> int:
     return NUM_DRAWS + NUM_CUTOUT_DRAWS if cutout else NUM_DRAWS if augmentation_strength else 0
 
 
-def check_batch_size(
-    splits: Splits, batch_size: int, *, parameter: str = "training.batch_size", whose: str = ""
+def check_batches(
+    splits: Splits, batch_size: int, cutout: int = 0, *, section: str = "training", whose: str = ""
 ) -> None:
-    """Raise a `UserError` if there are fewer training images than one batch needs; `whose` tells of which network."""
+    """Raise a `UserError` if there are fewer training images than one batch needs, or if nothing is left of one.
+
+    `whose` tells of which network, `section` which parameters.
+    """
     if len(splits.train) < batch_size:
         raise UserError(
-            f"{parameter}={batch_size} is more than the {len(splits.train)} training images{whose}: "
+            f"{section}.batch_size={batch_size} is more than the {len(splits.train)} training images{whose}: "
             "choose a smaller one"
         )
+    side = min(splits.image_shape[1:])
+    if cutout >= side:
+        raise UserError(f"{section}.cutout={cutout} leaves nothing of images of {side} pixels{whose}: choose fewer")

@@ -174,9 +174,13 @@ def plot_experts(classes: pd.DataFrame) -> go.Figure:
         classes: `experts.CLASS_COLUMNS`.
     """
     arms = [arm[arm["seed"] == arm["seed"].iloc[0]] for _, arm in classes.groupby("model_type", sort=False)]
+    seeds = [int(arm["seed"].iloc[0]) for arm in arms]
     panels = [
-        (f"{title}, {arm['model_type'].iloc[0]}", arm.set_index(["unit", "class"])[column].unstack(sort=False))
-        for arm in arms
+        (
+            f"{title}, {arm['model_type'].iloc[0]}{_of_seed(seed, seeds)}",
+            arm.set_index(["unit", "class"])[column].unstack(sort=False),
+        )
+        for arm, seed in zip(arms, seeds, strict=True)
         for column, title in EXPERT_PANELS.items()
         if arm[column].notna().any()
     ]
@@ -212,8 +216,17 @@ def plot_experts(classes: pd.DataFrame) -> go.Figure:
         )
     figure.update_xaxes(type="category")
     figure.update_yaxes(autorange="reversed", type="category")
-    seed = int(classes["seed"].iloc[0])
-    return finish(figure, f"Experts by class, seed {seed}", None, None, height=height + MARGINS)
+    return finish(figure, f"Experts by class, {_all_of(seeds)}", None, None, height=height + MARGINS)
+
+
+def _of_seed(seed: int, seeds: Iterable[int]) -> str:
+    """For a title, where not all that is shown is of this seed: the first that has good weights is."""
+    return f", seed {seed}" if {*seeds} != {seed} else ""
+
+
+def _all_of(seeds: Iterable[int]) -> str:
+    distinct = sorted({int(seed) for seed in seeds})
+    return f"seed{'s' if len(distinct) > 1 else ''} {' and '.join(map(str, distinct))}"
 
 
 def plot_samples(samples: pd.DataFrame, images: Images) -> go.Figure:
@@ -262,8 +275,7 @@ def plot_samples(samples: pd.DataFrame, images: Images) -> go.Figure:
                 figure.update_xaxes(showticklabels=False, row=above + 1, col=column)
     figure.update_traces(hoverinfo="skip", selector={"type": "image"})
     figure.update_annotations(font_size=13)
-    seed = int(samples["seed"].iloc[0])
-    return finish(figure, f"Sample predictions, seed {seed}", None, None, height=height + 120)
+    return finish(figure, f"Sample predictions, {_all_of(samples['seed'])}", None, None, height=height + 120)
 
 
 def _bars_of(sample: pd.DataFrame) -> Iterable[go.Bar | go.Scatter]:

@@ -16,6 +16,7 @@ from collective_pipeline.models.build import build_arm
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.image_classifier import ImageClassifier
 from collective_pipeline.models.packing import PackedClassifier, can_be_packed
+from collective_pipeline.randomness import make_generator
 
 WARM_UP = 10
 REPEATS = 100
@@ -33,36 +34,44 @@ def measure_latency(arm: Arm, device: torch.device, *, batch_size: int = 1) -> f
     return statistics.median(times["model"])
 
 
-def measure_skipping(checkpoint: Checkpoint, dense: Arm, images: Images, device: torch.device) -> pd.DataFrame:
+def measure_skipping(checkpoint: Checkpoint, dense: Checkpoint, images: Images, device: torch.device) -> pd.DataFrame:
     """What a network takes without gates, with gates, and where shut gates are skipped (`models.packing`).
 
     A row for each of `BATCH_SIZES`, with medians over 30 rounds in which the three take turns on the same images, other
-    ones in every round; `executed_pct` is the part of the dense network's multiply-adds that one image needs. No rows
-    where there are no gates that can be skipped.
+    ones in every round, in an order without meaning; `executed_pct` is the part of the dense network's multiply-adds
+    that one of them needs. No rows where there are no gates that can be skipped.
 
     Args:
-        checkpoint: What was trained, of which the first seed is measured.
-        dense: The same network without gates.
+        checkpoint: What was trained, of which the first seed that did not diverge is measured.
+        dense: The same network without gates, likewise.
         images: Uint8, for example the test images.
         device: Where to measure.
     """
-    model = checkpoint.of_seeds(checkpoint.seeds[:1]).build().to(device).requires_grad_(False)
+    good, good_dense = (
+        [s for s, epoch in zip(c.seeds, c.best_epochs, strict=True) if epoch] for c in (checkpoint, dense)
+    )
+    nothing = pd.DataFrame(columns=list(SKIPPING_COLUMNS))
+    if not good or not good_dense:
+        return nothing
+    model = checkpoint.of_seeds(good[:1]).build().to(device).requires_grad_(False)
     if not isinstance(model, ImageClassifier) or not can_be_packed(model):
-        return pd.DataFrame(columns=list(SKIPPING_COLUMNS))
+        return nothing
     ways = {
-        "without_gates_ms": build_arm(dense).to(device).eval(),
+        "without_gates_ms": dense.of_seeds(good_dense[:1]).build().to(device),
         "with_gates_ms": model,
         "skipping_ms": PackedClassifier(model).to(device).eval(),
     }
     normalise, layers = Normalise(checkpoint.images, device), count_layers(checkpoint.arm)
-    whole = sum(layer.macs for layer in count_layers(dense))
+    whole = sum(layer.macs for layer in count_layers(dense.arm))
+    # A data set may lie class by class, and images of one class open much the same gates.
+    order = torch.randperm(len(images), generator=make_generator(0, "skipping"))
     rows = []
     with torch.inference_mode():
         for batch_size in BATCH_SIZES:
             times: dict[str, list[float]] = {name: [] for name in ways}
             shares = []
             for number in range(-WARM_UP, ROUNDS):
-                places = torch.arange(batch_size).add(number * batch_size) % len(images)
+                places = order[torch.arange(batch_size).add(number * batch_size) % len(images)]
                 x_1BI = normalise(images.images[places].to(device)).unsqueeze(0)
                 taken = take_turns({name: partial(way, x_1BI) for name, way in ways.items()}, device)
                 if number < 0:

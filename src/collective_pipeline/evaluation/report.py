@@ -109,7 +109,7 @@ def write_report(
 
 
 def _has_shut_gates(comparison: pd.DataFrame) -> bool:
-    return bool((comparison["executed_macs"] != comparison["macs"]).any())
+    return bool((comparison["executed_macs"] < comparison["macs"]).any())
 
 
 def _is_compared(comparison: pd.DataFrame) -> bool:
@@ -238,7 +238,7 @@ COST: Columns = {
     "Accuracy per million parameters": lambda arm: number(".1f", arm.accuracy_per_million_params),
     "Accuracy per log10 of parameters": lambda arm: number(".3f", arm.accuracy_per_log10_params),
     "Multiply-adds per image": lambda arm: f"{arm.macs:,.0f}",
-    EXECUTED: lambda arm: f"{arm.executed_macs:,.0f}",
+    EXECUTED: lambda arm: number(",.0f", arm.executed_macs),
     "Latency (ms)": lambda arm: number(".3g", arm.latency_ms),
     "Training time per seed (s)": lambda arm: number(",.1f", arm.train_seconds),
 }

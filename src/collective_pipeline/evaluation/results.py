@@ -28,7 +28,7 @@ def tabulate(
 ) -> pd.DataFrame:
     """`comparison.RUN_COLUMNS`, `gpu.GPU_COLUMNS` and what `summarise_runs` needs beside them, a row for each seed.
 
-    A seed that diverged before it had good weights has no accuracies and no loss.
+    A seed that diverged before it had good weights has no accuracies, no loss and no executed multiply-accumulates.
 
     Args:
         checkpoint: The weights that validation chose.
@@ -56,14 +56,14 @@ def tabulate(
             "train_seconds": seconds / len(seeds),
             "samples_per_second": images / seconds,
             "diverged": ~np.isfinite(last["train_loss"].to_numpy()),
-            "early_stopped": last["epoch"].to_numpy() < config.epochs,
+            "early_stopped": (last["epoch"].to_numpy() < config.epochs) & (config.early_stopping_patience is not None),
             "final_train_loss": last["train_loss"].to_numpy(),
             "final_train_accuracy": last["train_accuracy"].to_numpy(),
             **{f"test_{name}": values for name, values in test.items()},
         }
     )
     results["early_stopped"] &= ~results["diverged"]
-    results.loc[results["best_epoch"] == 0, [f"test_{name}" for name in test]] = np.nan
+    results.loc[results["best_epoch"] == 0, ["executed_macs", *(f"test_{name}" for name in test)]] = np.nan
     chosen = history[["seed", "epoch", "val_accuracy"]].rename(columns={"epoch": "best_epoch"})
     results = results.merge(chosen, on=["seed", "best_epoch"], how="left")
     # Of all the training; nothing where there was no GPU, or where it told nothing.

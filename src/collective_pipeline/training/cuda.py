@@ -43,13 +43,16 @@ def load_kernels(device: torch.device) -> ModuleType | None:
 
 
 def compile_forward(network: nn.Module) -> None:
-    """Let torch.compile fuse what `network` computes while it trains; where it cannot, told once, nothing changes."""
+    """Let torch.compile fuse what `network` computes while it trains.
+
+    Where its forward pass cannot be compiled, told once, nothing changes.
+    """
     if "forward" not in network.__dict__:  # or an earlier phase has done it
         network.__dict__["forward"] = CompiledForward(network)
 
 
 class CompiledForward:
-    """The forward pass of a network: compiled while it trains, as it is otherwise, where batches are of other sizes."""
+    """The forward pass of a network: compiled where gradients are asked for; elsewhere batches have other sizes."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -60,7 +63,8 @@ class CompiledForward:
         return type(self)(copy.deepcopy(self.network, memo))
 
     def __call__(self, x_SBI: Tensor) -> Any:
-        if not self.network.training:
+        # Not `training`: where a part is frozen the whole counts as evaluated.
+        if not torch.is_grad_enabled():
             return self.plain(x_SBI)
         try:
             return self.compiled(x_SBI)

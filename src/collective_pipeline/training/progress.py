@@ -28,14 +28,18 @@ class Progress:
         num_epochs: That it is to train.
         num_arms: That are trained one after another, this one among them.
         device_type: On a `cpu`, a comparison that takes long names the quick test.
+        num_parts: How often `num_epochs` are trained, where seeds train in turn.
         brief: No line after the first epoch and the last: for one of very many short trainings.
     """
 
-    def __init__(self, arm: str, *, num_epochs: int, num_arms: int, device_type: str, brief: bool = False) -> None:
+    def __init__(
+        self, arm: str, *, num_epochs: int, num_arms: int, device_type: str, brief: bool = False, num_parts: int = 1
+    ) -> None:
         self.brief = brief
         self.arm = arm
         self.num_epochs = num_epochs
         self.num_arms = num_arms
+        self.num_parts = num_parts
         self.device_type = device_type
         self.last_line = time.perf_counter()
         self.epochs_done = 0
@@ -54,14 +58,14 @@ class Progress:
                 self.started = time.perf_counter(), time.process_time()
             elapsed = time.perf_counter() - started
             if elapsed > LONG_EPOCH_SECONDS and not self.length_is_known:
-                self._warn_if_long(elapsed * numbers[-1] / (number - numbers[0] + 1))
+                self._warn_if_long(self.num_parts * elapsed * numbers[-1] / (number - numbers[0] + 1))
             if self._is_due(4 * SECONDS_BETWEEN_LINES):
                 self._log(f"epoch {self.epochs_done + 1}: {100 * number / numbers[-1]:.0f} % of its steps")
                 self._warn_if_busy()
 
     def __call__(self, epoch: Epoch) -> None:
         """Tell what this epoch gave, and after the first what all of it will take."""
-        self.epochs_done = epoch.number
+        self.epochs_done = 0 if epoch.finished else epoch.number  # then the next seeds begin
         if epoch.restored:
             if epoch.finished and not epoch.partial and not self.brief:
                 self._log(f"epoch {epoch.number}/{epoch.num_epochs}  is done")

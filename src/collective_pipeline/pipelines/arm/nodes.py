@@ -81,6 +81,7 @@ def train(
         num_epochs=settings.training.epochs,
         num_arms=num_arms if is_alone else 1,
         device_type=device.type,
+        num_parts=len(settings.seeds) if arm.is_convolutional else 1,
     )
     checkpoint, result = train_arm(
         arm,

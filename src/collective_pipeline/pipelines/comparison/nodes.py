@@ -63,7 +63,7 @@ def join_histories(*histories: pd.DataFrame) -> pd.DataFrame:
 
 
 def measure_shut_gates(
-    latency: dict[str, float], checkpoint: Checkpoint, dense: Arm, splits: Splits, device: torch.device
+    latency: dict[str, float], checkpoint: Checkpoint, dense: Checkpoint, splits: Splits, device: torch.device
 ) -> pd.DataFrame:
     """What skipping shut gates saves here; the latency is only waited for, so that nothing else is at work."""
     return measure_skipping(checkpoint, dense, splits.test, device)

@@ -45,7 +45,9 @@ def create_pipeline(
     models = {f"{arm}_arm": f"{arm}.arm" for arm in arms}
     results = {f"{arm}_results": f"{arm}.results" for arm in arms}
     histories = {f"{arm}_history": f"{arm}.history" for arm in arms}
-    checkpoints = {f"{arm}_checkpoint": f"{arm}.checkpoint" for arm in analysed}
+    trained = dict.fromkeys([*analysed, *(gated_and_dense or ())])
+    checkpoints = {f"{arm}_checkpoint": f"{arm}.checkpoint" for arm in trained}
+    analysed_checkpoints = [f"{arm}_checkpoint" for arm in analysed]
     shared = {"settings": "settings", "splits": "splits", "device": "device"}
     tables = ["runs", "comparison"]
     experts = ["expert_analysis", "expert_analysis_by_class", "expert_analysis_by_seed", "sample_predictions"]
@@ -54,7 +56,9 @@ def create_pipeline(
         Node(measure, inputs=["device", *models, *results], outputs="latency", name="measure_latency"),
         Node(compare, inputs=["settings", "latency", *results], outputs=[*tables, "summary"], name="compare"),
         Node(summarise, inputs=[*results], outputs="evaluation", name="summarise"),
-        Node(analyse_experts, inputs=["splits", "device", *checkpoints], outputs=experts, name="analyse_experts"),
+        Node(
+            analyse_experts, inputs=["splits", "device", *analysed_checkpoints], outputs=experts, name="analyse_experts"
+        ),
         draw(plot_accuracy, "accuracy"),
         draw(plot_accuracy_against_params, "params", tables),
         Node(join_histories, inputs=[*histories], outputs="histories", name="join_histories"),
@@ -80,7 +84,7 @@ def create_pipeline(
     ]
     if gated_and_dense is not None:
         gated, dense = gated_and_dense
-        inputs = ["latency", f"{gated}_checkpoint", f"{dense}_arm", "splits", "device"]
+        inputs = ["latency", f"{gated}_checkpoint", f"{dense}_checkpoint", "splits", "device"]
         nodes.append(Node(measure_shut_gates, inputs=inputs, outputs="skipping", name="measure_shut_gates"))
     if len(arms) > 1:
         nodes.append(draw(plot_differences, "differences"))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from collective_pipeline.config import Parameters, check_parameters
-from collective_pipeline.data.batches import check_batch_size
+from collective_pipeline.data.batches import check_batches
 from collective_pipeline.data.splits import RawImages, Splits, make_splits
 from collective_pipeline.training.runtime import choose_device
 
@@ -19,5 +19,5 @@ def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]
 def split_images(raw_images: RawImages, settings: Parameters) -> Splits:
     """Training, validation and test images: the same for every arm and every seed."""
     splits = make_splits(raw_images, val_fraction=settings.data.val_fraction, split_seed=settings.data.split_seed)
-    check_batch_size(splits, settings.training.batch_size)
+    check_batches(splits, settings.training.batch_size, settings.training.cutout)
     return splits

@@ -20,7 +20,7 @@ from collective_pipeline.config import (
     UserError,
     check_parameters,
 )
-from collective_pipeline.data.batches import check_batch_size
+from collective_pipeline.data.batches import check_batches
 from collective_pipeline.data.class_groups import GROUPS, ClassGroups, resolve_groups, restrict
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.models.checkpoint import Checkpoint
@@ -73,12 +73,14 @@ def group_classes(settings: Parameters, all_classes: Splits) -> tuple[Splits, Cl
     splits = all_classes
     if len(groups.labels) < all_classes.num_classes:
         splits = restrict(all_classes, groups.labels, remeasure=True)
-    check_batch_size(splits, own.training.batch_size)
+    training = own.training
+    check_batches(splits, training.batch_size, training.cutout, section="merged_moe.training")
     for plan in plan_sub_models(own, splits, groups):
-        check_batch_size(
+        check_batches(
             plan.splits,
             own.sub_models.batch_size,
-            parameter="merged_moe.sub_models.batch_size",
+            own.sub_models.cutout,
+            section="merged_moe.sub_models",
             whose=f" of {plan.name}, {_told(plan.splits)}",
         )
     return splits, groups
