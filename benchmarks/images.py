@@ -1,9 +1,9 @@
 """How far a convolutional network gets in how many seconds, and whether a plain PyTorch loop gets as far.
 
-    python benchmarks/images.py [--model resnet18] [--dataset cifar10] [--epochs 60 200] [--seeds 1] [--plain]
+    python benchmarks/images.py [--model resnet18] [--dataset cifar10] [--epochs 45 90] [--compile] [--plain]
 
-One network alone on the device, trained as `deepmoe.training` says but for the epochs; without its gates, if it has
-some. With `--plain` torchvision's ResNet-18 with a 3x3 stem is trained on the same images by a loop of torch's own
+One network alone on the device, trained as `deepmoe.training` says but for the epochs; gates, if it has some, are
+frozen for the second half. With `--plain` torchvision's ResNet-18 with a 3x3 stem is trained on the same images by a loop of torch's own
 parts: its optimiser, its schedule, its initialisation, its random generators, crops and mirror images by indexing.
 Seconds are of training, validation and compilation; images are read before.
 """
@@ -32,8 +32,9 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--model", choices=IMAGE_MODEL_TYPES, default="resnet18")
     parser.add_argument("--dataset", default="cifar10")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[60])
+    parser.add_argument("--epochs", type=int, nargs="+", default=[45])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="what trains, by torch.compile")
     parser.add_argument("--plain", action="store_true", help="torchvision's ResNet-18 and a plain loop as well")
     options = parser.parse_args()
     device = choose_device(options.device)
@@ -43,7 +44,7 @@ def main() -> None:
     print(f"{describe(device)}\n{options.dataset}, {len(splits.train):,} training images, {options.model}")
     print(f"{'loop':>10}{'epochs':>8}{'seed':>6}{'seconds':>9}{'s/epoch':>9}{'val %':>8}{'test %':>8}")
     for epochs in options.epochs:
-        config = DeepMoeConfig().training.model_copy(update={"epochs": epochs})
+        config = DeepMoeConfig().training.model_copy(update={"epochs": epochs, "compile": options.compile})
         for seed in range(42, 42 + options.seeds):
             tell("ours", seed, *train_ours(options.model, splits, config, seed, device))
             if options.plain:
@@ -88,7 +89,9 @@ def train_plain(
     )
     train, val, test = (part.to(device) for part in (splits.train, splits.val, splits.test))
     steps = len(train) // config.batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.epochs * steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=config.epochs * steps, cycle_momentum=False
+    )
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) * 255 for values in (splits.mean, splits.std))
     padded = F.pad(train.images, [CROP] * 4)
     seconds, best, of_best = [], -1.0, 0.0
