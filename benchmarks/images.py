@@ -3,9 +3,9 @@
     python benchmarks/images.py [--model resnet18] [--dataset cifar10] [--epochs 45 90] [--compile] [--plain]
 
 One network alone on the device, trained as `deepmoe.training` says but for the epochs; gates, if it has some, are
-frozen for the second half. With `--plain` torchvision's ResNet-18 with a 3x3 stem is trained on the same images by a loop of torch's own
-parts: its optimiser, its schedule, its initialisation, its random generators, crops and mirror images by indexing.
-Seconds are of training, validation and compilation; images are read before.
+frozen for the second half. With `--plain` torchvision's ResNet-18 with a 3x3 stem is trained on the same images by a
+loop of torch's own parts: its optimiser, its schedule, its initialisation, its random generators, crops and mirror
+images by indexing. Seconds are of training, validation and compilation; images are read before.
 """
 
 import time
