@@ -805,6 +805,10 @@ class MergedMoeConfig(MixtureConfig):
         for name in ("sub_models", "training"):
             if getattr(self, name).strategy != "end_to_end":
                 raise ValueError(f"{name}.strategy: these networks are trained end to end only; leave it at end_to_end")
+        if self.sub_models.expert_analysis_interval:
+            raise ValueError(
+                "sub_models.expert_analysis_interval: a sub-model has no experts to look at; leave it at null"
+            )
         return self
 
     def architecture(self, image_shape: tuple[int, int, int]) -> MixtureArchitecture:

@@ -243,6 +243,19 @@ def test_beginning_anew_removes_what_was_saved_and_says_so(tmp_path, arm, splits
     assert not caplog.text and not any(path.parent.iterdir())
 
 
+@pytest.mark.parametrize("left", [None, b"half of a state"])
+def test_a_run_that_left_no_state_is_not_gone_on_with_in_mlflow(tmp_path, arm, splits, parameters, left):
+    """Nothing says that its parameters were these; where there is a state, it has been compared."""
+    path = tmp_path / "last.safetensors"
+    saved = snapshots_at(path, arm, splits, parameters(resume=True), CPU)
+    saved.run_file.write_text("an id")
+    if left is not None:
+        path.write_bytes(left)
+    saved.clear()
+
+    assert not saved.run_file.exists()
+
+
 def test_a_full_disk_leaves_the_snapshot_before_it(tmp_path, run, parameters, monkeypatch):
     """The error comes through; what was saved stays whole, and nothing half-written is left."""
     path = tmp_path / "last"

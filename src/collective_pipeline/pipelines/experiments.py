@@ -28,16 +28,18 @@ class Experiment:
 
     Attributes:
         reads: Its parameters: whole sections, or names in them.
+        ignores: Names in those sections that it does not read.
         count_weights: About how many weights may be on the disk at once with these settings, states of training among
             them.
     """
 
     reads: tuple[str, ...]
     count_weights: Callable[[Parameters], int]
+    ignores: tuple[str, ...] = ()
 
     def is_reader_of(self, name: str) -> bool:
         """Whether it reads the parameter of this dotted name."""
-        return any(name == read or name.startswith(f"{read}.") for read in self.reads)
+        return name not in self.ignores and any(name == read or name.startswith(f"{read}.") for read in self.reads)
 
 
 def _count_matched(settings: Parameters) -> int:
@@ -98,7 +100,7 @@ DEFAULT = "single"
 EXPERIMENTS = {
     "single": Experiment((*MATCHED, "model_type"), _count_matched),
     "phase1": Experiment(MATCHED, lambda settings: len(MODEL_TYPES) * _count_matched(settings)),
-    "sweep": Experiment((*MATCHED, "sweep"), _count_sweep),
+    "sweep": Experiment((*MATCHED, "sweep"), _count_sweep, ignores=("training.expert_analysis_interval",)),
     "deepmoe": Experiment((*SHARED, "deepmoe"), _count_deepmoe),
     "merged_moe": Experiment((*SHARED, "merged_moe"), _count_merged_moe),
     "predict": Experiment(PREDICT, lambda settings: 0),

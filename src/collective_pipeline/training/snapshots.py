@@ -149,6 +149,8 @@ class Snapshots:
     def clear(self) -> None:
         """Unless a run goes on from there, remove what is saved, so that no later run takes it for this one's."""
         if self.resume:
+            if not any(map(_read_header, (self.path, _previous(self.path)))):
+                self.run_file.unlink(missing_ok=True)  # of a run that left nothing to go on from, whatever it was
             return
         header = _read_header(self.path)
         if header is not None and not header["facts"]["place"]["finished"]:

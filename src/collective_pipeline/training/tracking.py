@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import logging
 import math
 import os
 import socket
@@ -32,6 +33,8 @@ from collective_pipeline.files import replacing
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.loop import Epoch
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN = 2.0
 SYSTEM_METRICS_SECONDS = 2
@@ -183,8 +186,14 @@ def is_tracked() -> bool:
 
 
 def log_figure(figure: Figure, path: str) -> None:
-    """A page of the active run that shows it, without a network: plotly.js, some 4 MB, is in it."""
-    mlflow.log_figure(figure, path, save_kwargs={"include_plotlyjs": True})
+    """A page of the active run that shows it, without a network: plotly.js, some 4 MB, is in it.
+
+    A server that does not take it is no reason to end a training: that is told.
+    """
+    try:
+        mlflow.log_figure(figure, path, save_kwargs={"include_plotlyjs": True})
+    except MlflowException as error:
+        logger.warning("MLflow did not take %s: %s", path, error)
 
 
 def set_up_system_metrics() -> None:

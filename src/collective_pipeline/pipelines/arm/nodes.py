@@ -1,5 +1,6 @@
 """The life of one arm."""
 
+import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -20,6 +21,8 @@ from collective_pipeline.training.progress import Progress
 from collective_pipeline.training.snapshots import Snapshots
 from collective_pipeline.training.tracking import Curves, is_tracked, log_figure
 from collective_pipeline.training.train import match_to_splits, score, snapshots_at, train_arm
+
+logger = logging.getLogger(__name__)
 
 
 def match_sizes(settings: Parameters, splits: Splits, model_types: Sequence[ModelType | None]) -> list[Arm]:
@@ -109,7 +112,11 @@ def log_experts(epoch: int, checkpoint: Checkpoint, *, splits: Splits, seed: int
     """
     if not is_tracked() or seed not in checkpoint.seeds:
         return
-    classes = describe_classes(checkpoint.of_seeds([seed]), train=splits.train, images=splits.val, device=device)
+    try:
+        classes = describe_classes(checkpoint.of_seeds([seed]), train=splits.train, images=splits.val, device=device)
+    except torch.OutOfMemoryError:  # no reason to end a training
+        logger.warning("%s: the memory is too small to look at its experts while it trains.", checkpoint.arm.model_type)
+        return
     if not classes.empty:
         log_figure(plot_experts(classes), f"expert_analysis/epoch_{epoch:04d}.html")
 
