@@ -896,7 +896,7 @@ DEBUG = Parameters(
         seeds=(42, 43),
         stem="imagenet",
         width=8,
-        gates=GateConfig(freeze_epochs=1),
+        gates=GateConfig(embedding_dim=16, freeze_epochs=1),
         training=DeepMoeConfig().training.model_copy(update={"epochs": 3, "cutout": 0, "precision": "auto"}),
     ),
     merged_moe=MergedMoeConfig(

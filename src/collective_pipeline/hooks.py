@@ -17,6 +17,7 @@ import click
 import mlflow
 import pandas as pd
 import psutil
+from kedro.config import OmegaConfigLoader
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import DataCatalog
@@ -41,6 +42,7 @@ from collective_pipeline.training.tracking import (
     end_runs_of_the_dead,
     log_model,
     process_tags,
+    set_up_store,
     set_up_system_metrics,
     start_run,
 )
@@ -59,6 +61,10 @@ class CheckBeforeRun:
             self._check_globals(context)
         except UserError as error:
             raise _for_person(error) from error
+        # Before kedro-mlflow, which knows these files only afterwards, asks for the tables.
+        loader = cast(OmegaConfigLoader, context.config_loader)
+        loader.config_patterns.setdefault("mlflow", ["mlflow*", "mlflow*/**", "**/mlflow*"])
+        set_up_store(str(loader["mlflow"].get("server", {}).get("mlflow_tracking_uri") or ""))
 
     def _check_globals(self, context: KedroContext) -> None:
         """The catalog, which cannot see parameters.yml, names files after the same arm and data as the settings."""

@@ -17,6 +17,7 @@ import mlflow
 import numpy as np
 import psutil
 import pynvml
+from filelock import FileLock
 from mlflow.entities import LifecycleStage, LoggedModel, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
@@ -178,6 +179,18 @@ def end_runs_of_the_dead(experiment_id: str) -> None:
     for run in client.search_runs([experiment_id], of_here):
         if not psutil.pid_exists(int(run.data.tags["pid"])):
             client.set_terminated(run.info.run_id, "FAILED")
+
+
+def set_up_store(uri: str) -> None:
+    """Make MLflow's tables if they are to lie in a file: two first commands at once would both make them, and one fail.
+
+    Args:
+        uri: Of the tracking server, as `sqlite:///<file>`; others have tables.
+    """
+    _, is_file, file = uri.partition("sqlite:///")
+    if is_file:
+        with FileLock(f"{file}.lock"):
+            mlflow.MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
 
 
 def is_tracked() -> bool:
