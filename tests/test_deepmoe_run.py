@@ -101,7 +101,8 @@ def test_gates_are_looked_at_while_they_are_trained(gated):
         for name, arm in arms.iterrows()
     }
 
-    assert logged == {"resnet18_moe": ["expert_analysis/epoch_0002.html"], "resnet18": [], "narrow": []}
+    pages = ["expert_analysis/epoch_0002.html", "expert_analysis/epoch_0002_samples.html"]
+    assert logged == {"resnet18_moe": pages, "resnet18": [], "narrow": []}
 
 
 def test_both_arms_are_runs_in_mlflow(gated):

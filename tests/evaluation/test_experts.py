@@ -22,7 +22,7 @@ from collective_pipeline.evaluation.experts import (
     SEED_COLUMNS,
     UNIT_COLUMNS,
     ExpertAnalysis,
-    describe_classes,
+    describe_at_work,
     describe_experts,
     entropy,
     mutual_information,
@@ -216,8 +216,9 @@ def test_all_networks_have_tables_of_the_same_columns(make):
     columns = (UNIT_COLUMNS, CLASS_COLUMNS, SEED_COLUMNS, SAMPLE_COLUMNS)
 
     assert [tuple(getattr(found, field.name)) for field in fields(found)] == list(columns)
-    alone = describe_classes(make(), train=TRAIN, images=IMAGES, device=CPU)
-    pd.testing.assert_frame_equal(alone, found.classes)
+    classes, samples = describe_at_work(make(), train=TRAIN, images=IMAGES, device=CPU)
+    pd.testing.assert_frame_equal(classes, found.classes)
+    pd.testing.assert_frame_equal(samples, found.samples)
 
 
 @pytest.mark.parametrize("make", [without_any, lambda: mixture(n_experts=1, losses=UNWEIGHED)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from collective_pipeline.config import GateConfig, Parameters, ResNetArchitecture
-from collective_pipeline.evaluation.experts import describe_classes
+from collective_pipeline.evaluation.experts import describe_at_work
 from collective_pipeline.models.image_arms import make_image_arm
 from collective_pipeline.training import snapshots
 from collective_pipeline.training.train import score, snapshots_at, train_arm
@@ -24,7 +24,7 @@ class Looks(dict):
     def __call__(self, epoch, checkpoint):
         self[epoch, checkpoint.seeds] = {name: tensor.clone() for name, tensor in checkpoint.weights.items()}
         self.accuracy = score(checkpoint, self.splits.val, self.splits, self.config, device=CPU)["accuracy"]
-        describe_classes(checkpoint, train=self.splits.train, images=self.splits.val, device=CPU)
+        describe_at_work(checkpoint, train=self.splits.train, images=self.splits.val, device=CPU)
         torch.rand(3)
         for tensor in checkpoint.weights.values():
             tensor.zero_()

@@ -121,10 +121,14 @@ def describe_experts(checkpoint: Checkpoint, *, train: Images, images: Images, d
     )
 
 
-def describe_classes(checkpoint: Checkpoint, *, train: Images, images: Images, device: torch.device) -> pd.DataFrame:
-    """`ExpertAnalysis.classes` alone, which costs less: nothing is left out in turn."""
+def describe_at_work(
+    checkpoint: Checkpoint, *, train: Images, images: Images, device: torch.device
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`ExpertAnalysis.classes` and `.samples` alone, which costs less: nothing is left out in turn."""
     seen = _look_into(checkpoint, train, images, device)
-    return ExpertAnalysis.of_rows(classes=() if seen is None else _class_rows(*seen)).classes
+    classes, samples = ((), ()) if seen is None else (_class_rows(*seen), _sample_rows(*seen))
+    found = ExpertAnalysis.of_rows(classes=classes, samples=samples)
+    return found.classes, found.samples
 
 
 def mutual_information(joint_AK: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import nn
 from collective_pipeline.config import Arm, ModelType, Parameters
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.cost import measure_executed_macs
-from collective_pipeline.evaluation.experts import describe_classes
-from collective_pipeline.evaluation.figures import plot_experts
+from collective_pipeline.evaluation.experts import describe_at_work
+from collective_pipeline.evaluation.figures import plot_experts, plot_samples
 from collective_pipeline.evaluation.results import tabulate
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.progress import Progress
@@ -106,19 +106,22 @@ def train(
 
 
 def log_experts(epoch: int, checkpoint: Checkpoint, *, splits: Splits, seed: int, device: torch.device) -> None:
-    """A heat map of what experts, members or gates do on the validation images, in the arm's MLflow run.
+    """A heat map of what experts, members or gates do on the validation images, and some of these, in MLflow's run.
 
     Of one seed, as the final one, as long as it is trained.
     """
     if not is_tracked() or seed not in checkpoint.seeds:
         return
     try:
-        classes = describe_classes(checkpoint.of_seeds([seed]), train=splits.train, images=splits.val, device=device)
+        classes, samples = describe_at_work(
+            checkpoint.of_seeds([seed]), train=splits.train, images=splits.val, device=device
+        )
     except torch.OutOfMemoryError:  # no reason to end a training
         logger.warning("%s: the memory is too small to look at its experts while it trains.", checkpoint.arm.model_type)
         return
     if not classes.empty:
         log_figure(plot_experts(classes), f"expert_analysis/epoch_{epoch:04d}.html")
+        log_figure(plot_samples(samples, splits.val), f"expert_analysis/epoch_{epoch:04d}_samples.html")
 
 
 def evaluate(
