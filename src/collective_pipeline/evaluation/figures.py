@@ -267,6 +267,11 @@ def plot_samples(samples: pd.DataFrame, images: Images) -> go.Figure:
             figure.add_image(z=pixels.expand(3, -1, -1).permute(1, 2, 0).tolist(), row=above, col=column)
             figure.update_xaxes(visible=False, row=above, col=column)
             figure.update_yaxes(visible=False, row=above, col=column)
+            if column == 1 and len(shown) > 1:
+                name = str(sample["model_type"].iloc[0])
+                figure.update_yaxes(
+                    visible=True, showticklabels=False, showgrid=False, ticks="", title_text=name, row=above, col=1
+                )
             for trace in _bars_of(sample):
                 figure.add_trace(trace, row=above + 1, col=column)
             figure.update_xaxes(range=[0, 100], tickvals=[0, 50], row=above + 1, col=column)
@@ -325,7 +330,7 @@ def curve_points(history: pd.DataFrame) -> pd.DataFrame:
 def _dot_plot(arms: pd.DataFrame, columns: Columns, reference: str) -> go.Figure:
     """One row per arm, the first at the bottom."""
     figure = go.Figure()
-    colors = colors_of(arms["model_type"])
+    colors = colors_of([*arms["model_type"], reference])  # the same as in figures that show it
     for name in arms["model_type"]:
         arm = arms[arms["model_type"] == name]
         figure.add_scatter(
@@ -365,8 +370,8 @@ def marker_of(name: str, color: str, reference: str) -> dict[str, object]:
 
 
 def colors_of(arms: Iterable[str]) -> dict[str, str]:
-    """The arms' colours; those of phase 1 have theirs whichever others are shown."""
-    arms = list(arms)
+    """The arms' colours, in whichever order; those of phase 1 have theirs whichever others are shown."""
+    arms = sorted(arms)
     names = dict.fromkeys([*(MODEL_TYPES if set(arms) & set(MODEL_TYPES) or not arms else ()), *arms])
     return {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
 
