@@ -26,12 +26,15 @@ def test_what_a_killed_process_left_as_running_is_failed_and_nothing_else(client
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
     own = process_tags()
-    tags = [own | {"pid": str(ended.pid)}, own, {"host": "elsewhere", "pid": str(ended.pid)}, {}]
+    came_again = own | {"began": str(float(own["began"]) - 3600)}
+    tags = [own | {"pid": str(ended.pid)}, came_again, own, own | {"host": "elsewhere", "pid": str(ended.pid)}, {}]
     experiment = client.create_experiment("runs", artifact_location="unused")
     runs = [client.create_run(experiment, tags=about).info.run_id for about in tags]
     end_runs_of_the_dead(experiment)
 
-    assert [client.get_run(run).info.status for run in runs] == ["FAILED", "RUNNING", "RUNNING", "RUNNING"]
+    assert [client.get_run(run).info.status for run in runs] == [
+        "FAILED", "FAILED", "RUNNING", "RUNNING", "RUNNING",
+    ]  # fmt: skip
 
 
 def test_first_commands_at_once_make_one_database(tmp_path):

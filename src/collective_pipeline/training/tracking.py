@@ -169,7 +169,8 @@ def nested_run(name: str, file: Path, *, tags: Mapping[str, str], params: Mappin
 
 def process_tags() -> dict[str, str]:
     """Of every run: which process it is of, so that another can tell whether that still lives."""
-    return {"host": socket.gethostname(), "pid": str(os.getpid())}
+    began = psutil.Process().create_time()  # numbers of processes come again
+    return {"host": socket.gethostname(), "pid": str(os.getpid()), "began": f"{began:.0f}"}
 
 
 def end_runs_of_the_dead(experiment_id: str) -> None:
@@ -177,8 +178,15 @@ def end_runs_of_the_dead(experiment_id: str) -> None:
     client = mlflow.MlflowClient()
     of_here = f"attributes.status = 'RUNNING' and tags.host = '{socket.gethostname()}'"
     for run in client.search_runs([experiment_id], of_here):
-        if not psutil.pid_exists(int(run.data.tags["pid"])):
+        if not _is_alive(int(run.data.tags["pid"]), float(run.data.tags["began"])):
             client.set_terminated(run.info.run_id, "FAILED")
+
+
+def _is_alive(pid: int, began: float) -> bool:
+    try:
+        return abs(psutil.Process(pid).create_time() - began) < 2
+    except psutil.NoSuchProcess:
+        return False
 
 
 def set_up_store(uri: str) -> None:
