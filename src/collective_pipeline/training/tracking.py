@@ -184,7 +184,7 @@ def end_runs_of_the_dead(experiment_id: str) -> None:
 
 def _is_alive(pid: int, began: float) -> bool:
     try:
-        return abs(psutil.Process(pid).create_time() - began) < 2
+        return bool(abs(psutil.Process(pid).create_time() - began) < 2)
     except psutil.NoSuchProcess:
         return False
 
