@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from kedro.framework.cli.cli import KedroCLI
 from PIL import Image
 from plotly.offline import get_plotlyjs
+from tests.evaluation.test_results import FIELDS
 
 from collective_pipeline.config import MODEL_TYPES, UserError
 from collective_pipeline.data.small_images import IDX_FILES, IDX_IMAGES, IDX_LABELS, read_idx
@@ -33,16 +34,6 @@ from collective_pipeline.startup import quieten
 from collective_pipeline.training import loop, tracking, train
 
 TINY = {"training.epochs": 2, "training.batch_size": 64, "seeds": "1 2", "comparison.resamples": 200}
-RESULTS = {
-    "overall_accuracy",
-    "class_accuracies",
-    "best_accuracy",
-    "total_epochs",
-    "early_stopped",
-    "final_train_loss",
-    "final_train_accuracy",
-    "final_test_accuracy",
-}
 EXPERT_TABLES = ("expert_analysis", "expert_analysis_by_class", "expert_analysis_by_seed", "sample_predictions")
 IMAGES, LABELS = (f"data/01_raw/mnist/{name}.gz" for name in IDX_FILES[2:])
 PREDICTIONS = "data/07_model_output/predict/predictions.csv"
@@ -147,7 +138,7 @@ def test_phase1_leaves_the_fields_of_the_originals_evaluation(phase1):
 
     assert list(told) == list(MODEL_TYPES)
     for arm, results in told.items():
-        assert results.keys() == RESULTS | {"seeds"} and results["total_epochs"] == 2
+        assert results.keys() == FIELDS | {"seeds"} and results["total_epochs"] == 2
         assert [seed["seed"] for seed in results["seeds"]] == [1, 2]
         for seed in results["seeds"]:
             row = runs.loc[arm, seed["seed"]]
@@ -179,16 +170,18 @@ def test_phase1_looks_into_the_members_of_the_collective(phase1):
         assert json.loads((folder / f"{figure}.json").read_text())["data"][0]["type"] == kind
 
 
-def test_heat_maps_of_every_epoch_are_in_the_run_of_the_arm_that_has_experts(phase1):
+def test_heat_maps_and_samples_of_every_epoch_are_in_the_run_of_the_arm_that_has_experts(phase1):
     """They open without a network."""
     client, runs = mlflow.MlflowClient(), runs_of(phase1[0])
+    shown = {".html": "Experts by class, seed 1", "_samples.html": "Sample predictions, seed 1"}
     for _, run in runs[runs["tags.mlflow.parentRunId"].notna()].iterrows():
         logged = [file.path for file in client.list_artifacts(run["run_id"], "expert_analysis")]
         epochs = (1, 2) if run["tags.model_type"] == "collective" else ()
-        assert logged == [f"expert_analysis/epoch_{epoch:04d}.html" for epoch in epochs]
+        titles = {f"expert_analysis/epoch_{n:04d}{end}": title for n in epochs for end, title in shown.items()}
+        assert logged == sorted(titles)
         for path in logged:
             page = Path(client.download_artifacts(run["run_id"], path)).read_text()
-            assert "Experts by class, seed 1" in page and "cdn.plot.ly" not in page.replace(get_plotlyjs(), "")
+            assert titles[path] in page and "cdn.plot.ly" not in page.replace(get_plotlyjs(), "")
 
 
 def test_phase1_is_tracked(phase1):

@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
@@ -443,15 +443,21 @@ class Arm(Config):
 
     @model_validator(mode="after")
     def _check_images(self) -> Self:
-        if not isinstance(self.architecture, CollectiveConfig | MlpArchitecture):
-            shape = self.architecture.image_shape
-            if math.prod(shape) != self.in_dim:
-                raise ValueError(f"images of {'x'.join(map(str, shape))} do not have in_dim={self.in_dim} features")
+        shape = self.image_shape
+        if shape is not None and math.prod(shape) != self.in_dim:
+            raise ValueError(f"images of {'x'.join(map(str, shape))} do not have in_dim={self.in_dim} features")
         return self
 
     @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Channels, height and width where the network is convolutional; None where it knows features alone."""
+        if isinstance(self.architecture, CollectiveConfig | MlpArchitecture):
+            return None
+        return self.architecture.image_shape
+
+    @property
     def is_convolutional(self) -> bool:
-        return not isinstance(self.architecture, CollectiveConfig | MlpArchitecture)
+        return self.image_shape is not None
 
     @property
     def param_error_pct(self) -> float:
@@ -578,11 +584,13 @@ def _is_nested(values: Any) -> bool:
     return isinstance(values, Mapping) and bool(values) and not values.keys() & Range.model_fields.keys()
 
 
-def _list_nested(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted names in nested sections, with their choices or ranges."""
+def list_nested(
+    section: Mapping[str, Any], is_section: Callable[[Any], bool], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """The dotted names in nested sections, and what stands under each; `is_section` tells what is another section."""
     for name, values in section.items():
-        if _is_nested(values):
-            yield from _list_nested(values, f"{prefix}{name}.")
+        if is_section(values):
+            yield from list_nested(values, is_section, f"{prefix}{name}.")
         else:
             yield prefix + name, values
 
@@ -693,7 +701,7 @@ class SweepConfig(Config):
             return space
         nested = {name: values for name, values in space.items() if _is_nested(values)}
         named = {name: values for name, values in space.items() if name not in nested}
-        for name, values in _list_nested(nested):
+        for name, values in list_nested(nested, _is_nested):
             before = named.get(name)
             # An end of a range alone leaves the rest of it as it was.
             kept = before if _is_range(values) and isinstance(before, Mapping) else {}

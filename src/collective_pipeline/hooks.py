@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +31,7 @@ from collective_pipeline.config import (
     UserError,
     check_parameters,
     flatten,
+    list_nested,
 )
 from collective_pipeline.evaluation.results import final_metrics
 from collective_pipeline.io.checkpoints import CheckpointDataset
@@ -89,21 +90,13 @@ class CheckBeforeRun:
         folders = {Path(path).parent for path in paths if path is not None}
         names = [DEFAULT if name == "__default__" else name for name in run_params["pipeline_names"] or [DEFAULT]]
         try:
-            check_read(_list_names(run_params["runtime_params"]), names)
+            given = list_nested(run_params["runtime_params"], lambda value: isinstance(value, Mapping))
+            check_read([name for name, _ in given], names)
             needed = SPARE_BYTES + 4 * sum(EXPERIMENTS[name].count_weights(self.settings) for name in names)
             for folder in sorted(folders):
                 check_writable(folder, needed)
         except UserError as error:
             raise _for_person(error) from error
-
-
-def _list_names(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted names in nested sections."""
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _list_names(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def check_writable(folder: Path, num_bytes: int) -> None:

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.evaluation.test_cost import ARM
 
-from collective_pipeline.config import Arm, GateConfig, ImageSpec, MlpArchitecture
+from collective_pipeline.config import GateConfig, ImageSpec
 from collective_pipeline.data.splits import Images
 from collective_pipeline.evaluation import latency
 from collective_pipeline.evaluation.cost import count_macs, measure_executed_macs
@@ -17,14 +18,6 @@ from collective_pipeline.randomness import make_generator
 
 CPU = torch.device("cpu")
 SHAPE = (1, 8, 8)
-ARM = Arm(
-    model_type="shallow",
-    in_dim=784,
-    num_classes=10,
-    params=1,
-    target_params=1,
-    architecture=MlpArchitecture(hidden_dims=(512, 512)),
-)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])

@@ -7,7 +7,16 @@ from torch import nn
 from collective_pipeline.config import CollectiveConfig, ModelDropoutConfig
 from collective_pipeline.models.build import build_model, initialise
 from collective_pipeline.models.collective import MemberDropout, Members
-from collective_pipeline.models.layers import BatchNorm, Dropout, FanOut, Linear, RandomBits, Stack, bits_below
+from collective_pipeline.models.layers import (
+    BatchNorm,
+    ChannelNorm,
+    Dropout,
+    FanOut,
+    Linear,
+    RandomBits,
+    Stack,
+    bits_below,
+)
 from collective_pipeline.models.mlp import HiddenLayer
 from collective_pipeline.randomness import make_generator
 
@@ -52,21 +61,26 @@ def x():
     return torch.randn(SEEDS, BATCH, IN_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def small_collective(**changes):
-    """A small collective in double precision, with biases, norms and statistics off their defaults."""
-    config = SMALL.model_copy(update=changes)
-    model = build_model(config, in_dim=IN_DIM, num_classes=NUM_CLASSES, num_seeds=SEEDS)
-    initialise(model, [make_generator(seed, "weights") for seed in range(SEEDS)])
+def unsettle(model):
+    """Double precision, with biases, norms and statistics off their defaults."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in model.double().modules():
             match module:
                 case Linear():
                     module.bias.uniform_(-0.5, 0.5, generator=generator)
-                case BatchNorm():
+                case ChannelNorm():
                     for tensor in [*module.parameters(), *module.buffers()]:
                         tensor.uniform_(0.5, 1.5, generator=generator)
     return model
+
+
+def small_collective(**changes):
+    """A small collective in double precision, with biases, norms and statistics off their defaults."""
+    config = SMALL.model_copy(update=changes)
+    model = build_model(config, in_dim=IN_DIM, num_classes=NUM_CLASSES, num_seeds=SEEDS)
+    initialise(model, [make_generator(seed, "weights") for seed in range(SEEDS)])
+    return unsettle(model)
 
 
 class Reference(nn.Module):

@@ -3,21 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.models.test_collective import separate, separate_members
+from tests.models.test_collective import separate, separate_members, unsettle
+from tests.models.test_mixture import BATCH, CLASSES, SEEDS, SHAPE, make, make_images
 from torch import nn
 
 from collective_pipeline.config import Arm, ImageCollectiveArchitecture, ImageSpec, UserError
 from collective_pipeline.evaluation.members import ablation_drops
-from collective_pipeline.models.build import build_model, initialise
 from collective_pipeline.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from collective_pipeline.models.layers import ChannelNorm, Linear
 from collective_pipeline.models.mixture import ConvBlock, ResidualBlock
-from collective_pipeline.randomness import make_generator
-from collective_pipeline.training.dropout_bits import DropoutBits
-
-SHAPE, IN_DIM, CLASSES, BATCH = (2, 8, 9), 144, 4, 5
-SEEDS = (3, 7, 11)
-CPU = torch.device("cpu")
 
 
 def tiny(**changes):
@@ -32,30 +25,6 @@ TINY = {
     "one of each": tiny(n_experts=1, n_analysts=1, c_expert=1.0),
     "hardly encoded": tiny(c_expert=1e-6),
 }
-
-
-def make(architecture, seeds=SEEDS):
-    model = build_model(architecture, in_dim=IN_DIM, num_classes=CLASSES, num_seeds=len(seeds))
-    initialise(model, [make_generator(seed, "weights") for seed in seeds])
-    return model
-
-
-def unsettle(model):
-    """Double precision, with biases, norms and statistics off their defaults."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for module in model.double().modules():
-            match module:
-                case Linear():
-                    module.bias.uniform_(-0.5, 0.5, generator=generator)
-                case ChannelNorm():
-                    for tensor in [*module.parameters(), *module.buffers()]:
-                        tensor.uniform_(0.5, 1.5, generator=generator)
-    return model
-
-
-def make_images(num_seeds=3):
-    return torch.randn(num_seeds, BATCH, IN_DIM, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(params=list(TINY))
@@ -137,43 +106,12 @@ def test_gradients_are_finite_with_every_dropout(architecture):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_a_seed_does_not_depend_on_its_neighbours(architecture):
-    """Weights, statistics and dropout of a seed among three are those of it alone."""
-
-    def with_bits(seeds):
-        model, bits = make(architecture, seeds).train(), DropoutBits(seeds, CPU)
-        bits.attach(model, BATCH)
-        bits.draw(torch.tensor([4]))
-        return model
-
-    together, images = with_bits(SEEDS), make_images()
-    logits, _ = together(images)
-    for s, seed in enumerate(SEEDS):
-        alone = with_bits((seed,))
-
-        assert torch.allclose(alone(images[s : s + 1])[0], logits[s : s + 1], atol=1e-5)
-        for name, tensor in alone.state_dict().items():
-            assert torch.allclose(tensor, together.state_dict()[name][s : s + 1], atol=1e-5), name
-
-
-def test_images_that_all_seeds_share_come_once(architecture):
-    model, images = make(architecture).eval(), make_images(1)
-
-    assert torch.allclose(model(images)[0], model(images.expand(len(SEEDS), -1, -1))[0], atol=1e-5)
-
-
-def test_one_image_does_not_influence_another(architecture):
-    model, images = make(architecture).eval(), make_images()
-
-    assert torch.allclose(model(images)[0][:, 2:3], model(images[:, 2:3])[0], atol=1e-5)
-
-
 @pytest.fixture
 def saved(architecture, tmp_path):
     """A file of a network whose statistics have moved; the network."""
     model = make(architecture).train()
     model(make_images())
-    about = {"model_type": "conv_collective", "in_dim": IN_DIM, "num_classes": CLASSES}
+    about = {"model_type": "conv_collective", "in_dim": 144, "num_classes": CLASSES}
     arm = Arm(**about, params=1, target_params=1, architecture=architecture)
     images = ImageSpec(shape=SHAPE, mean=(0.1, 0.2), std=(0.3, 0.2), class_names=tuple("abcd"))
     checkpoint = Checkpoint(arm, "cifar10", images, SEEDS, (1, 1, 1), model.state_dict())

@@ -11,7 +11,6 @@ from collective_pipeline.models.checkpoint import Checkpoint, load_checkpoint, s
 from collective_pipeline.models.layers import Dropout, RandomBits
 from collective_pipeline.models.mixture import normal_from_bits
 from collective_pipeline.randomness import make_generator
-from collective_pipeline.training.dropout_bits import DropoutBits
 
 SHAPE, CLASSES, BATCH = (2, 8, 9), 4, 5
 SEEDS = (3, 7, 11)
@@ -92,36 +91,6 @@ def test_a_gradient_reaches_every_parameter(architecture):
 
     assert not [name for name, weight in model.named_parameters() if not weight.grad.isfinite().all()]
     assert not [name for name, weight in model.named_parameters() if (weight.grad.flatten(1) == 0).all(dim=1).any()]
-
-
-def test_a_seed_does_not_depend_on_its_neighbours(architecture):
-    """Weights, statistics, dropout and noise of a seed among three are those of it alone."""
-    together, images = make(architecture).train(), make_images()
-    bits = DropoutBits(SEEDS, CPU)
-    bits.attach(together, BATCH)
-    bits.draw(torch.tensor([4]))
-    logits, _ = together(images)
-    for s, seed in enumerate(SEEDS):
-        alone = make(architecture, seeds=(seed,)).train()
-        bits = DropoutBits((seed,), CPU)
-        bits.attach(alone, BATCH)
-        bits.draw(torch.tensor([4]))
-
-        assert torch.allclose(alone(images[s : s + 1])[0], logits[s : s + 1], atol=1e-5)
-        for name, tensor in alone.state_dict().items():
-            assert torch.allclose(tensor, together.state_dict()[name][s : s + 1], atol=1e-5), name
-
-
-def test_images_that_all_seeds_share_come_once(architecture):
-    model, images = make(architecture).eval(), make_images(1)
-
-    assert torch.allclose(model(images)[0], model(images.expand(len(SEEDS), -1, -1))[0], atol=1e-5)
-
-
-def test_one_image_does_not_influence_another(architecture):
-    model, images = make(architecture).eval(), make_images()
-
-    assert torch.allclose(model(images)[0][:, 2:3], model(images[:, 2:3])[0], atol=1e-5)
 
 
 def test_a_file_of_a_mixture_decides_as_the_network_that_was_saved(tmp_path, architecture):

@@ -166,8 +166,8 @@ class _Subject:
         """None if no seed has good weights."""
         good = [
             seed
-            for row, (seed, epoch) in enumerate(zip(checkpoint.seeds, checkpoint.best_epochs, strict=True))
-            if epoch > 0 and all(tensor[row].isfinite().all() for tensor in checkpoint.weights.values())
+            for seed in checkpoint.good_seeds
+            if all(tensor.isfinite().all() for tensor in checkpoint.of_seeds([seed]).weights.values())
         ]
         if not good:
             return None

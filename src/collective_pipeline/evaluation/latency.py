@@ -47,17 +47,14 @@ def measure_skipping(checkpoint: Checkpoint, dense: Checkpoint, images: Images, 
         images: Uint8, for example the test images.
         device: Where to measure.
     """
-    good, good_dense = (
-        [s for s, epoch in zip(c.seeds, c.best_epochs, strict=True) if epoch] for c in (checkpoint, dense)
-    )
     nothing = pd.DataFrame(columns=list(SKIPPING_COLUMNS))
-    if not good or not good_dense:
+    if not checkpoint.good_seeds or not dense.good_seeds:
         return nothing
-    model = checkpoint.of_seeds(good[:1]).build().to(device).requires_grad_(False)
+    model = checkpoint.of_seeds(checkpoint.good_seeds[:1]).build().to(device).requires_grad_(False)
     if not isinstance(model, ImageClassifier) or not can_be_packed(model):
         return nothing
     ways = {
-        "without_gates_ms": dense.of_seeds(good_dense[:1]).build().to(device),
+        "without_gates_ms": dense.of_seeds(dense.good_seeds[:1]).build().to(device),
         "with_gates_ms": model,
         "skipping_ms": PackedClassifier(model).to(device).eval(),
     }

@@ -20,7 +20,7 @@ def choose_seeds(checkpoint: Checkpoint, seed: int | None) -> list[int]:
     name, seeds = checkpoint.arm.model_type, checkpoint.seeds
     if seed is not None and seed not in seeds:
         raise UserError(f"this checkpoint of {name} has no seed {seed}: choose from {', '.join(map(str, seeds))}")
-    good = [s for s, epoch in zip(seeds, checkpoint.best_epochs, strict=True) if epoch > 0 and seed in (None, s)]
+    good = [s for s in checkpoint.good_seeds if seed in (None, s)]
     if not good:
         which = "every seed" if seed is None else f"seed {seed}"
         raise UserError(

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from collective_pipeline.config import Arm, CollectiveConfig, ImageSpec, MlpArchitecture, UserError
+from collective_pipeline.config import Arm, ImageSpec, UserError
 from collective_pipeline.files import replacing, write_tensors
 from collective_pipeline.models.build import build_arm
 
@@ -26,6 +26,11 @@ class Checkpoint:
     seeds: tuple[int, ...]
     best_epochs: tuple[int, ...]
     weights: dict[str, Tensor]
+
+    @property
+    def good_seeds(self) -> tuple[int, ...]:
+        """Those that have good weights: others diverged before."""
+        return tuple(seed for seed, epoch in zip(self.seeds, self.best_epochs, strict=True) if epoch > 0)
 
     def build(self) -> nn.Module:
         """The network with these weights, in evaluation mode: `(S, B, in_dim)` to `(S, B, K)` and parts."""
@@ -93,7 +98,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def _check_images(checkpoint: Checkpoint) -> None:
     arm, images = checkpoint.arm, checkpoint.images
     fits = math.prod(images.shape) == arm.in_dim and len(images.class_names) == arm.num_classes
-    if not isinstance(arm.architecture, CollectiveConfig | MlpArchitecture):
-        fits &= arm.architecture.image_shape == images.shape
+    fits &= arm.image_shape in {None, images.shape}
     if not fits or not len(images.mean) == len(images.std) == images.shape[0]:
         raise ValueError("the images that it names are not those that its network reads")

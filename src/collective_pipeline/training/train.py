@@ -134,7 +134,7 @@ def train_arm(
             training.tell(epoch)
     _tell_diverged(name, result)
     _tell_shut(name, result)
-    return _checkpoint(arm, splits, result), result
+    return _checkpoint(arm, splits, result.seeds, result.best_epochs, result.weights), result
 
 
 @dataclass(frozen=True)
@@ -239,9 +239,7 @@ class _ArmTraining:
     ) -> None:
         running = [seed for seed, runs in zip(seeds, epoch.running, strict=True) if runs]
         on_host = {name: tensor.cpu() for name, tensor in weights.items()}
-        checkpoint = Checkpoint(
-            self.arm, self.splits.name, self.splits.image_spec, tuple(seeds), (epoch.number,) * len(seeds), on_host
-        )
+        checkpoint = _checkpoint(self.arm, self.splits, seeds, [epoch.number] * len(seeds), on_host)
         look(epoch.number, checkpoint.of_seeds(running))
 
     def tell(self, epoch: Epoch) -> None:
@@ -250,10 +248,10 @@ class _ArmTraining:
             callback(epoch)
 
 
-def _checkpoint(arm: Arm, splits: Splits, result: Fit) -> Checkpoint:
-    return Checkpoint(
-        arm, splits.name, splits.image_spec, tuple(result.seeds), tuple(result.best_epochs), result.weights
-    )
+def _checkpoint(
+    arm: Arm, splits: Splits, seeds: Sequence[int], epochs: Sequence[int], weights: dict[str, Tensor]
+) -> Checkpoint:
+    return Checkpoint(arm, splits.name, splits.image_spec, tuple(seeds), tuple(epochs), weights)
 
 
 def _describe_done(groups: Sequence[Sequence[int]], done: Sequence[Fit]) -> Snapshot:
