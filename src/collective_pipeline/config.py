@@ -473,10 +473,23 @@ class ImageSpec(Config):
     class_names: tuple[str, ...]
 
 
+class Stage(Config):
+    """A stretch of training with images, batches and regularisation of its own; together they are the plan."""
+
+    epochs: int = Field(ge=1)
+    image_size: int | None = Field(None, ge=8, le=1024, description="pixels of a side; null: as the images are")
+    batch_size: int | None = Field(None, ge=2, description="null: training.batch_size")
+    mixing: bool = Field(True, description="MixUp and CutMix, where they are on")
+    drop_path: bool = Field(True, description="stochastic depth, where it is on")
+
+
 class TrainingConfig(Config):
     """What every arm shares: how long, how hard, and with which images."""
 
     epochs: int = Field(200, ge=1)
+    stages: tuple[Stage, ...] = Field(
+        (), description="of residual networks without gates: what changes on the way; their epochs sum to `epochs`"
+    )
     batch_size: int = Field(256, ge=2, description="images a step; the last, smaller batch of an epoch is left out")
     accumulation_steps: int = Field(1, ge=1, description="batches whose mean gradient makes one update")
     eval_batch_size: int = Field(1024, ge=1)
@@ -505,6 +518,8 @@ class TrainingConfig(Config):
         1.0, ge=0, le=3, description="1: the seed documents' rotation, shift, scale, flip, crop; 0: off"
     )
     cutout: int = Field(0, ge=0, description="side in pixels of a square left out of every training image; 0: off")
+    mixup_alpha: float = Field(0.0, ge=0, description="MixUp: shares are Beta(alpha, alpha); 0: off")
+    cutmix_alpha: float = Field(0.0, ge=0, description="CutMix, likewise; with both, a coin chooses for each batch")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="averaged weights are validated and kept, if given")
     early_stopping_patience: int | None = Field(None, ge=1, description="epochs without anything better")
     early_stopping_metric: Literal["accuracy", "loss"] = Field(
@@ -527,6 +542,27 @@ class TrainingConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        planned = sum(stage.epochs for stage in self.stages)
+        if self.stages and planned != self.epochs:
+            raise ValueError(
+                f"stages have {planned} epochs together and epochs={self.epochs}: give each as many as the others leave"
+            )
+        if self.stages and self.strategy != "end_to_end":
+            raise ValueError(f"strategy={self.strategy} has phases of its own: leave stages empty, or it at end_to_end")
+        return self
+
+    def plan(self) -> tuple[Stage, ...]:
+        """The stages, each with its batch size; without any, one."""
+        stages = self.stages or (Stage(epochs=self.epochs),)
+        return tuple(stage.model_copy(update={"batch_size": stage.batch_size or self.batch_size}) for stage in stages)
+
+    def count_images(self, num_images: int, epochs: int) -> int:
+        """How many images are trained on in the first `epochs`, of a training part of `num_images`."""
+        batch_sizes = [stage.batch_size or self.batch_size for stage in self.plan() for _ in range(stage.epochs)]
+        return sum(num_images // batch_size * batch_size for batch_size in batch_sizes[:epochs])
+
+    @model_validator(mode="after")
     def _check_warmup(self) -> Self:
         if self.warmup_epochs and self.schedule == "one_cycle":
             raise ValueError("schedule=one_cycle warms up by itself: leave warmup_epochs at 0")
@@ -536,6 +572,14 @@ class TrainingConfig(Config):
             )
         return self
 
+
+def _without_stages(training: TrainingConfig) -> TrainingConfig:
+    if training.stages:
+        raise ValueError("stages are for the residual networks of imagenet and tiny_imagenet alone: leave them empty")
+    return training
+
+
+UniformTraining = Annotated[TrainingConfig, AfterValidator(_without_stages)]
 
 # What only looks on: trainings that differ in it are the same training.
 LOOKS_ON = frozenset({"training.expert_analysis_interval"})
@@ -745,7 +789,7 @@ class DeepMoeConfig(Config):
         0.75, gt=0, le=1, description="width of the third network, without gates, as a part: what narrowing alone does"
     )
     gates: GateConfig = GateConfig(freeze_epochs=22)
-    training: TrainingConfig = TrainingConfig(
+    training: UniformTraining = TrainingConfig(
         epochs=45,
         batch_size=512,
         optimizer="sgd",
@@ -803,8 +847,8 @@ class MergedMoeConfig(MixtureConfig):
     n_experts: int = Field(3, ge=2, le=1024, description="those beyond the groups are drawn")
     tolerance: float = Field(0.001, gt=0, lt=1, description="largest relative error of the three networks' sizes")
     collective: ImageCollectiveConfig = ImageCollectiveConfig()
-    sub_models: TrainingConfig = SUB_MODEL_TRAINING
-    training: TrainingConfig = Field(
+    sub_models: UniformTraining = SUB_MODEL_TRAINING
+    training: UniformTraining = Field(
         MIXTURE_TRAINING, description="of the mixture; the three networks have as many updates as it and its sub-models"
     )
 
@@ -841,7 +885,7 @@ class Parameters(Config):
     data: DataConfig = DataConfig()
     collective: CollectiveConfig = CollectiveConfig()
     baselines: BaselineConfig = BaselineConfig()
-    training: TrainingConfig = TrainingConfig()
+    training: UniformTraining = TrainingConfig()
     comparison: ComparisonConfig = ComparisonConfig()
     sweep: SweepConfig = SweepConfig()
     deepmoe: DeepMoeConfig = DeepMoeConfig()
@@ -1018,5 +1062,7 @@ def flatten(config: Config) -> dict[str, Any]:
                 values[f"{name}.{key}"] = entry.model_dump_json() if isinstance(entry, Config) else list(entry)
         else:
             shown = hide_password(value) if isinstance(value, str) else value
-            values[name] = list(shown) if isinstance(shown, tuple) else shown
+            entries = shown if isinstance(shown, tuple) else ()
+            plain = [entry.model_dump() if isinstance(entry, Config) else entry for entry in entries]
+            values[name] = plain if isinstance(shown, tuple) else shown
     return values

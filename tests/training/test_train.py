@@ -366,7 +366,8 @@ def test_stops_of_an_epoch(arm, splits, training, monkeypatch, accumulation, fir
     batches = Batches(splits, (1,), batch_size=32, augmentation_strength=0.0)
     model = build_arm(arm, num_seeds=1)
     phase = Phase("train", 4, model, weighted_sum({"cross_entropy": (1.0, cross_entropy())}), [model])
-    phase_training = loop._PhaseTraining(phase, batches, splits.val, config, first_epoch=0)
+    (span,) = loop._lay_out([phase], batches, config)
+    phase_training = loop._PhaseTraining(phase, span, splits.val, config)
     monkeypatch.setattr(loop.cuda, "UPDATES_AT_ONCE", at_once)
     if at_once > 1:
         phase_training.device = torch.device("cuda")
@@ -413,11 +414,12 @@ def test_what_still_trains_keeps_its_moments_where_other_parts_are_frozen(arm, s
     initialise(model, [make_generator(1, "weights")])
     batches = Batches(splits, (1,), batch_size=32, augmentation_strength=0.0)
     objective = weighted_sum({"cross_entropy": (1.0, cross_entropy())})
+    phases = [
+        Phase("train", 2, model, objective, trained, goes_on=True) for trained in ([model], [model.experts, model.head])
+    ]
+    spans = loop._lay_out(phases, batches, config)
     first, second = (
-        loop._PhaseTraining(
-            Phase("train", 2, model, objective, trained, goes_on=True), batches, splits.val, config, first_epoch=before
-        )
-        for trained, before in (([model], 0), ([model.experts, model.head], 2))
+        loop._PhaseTraining(phase, span, splits.val, config) for phase, span in zip(phases, spans, strict=True)
     )
     model.requires_grad_(True)
     first.begin(1, goes_on=False)

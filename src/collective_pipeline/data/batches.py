@@ -5,26 +5,125 @@ Suffixes: S seeds, B batch, T all images of an epoch.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from collective_pipeline.config import ImageSpec, UserError
+from collective_pipeline.config import ImageSpec, Stage, UserError
 from collective_pipeline.data.augment import NUM_CUTOUT_DRAWS, NUM_DRAWS, RECIPES, augment, cut_out
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.randomness import make_generator
 
 
 class Normalise:
-    """Bytes to features of mean 0 and standard deviation 1 by the training part's channels, flattened."""
+    """Bytes to features of mean 0 and standard deviation 1 by the training part's channels, flattened.
 
-    def __init__(self, known: Splits | ImageSpec, device: torch.device) -> None:
+    Args:
+        known: Of the training part.
+        device: Where the images are.
+        size: Height and width that images are brought to, if theirs are others; None: they stay as they are.
+    """
+
+    def __init__(self, known: Splits | ImageSpec, device: torch.device, *, size: tuple[int, int] | None = None) -> None:
         self.mean = 255 * torch.tensor(known.mean, device=device).view(-1, 1, 1)
         self.scale = 1 / (255 * torch.tensor(known.std, device=device).view(-1, 1, 1))
+        self.size = size
 
     def __call__(self, images: Tensor) -> Tensor:
         """`(..., C, H, W)` in 0..255 to `(..., C*H*W)`; a floating-point input is overwritten."""
-        return images.float().sub_(self.mean).mul_(self.scale).flatten(-3)
+        pixels = images.float()
+        if self.size is not None and pixels.shape[-2:] != self.size:
+            pixels = resize(pixels, self.size)
+        return pixels.sub_(self.mean).mul_(self.scale).flatten(-3)
+
+
+def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """`(..., C, H, W)`, floating point, at this height and width: bilinear, without aliasing where it shrinks."""
+    flat = pixels.flatten(0, -4) if pixels.ndim > 3 else pixels.unsqueeze(0)
+    resized = F.interpolate(flat, size, mode="bilinear", align_corners=False, antialias=True)
+    return resized.view(*pixels.shape[:-2], *size)
+
+
+@dataclass(frozen=True)
+class MixedLabels:
+    """Of images that are each mixed with another one of their batch.
+
+    Attributes:
+        labels_SB: Of the images.
+        others_SB: Of those that are mixed in.
+        share_S: What is left of the first.
+    """
+
+    labels_SB: Tensor
+    others_SB: Tensor
+    share_S: Tensor
+
+
+Labels = Tensor | MixedLabels
+
+
+class ImageSource(Protocol):
+    """Images to evaluate on: those of a tensor (`Images`), or of files that are read when they are wanted."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are wanted."""
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether they lie on the device, always at the same addresses."""
+
+    def __len__(self) -> int:
+        """Of all images, those that other ranks evaluate included."""
+
+    def for_stage(self, stage: Stage) -> "ImageSource":
+        """The same images, as this stage of a plan sees them."""
+
+    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Bytes `(B, C, H, W)` and labels `(B,)`, `size` at a time: each image once, on one of the ranks."""
+
+
+class BatchSource(Protocol):
+    """Training batches for all seeds of a network, epoch after epoch.
+
+    Attributes:
+        seeds: In their order in a batch.
+        device: Where batches are.
+        batch_size: B.
+        normalise: What stands between images and the network, for whoever evaluates it.
+        ranks_played: How many of the ranks that training was planned for this process stands for.
+    """
+
+    seeds: Sequence[int]
+    device: torch.device
+    batch_size: int
+    normalise: Normalise
+    ranks_played: int
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether `take` finds every batch of an epoch without `load`."""
+
+    def for_stage(self, stage: Stage | None) -> "BatchSource":
+        """The same images in batches as this stage has them; None: these."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+
+    def prepare(self, epoch: int) -> None:
+        """Begin to draw for an epoch beside what the device does."""
+
+    def begin(self, epoch: int) -> None:
+        """From here on batches are of this epoch."""
+
+    def load(self, first: int, number: int) -> None:
+        """Bring these batches of the epoch, counted from 0, to where `take` finds them."""
+
+    def take(self, step: Tensor) -> tuple[Tensor, Labels]:
+        """Features `(S, B, I)` and labels `(S, B)` of the batch at `step`, an int64 tensor of one element."""
 
 
 class Batches:
@@ -36,13 +135,24 @@ class Batches:
     """
 
     def __init__(
-        self, splits: Splits, seeds: Sequence[int], *, batch_size: int, augmentation_strength: float, cutout: int = 0
+        self,
+        splits: Splits,
+        seeds: Sequence[int],
+        *,
+        batch_size: int,
+        augmentation_strength: float,
+        cutout: int = 0,
+        image_size: int | None = None,
     ) -> None:
         check_batches(splits, batch_size, cutout)
+        self.splits = splits
         self.train = splits.train
         self.device = splits.train.images.device
-        self.normalise = Normalise(splits, self.device)
+        self.image_size = image_size
+        size = None if image_size is None else (image_size, image_size)
+        self.normalise = Normalise(splits, self.device, size=size)
         self.seeds = seeds
+        self.ranks_played = 1
         self.batch_size = batch_size
         self.recipe = RECIPES[splits.name]
         self.strength = augmentation_strength
@@ -54,6 +164,26 @@ class Batches:
         self.draws_KSBD = torch.zeros(drawn, device=self.device) if self.num_draws else None
         self._drawer = ThreadPoolExecutor(1)
         self._preparing: tuple[int, Future[list[Tensor]]] | None = None
+
+    @property
+    def is_resident(self) -> bool:
+        return True
+
+    def load(self, first: int, number: int) -> None:
+        """They are there."""
+
+    def for_stage(self, stage: Stage | None) -> Self:
+        """The same images in batches as this stage has them; None: these."""
+        if stage is None:
+            return self
+        return type(self)(
+            self.splits,
+            self.seeds,
+            batch_size=stage.batch_size or self.batch_size,
+            augmentation_strength=self.strength,
+            cutout=self.cutout,
+            image_size=stage.image_size,
+        )
 
     def __len__(self) -> int:
         """Steps of an epoch."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -9,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from collective_pipeline.config import DatasetName, ImageSpec, UserError
+from collective_pipeline.config import DatasetName, ImageSpec, Stage, UserError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,22 @@ class Images:
 
     def to(self, device: torch.device | str) -> Self:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    @property
+    def is_resident(self) -> bool:
+        return True
+
+    def for_stage(self, stage: Stage) -> Self:
+        """As they are: whoever reads them brings them to the stage's size."""
+        return self
+
+    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images with their labels, `size` at a time."""
+        return zip(self.images.split(size), self.labels.split(size), strict=True)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def tabulate(
     arm, seeds = checkpoint.arm, checkpoint.seeds
     last = history.groupby("seed").tail(1).set_index("seed").loc[list(seeds)]
     seconds = float(history["seconds"].max())
-    images = num_images // config.batch_size * config.batch_size * int(last["epoch"].sum())
+    images = sum(config.count_images(num_images, epochs) for epochs in last["epoch"])
     results = pd.DataFrame(
         {
             "model_type": arm.model_type,

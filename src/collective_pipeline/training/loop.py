@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collective_pipeline.config import TrainingConfig
-from collective_pipeline.data.batches import Batches, Normalise
-from collective_pipeline.data.splits import Images
+from collective_pipeline.data.batches import BatchSource, ImageSource, MixedLabels, Normalise
 from collective_pipeline.training import cuda, interrupt
 from collective_pipeline.training.dropout_bits import DropoutBits
 from collective_pipeline.training.gpu import Meter, Usage
@@ -27,6 +26,7 @@ from collective_pipeline.training.optim import (
     make_optimizer,
     make_schedule,
 )
+from collective_pipeline.training.ranks import ALONE, Ranks
 from collective_pipeline.training.runtime import autocast
 from collective_pipeline.training.snapshots import Snapshot, Snapshots
 from collective_pipeline.training.strategies import Phase
@@ -236,8 +236,8 @@ def _join_epochs(model: Epoch, fits: Sequence[Fit]) -> Epoch:
 
 def fit(
     phases: Sequence[Phase],
-    batches: Batches,
-    validation: Images,
+    batches: BatchSource,
+    validation: ImageSource,
     config: TrainingConfig,
     *,
     callbacks: Iterable[Callback] = (),
@@ -245,6 +245,7 @@ def fit(
     snapshots: Snapshots | None = None,
     going_on: Snapshot | None = None,
     look: Look | None = None,
+    ranks: Ranks = ALONE,
 ) -> Fit:
     """Train through the phases, validate after every epoch, and keep each seed's best weights.
 
@@ -253,18 +254,21 @@ def fit(
     Args:
         phases: What to train, from `plan_phases`; the last one selects.
         batches: The training images of all seeds; their device is where the networks are.
-        validation: Images on the same device.
+        validation: Images for the same device.
         config: What all arms share.
         callbacks: Called with an `Epoch` after each one, and for those before an interruption that is resumed.
         watch: A wrapper around the stops of an epoch, the numbers of updates done, for progress within it.
         snapshots: Where to save the state of training now and then.
         going_on: From where to go on.
         look: Called every `config.expert_analysis_interval` epochs with a copy of the weights that were validated.
+        ranks: The processes that train together; each calls this with its own batches and images, and the first one
+            alone with callbacks, snapshots and looks.
 
     Raises:
         Interrupted: If the run was told to stop, after its state was saved.
     """
-    return _Fitting(phases, batches, validation, config, list(callbacks), watch, snapshots, look).run(going_on)
+    fitting = _Fitting(phases, batches, validation, config, list(callbacks), watch, snapshots, look, ranks)
+    return fitting.run(going_on)
 
 
 @dataclass(frozen=True)
@@ -284,13 +288,14 @@ class _Fitting:
     """The arguments of `fit`, and what it knows on the way."""
 
     phases: Sequence[Phase]
-    batches: Batches
-    validation: Images
+    batches: BatchSource
+    validation: ImageSource
     config: TrainingConfig
     callbacks: Sequence[Callback]
     watch: Callable[[Iterable[int]], Iterable[int]]
     snapshots: Snapshots | None
     look: Look | None
+    ranks: Ranks
     training: "_PhaseTraining | None" = None  # of the phase before
 
     def run(self, saved: Snapshot | None) -> Fit:
@@ -303,20 +308,20 @@ class _Fitting:
         self.started = time.perf_counter() - self.place.seconds
         if self.place.finished:
             return self.result
-        before = 0
+        spans = _lay_out(self.phases, self.batches, self.config)
         with Meter(self.batches.device, self.place.usage) as self.meter:
-            for index, phase in enumerate(self.phases):
+            for index, (phase, span) in enumerate(zip(self.phases, spans, strict=True)):
                 if index >= self.place.phase:
                     going_on = saved.tensors if saved is not None and index == self.place.phase else None
-                    self._train(index, phase, before, going_on)
-                before += phase.epochs
+                    self._train(index, phase, span, going_on)
         return self.result
 
-    def _train(self, index: int, phase: Phase, before: int, going_on: Mapping[str, Tensor] | None) -> None:
-        """All epochs of a phase, or those that are left of it; `before` were trained in other phases."""
+    def _train(self, index: int, phase: Phase, span: "_Span", going_on: Mapping[str, Tensor] | None) -> None:
+        """All epochs of a phase, or those that are left of it."""
         if not phase.goes_on:
             self.training = None  # nobody reads it any more, and its memory is wanted
-        training = _PhaseTraining(phase, self.batches, self.validation, self.config, first_epoch=before)
+        before, batches = span.epochs_before, span.batches
+        training = _PhaseTraining(phase, span, self.validation, self.config, self.ranks)
         first_epoch, first_update = before + 1, 0
         if going_on is not None:
             training.load_state(going_on)
@@ -328,8 +333,8 @@ class _Fitting:
             if not any(self.result.running):
                 break
             training.begin(number, goes_on=first_update > 0)
-            if self.batches.device.type == "cuda" and number < self.config.epochs:
-                self.batches.prepare(number + 1)
+            if batches.device.type == "cuda" and number < before + phase.epochs:
+                batches.prepare(number + 1)
             for done in self.watch(training.stops(first_update)):
                 training.update(first_update, done)
                 first_update = done
@@ -373,16 +378,82 @@ class _Fitting:
 
     def _pause(self, place: _Place, training: "_PhaseTraining") -> None:
         """Save if it is time to, or if there is no more time, and stop if the run is to stop."""
-        stops = interrupt.requested() and not place.finished
-        if self.snapshots is None or not (stops or place.finished or self.snapshots.is_due()):
-            return
-        place = replace(place, seconds=time.perf_counter() - self.started, usage=self.meter.read())
-        best = {f"best/{name}": tensor for name, tensor in self.result.weights.items()}
-        facts = {"place": asdict(place), "fit": self.result.facts()}
-        self.snapshots.save(Snapshot(facts, training.state() | best), wait=stops or place.finished)
+        # All ranks stop at the same update, or those that go on would wait for the others.
+        stops = not place.finished and self.ranks.agree(self.snapshots is not None and interrupt.requested())
+        if self.snapshots is not None and (stops or place.finished or self.snapshots.is_due()):
+            place = replace(place, seconds=time.perf_counter() - self.started, usage=self.meter.read())
+            best = {f"best/{name}": tensor for name, tensor in self.result.weights.items()}
+            facts = {"place": asdict(place), "fit": self.result.facts()}
+            self.snapshots.save(Snapshot(facts, training.state() | best), wait=stops or place.finished)
         if stops:
             part = f" and {100 * place.update / training.num_updates:.0f} % of the next" if place.update else ""
-            interrupt.stop(f"{self.snapshots.name} is saved after epoch {place.epoch} of {self.config.epochs}{part}")
+            name = "training" if self.snapshots is None else self.snapshots.name
+            interrupt.stop(f"{name} is saved after epoch {place.epoch} of {self.config.epochs}{part}")
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Where a phase lies in the whole training, and in the schedule that it is a part of.
+
+    Attributes:
+        batches: Its batches.
+        epochs_before: Those of the phases before it.
+        steps_before: Their batches.
+        schedule: The learning rate of each of its updates.
+        start: How many updates of the same training were before it.
+    """
+
+    batches: BatchSource
+    epochs_before: int
+    steps_before: int
+    schedule: Tensor
+    start: int
+
+
+def _lay_out(phases: Sequence[Phase], batches: BatchSource, config: TrainingConfig) -> list[_Span]:
+    """The spans of all phases: the steps of every schedule are counted from the batches that there really are."""
+    of_phases = [batches.for_stage(phase.stage) for phase in phases]
+    updates = [count_updates(one, config) for one in of_phases]
+    is_whole = [phase.goes_on or phase.epochs == config.epochs for phase in phases]
+    whole = [(phase.epochs, n) for phase, n, goes_on in zip(phases, updates, is_whole, strict=True) if goes_on]
+    of_whole = _make_schedule(whole, config, rate_factor=1.0, warmup_epochs=config.warmup_epochs)
+    spans, epochs, steps, start = [], 0, 0, 0
+    for phase, own, n, goes_on in zip(phases, of_phases, updates, is_whole, strict=True):
+        schedule = (
+            of_whole[start : start + phase.epochs * n] * phase.rate_factor
+            if goes_on
+            else _make_schedule(
+                [(phase.epochs, n)],
+                config,
+                rate_factor=phase.rate_factor,
+                warmup_epochs=min(config.warmup_epochs, phase.epochs / 2),
+            )
+        )
+        spans.append(_Span(own, epochs, steps, schedule, start if goes_on else 0))
+        epochs, steps = epochs + phase.epochs, steps + phase.epochs * len(own)
+        start += phase.epochs * n if goes_on else 0
+    return spans
+
+
+def _make_schedule(
+    parts: Sequence[tuple[int, int]], config: TrainingConfig, *, rate_factor: float, warmup_epochs: float
+) -> Tensor:
+    """The learning rate of every update of parts, each with its epochs and its updates an epoch."""
+    warmup_updates, left = 0.0, warmup_epochs
+    for epochs, updates in parts:
+        warmup_updates += min(left, epochs) * updates
+        left -= min(left, epochs)
+    return make_schedule(
+        config,
+        rate=config.learning_rate * rate_factor,
+        num_updates=sum(epochs * updates for epochs, updates in parts),
+        warmup_updates=round(warmup_updates),
+    )
+
+
+def count_updates(batches: BatchSource, config: TrainingConfig) -> int:
+    """Of the weights, in an epoch."""
+    return -(-len(batches) // (config.accumulation_steps * batches.ranks_played))
 
 
 class _PhaseTraining:
@@ -393,12 +464,15 @@ class _PhaseTraining:
     """
 
     def __init__(
-        self, phase: Phase, batches: Batches, validation: Images, config: TrainingConfig, *, first_epoch: int
+        self, phase: Phase, span: _Span, validation: ImageSource, config: TrainingConfig, ranks: Ranks = ALONE
     ) -> None:
         self.phase = phase
-        self.first_epoch = first_epoch
-        self.batches = batches
+        self.first_epoch = span.epochs_before
+        self.batches = batches = span.batches
         self.config = config
+        self.ranks = ranks
+        self.batches_per_update = config.accumulation_steps * batches.ranks_played
+        validated = validation if phase.stage is None else validation.for_stage(phase.stage)
         self.device = batches.device
         phase.network.requires_grad_(False)
         for module in phase.trained:
@@ -407,18 +481,8 @@ class _PhaseTraining:
         trained = [(name, weight) for name, weight in phase.network.named_parameters() if weight.requires_grad]
         self.parameters = [weight for _, weight in trained]
         self.optimizer = make_optimizer(trained, config)
-        self.num_updates = -(-len(batches) // config.accumulation_steps)
-        is_whole = phase.goes_on or phase.epochs == config.epochs
-        warmup_epochs = config.warmup_epochs if is_whole else min(config.warmup_epochs, phase.epochs / 2)
-        schedule = make_schedule(
-            config,
-            rate=config.learning_rate * phase.rate_factor,
-            num_updates=(config.epochs if is_whole else phase.epochs) * self.num_updates,
-            warmup_updates=round(warmup_epochs * self.num_updates),
-        )
-        # The part of the whole that is this phase's, or all of its own.
-        self.start = first_epoch * self.num_updates if is_whole else 0
-        self.schedule = schedule[self.start : self.start + phase.epochs * self.num_updates]
+        self.num_updates = count_updates(batches, config)
+        self.start, self.schedule = span.start, span.schedule
         self.rates = self.schedule.to(self.device)
         num_updates = phase.epochs * self.num_updates
         self.annealed = {
@@ -429,11 +493,13 @@ class _PhaseTraining:
         self.averaged = AveragedWeights(phase.network, config.ema_decay) if config.ema_decay else None
         # Of the epoch, of all epochs, and of the phase.
         self.step, self.steps_done, self.updates_done = torch.zeros(3, 1, dtype=torch.int64, device=self.device)
-        self.steps_done += first_epoch * len(batches)
+        self.steps_done += span.steps_before
         self.totals: Metrics = {}
+        # Of norms, which every rank sees other images for.
+        self.statistics = [buffer for buffer in phase.network.buffers() if buffer.is_floating_point()]
         self.bits = DropoutBits(batches.seeds, self.device)
         self._update: Callable[[int, int], object] = self._run_updates
-        self._validate: Callable[[], Metrics] = lambda: evaluate(self.validated, validation, batches.normalise, config)
+        self._validate: Callable[[], Metrics] = lambda: evaluate(self.validated, validated, batches.normalise, config)
         if self.device.type == "cuda":
             kernels = cuda.load_kernels(self.device)
             if kernels is not None:
@@ -444,7 +510,8 @@ class _PhaseTraining:
             if config.compile:
                 cuda.compile_forward(phase.network)
             self._update = cuda.Recorded(self._run_updates, self.state)
-            self._validate = cuda.Recorded(self._validate, dict)
+            if validated.is_resident:
+                self._validate = cuda.Recorded(self._validate, dict)
         self.bits.attach(phase.network, batches.batch_size)
 
     @property
@@ -498,23 +565,26 @@ class _PhaseTraining:
 
     def stops(self, first: int) -> list[int]:
         """After how many of the epoch's updates the host looks around again, if `first` of them are done."""
-        stride = cuda.UPDATES_AT_ONCE if self.device.type == "cuda" else 1
+        stride = cuda.UPDATES_AT_ONCE if self.device.type == "cuda" and self.batches.is_resident else 1
         # The last group of batches in an epoch may be smaller than the others: its update is not like theirs.
-        whole = len(self.batches) // self.config.accumulation_steps
+        whole = len(self.batches) // self.batches_per_update
         stops = {*range(stride, whole, stride), whole, self.num_updates}
         return sorted(stop for stop in stops if stop > first)
 
     def update(self, first: int, last: int) -> None:
         """The epoch's updates from `first`, counted from 0, to before `last`, two of its `stops`."""
-        group = self.config.accumulation_steps
-        self._update(last - first, min(group, len(self.batches) - first * group))
+        group = self.batches_per_update
+        num_batches = min(group, len(self.batches) - first * group)
+        self.batches.load(first * group, num_batches)
+        self._update(last - first, num_batches)
 
     def metrics(self) -> Metrics:
         """The epoch's means of all losses and the accuracies in percent, on the device, each `(S,)`."""
         # In an order of their own, or a run that goes on would have another one than its first epochs.
-        metrics = {f"train_{name}": self.totals[name] / len(self.batches) for name in sorted(self.totals)}
+        totals = {f"train_{name}": self.totals[name] / len(self.batches) for name in sorted(self.totals)}
+        metrics = self.ranks.mean(totals)
         if self.phase.classifies:
-            metrics |= {f"val_{name}": values for name, values in self._validate().items()}
+            metrics |= {f"val_{name}": values for name, values in self.ranks.sum(self._validate()).items()}
             self._set_modes()
         return metrics
 
@@ -532,12 +602,10 @@ class _PhaseTraining:
                 logits, parts = self.phase.network(x)
             # Losses in full precision: sums over many steps stall in 16 bits, and squares overflow.
             logits, parts = logits.float(), {name: part.float() for name, part in parts.items()}
-            losses = self.phase.objective(logits, parts, y)
+            losses = _evaluate_terms(self.phase, logits, parts, y)
             self.scaler.scale(losses["loss"] / num_batches).sum().backward()
             # Kept on the device: reading a number here would make the host wait at every step.
             with torch.no_grad():
-                if self.phase.classifies:
-                    losses["accuracy"] = 100 * (logits.argmax(dim=-1) == y).float().mean(dim=1)
                 for name, value in losses.items():
                     if name not in self.totals:
                         self.totals[name] = torch.zeros_like(value)
@@ -545,6 +613,7 @@ class _PhaseTraining:
                 self.step += 1
                 self.steps_done += 1
         gradients = [weight.grad for weight in self.parameters if weight.grad is not None]
+        self.ranks.average_([*gradients, *self.statistics])
         self.scaler.unscale_(gradients)
         if self.config.clip_norm:
             clip_by_seed(gradients, self.config.clip_norm)
@@ -570,9 +639,24 @@ class _PhaseTraining:
             module.train()
 
 
+def _evaluate_terms(
+    phase: Phase, logits_SBK: Tensor, parts: Mapping[str, Tensor], labels: Tensor | MixedLabels
+) -> Metrics:
+    """The phase's losses and, where it classifies, the accuracy in percent; of mixed images by their shares."""
+    if isinstance(labels, MixedLabels):
+        first = _evaluate_terms(phase, logits_SBK, parts, labels.labels_SB)
+        other = _evaluate_terms(phase, logits_SBK, parts, labels.others_SB)
+        return {name: other[name] + labels.share_S * (value - other[name]) for name, value in first.items()}
+    losses = phase.objective(logits_SBK, parts, labels)
+    if phase.classifies:
+        with torch.no_grad():
+            losses["accuracy"] = 100 * (logits_SBK.argmax(dim=-1) == labels).float().mean(dim=1)
+    return losses
+
+
 def evaluate(
     network: nn.Module,
-    images: Images,
+    images: ImageSource,
     normalise: Normalise,
     config: TrainingConfig,
     measure: Callable[[Tensor, Tensor], Metrics] | None = None,
@@ -581,17 +665,16 @@ def evaluate(
 
     Args:
         network: Of all seeds.
-        images: On the network's device.
+        images: For the network's device.
         normalise: What stands between them.
         config: Of the training.
         measure: From logits `(S, B, K)` and labels `(S, B)` to other numbers whose means over images are wanted.
     """
     network.eval()
     totals: Metrics = {}
-    device = images.images.device
-    chunks = zip(images.images.split(config.eval_batch_size), images.labels.split(config.eval_batch_size), strict=True)
+    device = images.device
     with torch.inference_mode(), autocast(config, device):
-        for pixels, labels in chunks:
+        for pixels, labels in images.chunks(config.eval_batch_size):
             logits = network(normalise(pixels).unsqueeze(0))[0].float()
             y = labels.expand(len(logits), -1)
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(dim=1)

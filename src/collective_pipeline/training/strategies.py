@@ -21,6 +21,8 @@ from collective_pipeline.config import (
     GateConfig,
     ImageArchitecture,
     MixtureArchitecture,
+    ResNetArchitecture,
+    Stage,
     TrainingConfig,
     UserError,
 )
@@ -70,6 +72,7 @@ class Phase:
         goes_on: Whether it is a part of one training of the same network: its learning rate is that of these epochs in
             a training without phases, and averages and moments are those of the phase before, instead of its own.
         annealed: What of the network is neither learnt nor constant.
+        stage: Its images and batches, if they are not those of the whole training.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Phase:
     selects: bool = True
     goes_on: bool = False
     annealed: Sequence[Annealing] = ()
+    stage: Stage | None = None
 
 
 class ExpertClassifiers(nn.Module):
@@ -130,6 +134,8 @@ def plan_phases(arm: Arm, model: nn.Module, config: TrainingConfig, *, num_seeds
     if isinstance(arm.architecture, ImageArchitecture) and arm.architecture.gates is not None:
         assert isinstance(model, ImageClassifier) and model.gating is not None
         return _gate_stages(arm, model, model.gating, arm.architecture.gates, config)
+    if config.stages and isinstance(arm.architecture, ResNetArchitecture):
+        return _plan_stages(arm.architecture, model, objective, config)
     if (
         config.strategy == "end_to_end"
         or not isinstance(model, Collective)
@@ -169,6 +175,29 @@ def plan_phases(arm: Arm, model: nn.Module, config: TrainingConfig, *, num_seeds
                 ),
                 Phase("finetune", finetune, model, objective, [model]),
             ]
+
+
+def _plan_stages(
+    architecture: ResNetArchitecture, model: nn.Module, objective: Objective, config: TrainingConfig
+) -> list[Phase]:
+    """The stages of the plan as parts of one training; those with smaller images than the last ones choose no epoch.
+
+    What a network says of images of one size and of another cannot be compared.
+    """
+    own = architecture.image_shape[1]
+    return [
+        Phase(
+            f"{stage.image_size or own}px",
+            stage.epochs,
+            model,
+            objective,
+            [model],
+            goes_on=True,
+            selects=stage.image_size in {None, own},
+            stage=stage,
+        )
+        for stage in config.plan()
+    ]
 
 
 def _anneal(arm: Arm) -> list[Annealing]:

@@ -1,0 +1,81 @@
+"""Processes that train one network together, each on its part of every batch: what they tell each other.
+
+After every update all of them have the same weights, moments and statistics, so that one can speak for all.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together; alone it is the first of one, and nothing is told.
+
+    Attributes:
+        rank: Counted from 0.
+        number: Of processes.
+        hosts: The group in which the hosts talk, beside what the devices do.
+    """
+
+    rank: int = 0
+    number: int = 1
+    hosts: Any = None
+
+    @classmethod
+    def join(cls, device: torch.device) -> Self:
+        """Meet the others, as the launcher's environment variables say, with NCCL between GPUs and gloo elsewhere."""
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the one that reports and saves."""
+        return self.rank == 0
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace floating-point tensors by their means over all ranks, in one message for each precision."""
+        if self.number == 1:
+            return
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            own = [tensor for tensor in tensors if tensor.dtype == dtype]
+            message = torch.cat([tensor.reshape(-1) for tensor in own])
+            # A sum, since gloo has no mean; the same on every rank, bit for bit.
+            dist.all_reduce(message)
+            means = (message / self.number).split([tensor.numel() for tensor in own])
+            for tensor, mean in zip(own, means, strict=True):
+                tensor.copy_(mean.view_as(tensor))
+
+    def mean(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Over all ranks."""
+        means = {name: value.clone() for name, value in metrics.items()}
+        self.average_(list(means.values()))
+        return means
+
+    def sum(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Over all ranks: where each has what its part of the images adds."""
+        return (
+            {name: self.number * value for name, value in self.mean(metrics).items()}
+            if self.number > 1
+            else {**metrics}
+        )
+
+    def agree(self, first_says: bool) -> bool:
+        """What the first one says."""
+        if self.number == 1:
+            return first_says
+        answer = torch.tensor(float(first_says and self.is_first))
+        dist.all_reduce(answer, group=self.hosts)
+        return bool(answer)
+
+    def leave(self) -> None:
+        """Let the others go."""
+        if self.number > 1:
+            dist.destroy_process_group()
+
+
+ALONE = Ranks()
