@@ -35,6 +35,7 @@ ImageModelType = Literal[
 ]  # fmt: skip
 NarrowModelType = Literal["narrow"]
 Stem = Literal["cifar", "imagenet"]
+Head = Literal["linear", "conv"]
 MixtureModelType = Literal["merged_moe", "single_expert", "dense", "conv_collective", "sub_model"]
 DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100"]
 Strategy = Literal["end_to_end", "pretrain_freeze_finetune", "layerwise_autoencoding"]
@@ -271,6 +272,12 @@ class ResNetArchitecture(Config):
     bottleneck: bool = Field(False, description="blocks of 1x1, 3x3 and 1x1 to four times the width; else two 3x3")
     gated: tuple[Annotated[int, Field(ge=0, le=2)], ...] = Field((), description="positions in a block, from 0")
     gates: GateConfig | None = None
+    blur: bool = Field(False, description="halve maps at stride 1 and then by a binomial mean, which does not alias")
+    drop_path: Fraction = Field(
+        0.0, description="stochastic depth: how often an image skips the last block in training; the first one, never"
+    )
+    head: Head = Field("linear", description="conv: the same function as a 1x1 convolution of one pixel")
+    zero_init_residual: bool = Field(False, description="at first, every block gives what its shortcut gives")
 
     @model_validator(mode="after")
     def _check_gates(self) -> Self:
@@ -296,9 +303,19 @@ class ResNetArchitecture(Config):
         )
 
     @property
+    def drop_rates(self) -> tuple[float, ...]:
+        """How often an image skips each block in training: in even steps from 0 to `drop_path`."""
+        last = sum(self.blocks) - 1
+        return tuple(self.drop_path * block / max(last, 1) for block in range(last + 1))
+
+    @property
     def smallest_side(self) -> int:
         """Pixels that an image must have for every stage to have something to halve."""
-        return ((4 if self.stem == "imagenet" else 1) << len(self.blocks) - 1) // 2 + 1
+        scale = (4 if self.stem == "imagenet" else 1) << len(self.blocks) - 1
+        if not self.blur:
+            return scale // 2 + 1
+        # A blur reads two pixels back from the edge; the pool between the stem's two has no padding.
+        return scale + (5 if self.stem == "imagenet" else 1)
 
 
 class VggArchitecture(Config):

@@ -21,6 +21,7 @@ from collective_pipeline.evaluation.cost import (
     open_shares,
 )
 from collective_pipeline.models.build import build_arm, initialise
+from collective_pipeline.models.convolution import Blur
 from collective_pipeline.models.gating import GatedUnit
 from collective_pipeline.models.image_arms import make_image_arm
 from collective_pipeline.models.matching import match_arm
@@ -57,6 +58,11 @@ ARMS = {
     "basic": BASIC,
     "bottleneck_a": image_arm(ResNetArchitecture(**RESNET, bottleneck=True, gated=(0, 1), gates=GATES)),
     "bottleneck_b": image_arm(ResNetArchitecture(**RESNET, bottleneck=True, gated=(1,), gates=GATES)),
+    "blurred": image_arm(ResNetArchitecture(**RESNET, gated=(0, 1), gates=GATES, blur=True)),
+    "bottleneck_blurred": image_arm(
+        ResNetArchitecture(**RESNET, stem="imagenet", bottleneck=True, gated=(1,), gates=GATES, blur=True, head="conv")
+    ),
+    "blurred_legacy": image_arm(ResNetArchitecture(**RESNET, gated=(0, 1), gates=LEGACY, blur=True)),
     "basic_legacy": image_arm(ResNetArchitecture(**RESNET, gated=(0, 1), gates=LEGACY)),
     "vgg": image_arm(VggArchitecture(**VGG, gates=GATES)),
     "dense": image_arm(ResNetArchitecture(**RESNET)),
@@ -97,6 +103,21 @@ def test_what_closed_gates_save_is_in_the_right_layers():
 
     assert gated("basic") == basic(read_from=True)
     assert gated("basic_legacy") == basic(read_from=False)
+    blur = LayerMacs(16 * 8 * 8 * 8, 2, None)
+    assert gated("blurred") == [
+        *basic(read_from=True)[:2],
+        LayerMacs(convolution(4, 8, 16), 2, None),
+        blur,
+        LayerMacs(convolution(8, 8, 8), 3, 2),
+    ]
+    assert [layer[1:] for layer in gated("blurred_legacy")] == [(0, None), (1, None), (2, None), (2, None), (3, None)]
+    assert [layer[1:] for layer in gated("bottleneck_blurred")] == [
+        (0, None),
+        (None, 0),
+        (1, None),
+        (1, None),
+        (None, 1),
+    ]
     assert gated("bottleneck_a") == [
         LayerMacs(convolution(4, 4, 16, 1), 0, None),
         LayerMacs(convolution(4, 4, 16), 1, 0),
@@ -124,7 +145,7 @@ def test_executed_macs_are_those_of_the_open_channels():
     assert executed_macs(layers, shares.mean(dim=0)) < executed.mean()
 
 
-@pytest.mark.parametrize("name", ["basic", "vgg"])
+@pytest.mark.parametrize("name", ["basic", "blurred", "vgg"])
 def test_skipping_what_is_not_executed_changes_nothing(name):
     """With the weights of closed outputs and of unread inputs overwritten, the logits are the same."""
     model = build_arm(ARMS[name])
@@ -136,7 +157,8 @@ def test_skipping_what_is_not_executed_changes_nothing(name):
     logits = model(x)[0]
     layers = closed.split(model.gated_channels)
     for chain in model.network.chains():
-        for unit, reader in zip(chain, [*chain[1:], None], strict=True):
+        with_weights = [layer for layer in chain if not isinstance(layer, Blur)]
+        for unit, reader in zip(with_weights, [*with_weights[1:], None], strict=True):
             if not isinstance(unit, GatedUnit):
                 continue
             shut = layers[unit.gate]

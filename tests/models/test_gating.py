@@ -21,6 +21,11 @@ ARCHITECTURES = {
     "bottleneck_a": ResNetArchitecture(**RESNET, bottleneck=True, gated=(0, 1), gates=GATES),
     "bottleneck_b": ResNetArchitecture(**RESNET, bottleneck=True, gated=(1,), gates=GATES),
     "imagenet_stem": ResNetArchitecture(**RESNET, stem="imagenet", gated=(0, 1), gates=GATES),
+    "blurred": ResNetArchitecture(**RESNET, gated=(0, 1), gates=GATES, blur=True),
+    "bottleneck_blurred": ResNetArchitecture(
+        **RESNET, stem="imagenet", bottleneck=True, gated=(0, 1), gates=GATES, blur=True, head="conv"
+    ),
+    "blurred_legacy": ResNetArchitecture(**RESNET, gated=(0, 1), gates=LEGACY, blur=True),
     "vgg": VggArchitecture(**VGG),
     "vgg_gated": VggArchitecture(**VGG, gates=GATES),
     "vgg_bn_gated": VggArchitecture(**VGG, normalise=True, gates=GATES),

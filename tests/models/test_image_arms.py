@@ -87,6 +87,31 @@ def test_wide_sizes_are_those_of_the_originals(name):
     assert count_macs(arm(name, wide=True)) / 1e9 == pytest.approx(giga_macs, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("side", "plain", "blurred"), [(64, 0.336, 0.51), (128, 1.34, 2.06), (224, 4.09, 6.35), (288, 6.76, 10.52)]
+)
+def test_what_blur_costs_is_what_it_costs_in_the_original(side, plain, blurred):
+    """In 10^9 multiply-accumulates of a ResNet-50; what halves maps runs before them."""
+    for blur, giga_macs in ((False, plain), (True, blurred)):
+        architecture = image_architecture("resnet50", (3, side, side), GateConfig(), stem="imagenet", blur=blur)
+        macs = count_macs(make_image_arm("resnet50", architecture, num_classes=1000))
+        assert macs / 1e9 == pytest.approx(giga_macs, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"blur": True}, {"head": "conv"}, {"drop_path": 0.2}, {"zero_init_residual": True}]
+)
+def test_no_option_has_parameters_of_its_own(options):
+    """A ResNet-50 with 1000 classes has 25,557,032."""
+    architecture = image_architecture("resnet50", (3, 224, 224), GateConfig(), stem="imagenet", **options)
+
+    assert make_image_arm("resnet50", architecture, num_classes=1000).params == 25_557_032
+    for name, value in options.items():
+        assert getattr(architecture, name) == value
+        with pytest.raises(UserError, match="vgg11 has no residual blocks"):
+            image_architecture("vgg11", (3, 224, 224), GateConfig(), **options)
+
+
 def test_resnet18_gates_all_channels_of_its_blocks():
     """3,840 of them."""
     assert sum(arm("resnet18_moe").architecture.gated_channels) == 3_840

@@ -4,7 +4,6 @@ Suffixes: L gated layers, G gates of all of them side by side.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from collective_pipeline.data.batches import Normalise
 from collective_pipeline.data.splits import Images
 from collective_pipeline.models.build import DRAWN, build_arm
 from collective_pipeline.models.checkpoint import Checkpoint
-from collective_pipeline.models.convolution import Conv2d, to_maps
+from collective_pipeline.models.convolution import Blur, Conv2d
 from collective_pipeline.models.gating import GatedUnit
 from collective_pipeline.models.image_classifier import ImageClassifier
 
@@ -47,7 +46,7 @@ class LayerMacs(NamedTuple):
 
 
 def count_layers(arm: Arm) -> list[LayerMacs]:
-    """Every convolution and linear layer of an arm, those of its gates included; their sum is `count_macs`.
+    """Every convolution, blur and linear layer of an arm, those of its gates included; their sum is `count_macs`.
 
     A layer with closed gates need not make the closed channels, wherever the gates are. What reads nothing but those
     channels need not read them if they are zeros: in a block of a ResNet the next convolution, in a VGG the next one
@@ -62,12 +61,15 @@ def count_layers(arm: Arm) -> list[LayerMacs]:
 
     def count(module: nn.Module, inputs: object, output: Tensor) -> None:
         # Every weight is used once, those of a convolution once for every pixel that it makes.
-        pixels = output.shape[2:].numel() if isinstance(module, Conv2d) else 1
-        macs = module.get_parameter("weight").numel() * pixels
-        layers.append(LayerMacs(macs, made_by.get(module), read_from.get(module)))
+        pixels = output.shape[2:].numel() if isinstance(module, Conv2d | Blur) else 1
+        if isinstance(module, Blur):
+            weights = module.kernel_KK.numel() * output.shape[1]
+        else:
+            weights = module.get_parameter("weight").numel()
+        layers.append(LayerMacs(weights * pixels, made_by.get(module), read_from.get(module)))
 
     for module in model.modules():
-        if isinstance(module, DRAWN):
+        if isinstance(module, (*DRAWN, Blur)):
             module.register_forward_hook(count)
     with torch.no_grad():
         model(images)
@@ -81,12 +83,18 @@ def _gates_of(model: nn.Module) -> tuple[dict[nn.Module, int], dict[nn.Module, i
     if not isinstance(model, ImageClassifier):
         return made_by, read_from
     for chain in model.network.chains():
+        before: GatedUnit | None = None
         for layer in chain:
-            if isinstance(layer, GatedUnit) and layer.gate is not None:
-                made_by[layer.conv] = layer.gate
-        for layer, reader in pairwise(chain):
-            if isinstance(layer, GatedUnit) and layer.gate is not None and not layer.gate_first:
-                read_from[reader.conv if isinstance(reader, GatedUnit) else reader] = layer.gate
+            if isinstance(layer, Blur):  # channel by channel: it hands on what it reads
+                if before is not None and before.gate is not None:
+                    made_by[layer] = before.gate
+                continue
+            unit = layer if isinstance(layer, GatedUnit) else None
+            if unit is not None and unit.gate is not None:
+                made_by[unit.conv] = unit.gate
+            if before is not None and before.gate is not None and not before.gate_first:
+                read_from[layer if unit is None else unit.conv] = before.gate
+            before = unit
     return made_by, read_from
 
 
@@ -127,7 +135,7 @@ def measure_executed_macs(checkpoint: Checkpoint, images: Images, device: torch.
     total_S = torch.zeros(len(checkpoint.seeds), dtype=torch.float64, device=device)
     with torch.inference_mode():
         for chunk in images.images.split(BATCH_SIZE):
-            x_BMHW = to_maps(normalise(chunk.to(device)).unsqueeze(0), model.image_shape)
+            x_BMHW = model.to_maps(normalise(chunk.to(device)).unsqueeze(0))
             gates_SBG = model.gating(x_BMHW)[0].squeeze(1)
             open_SBL = open_shares(gates_SBG, model.gated_channels).double()
             total_S += executed_macs(layers, open_SBL).sum(dim=1)

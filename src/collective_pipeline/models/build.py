@@ -25,17 +25,17 @@ from collective_pipeline.config import (
     VggArchitecture,
 )
 from collective_pipeline.models.collective import Collective, MemberDropout, Members
-from collective_pipeline.models.convolution import BatchNorm2d, Conv2d, GlobalAveragePool
+from collective_pipeline.models.convolution import BatchNorm2d, Blur, Conv2d, GlobalAveragePool
 from collective_pipeline.models.gating import GatedUnit, GateHeads, Gating, ShallowEmbedding
 from collective_pipeline.models.image_classifier import ImageClassifier
 from collective_pipeline.models.image_collective import ImageCollective
 from collective_pipeline.models.layers import Linear, Stack
 from collective_pipeline.models.mixture import POOLED, Experts, Extractor, build_mixture, build_sub_model, map_size
 from collective_pipeline.models.mlp import Classifier, Mlp
-from collective_pipeline.models.resnet import ResidualBlock, ResNet
+from collective_pipeline.models.resnet import PointwiseHead, ResidualBlock, ResNet, StochasticDepth
 from collective_pipeline.models.vgg import Vgg, VggStage
 
-DRAWN = (Linear, Conv2d, GateHeads)  # what has weights to draw, and is a product
+DRAWN = (Linear, Conv2d, PointwiseHead, GateHeads)  # what has weights to draw, and is a product
 
 
 def build_model(architecture: Architecture, *, in_dim: int, num_classes: int, num_seeds: int = 1) -> nn.Module:
@@ -196,12 +196,17 @@ class _GatedUnits:
         """The bias that a norm behind the convolution would cancel belongs to the gate behind the norm instead."""
         return self.normalise and self.gates is not None and self.gates.position == "post_norm"
 
-    def make(self, i: int, o: int, kernel_size: int, *, stride: int = 1, gated: bool = False) -> GatedUnit:
-        """From `i` to `o` channels; a gated convolution has a bias wherever it has an effect, as in the original."""
+    def make(
+        self, i: int, o: int, kernel_size: int, *, stride: int = 1, gated: bool = False, scale: float = 1.0
+    ) -> GatedUnit:
+        """From `i` to `o` channels, which the norm, if there is one, first scales by `scale`.
+
+        A gated convolution has a bias wherever it has an effect, as in the original.
+        """
         bias = not self.gates_have_bias if gated else self.bias
         return GatedUnit(
             Conv2d(self.stack, i, o, kernel_size, stride=stride, bias=bias),
-            BatchNorm2d(self.stack, o) if self.normalise else None,
+            BatchNorm2d(self.stack, o, scale=scale) if self.normalise else None,
             gate=next(self.numbers) if gated else None,
             gate_first=self.gates is not None and self.gates.position == "pre_norm",
         )
@@ -244,32 +249,55 @@ def _build_image_classifier(architecture: ImageArchitecture, *, num_classes: int
 
 
 def _build_resnet(architecture: ResNetArchitecture, make: _GatedUnits, num_classes: int) -> ResNet:
-    width = architecture.width
-    pool: nn.Module = nn.Identity()
-    if architecture.stem == "cifar":
-        stem = make.make(architecture.image_shape[0], width, 3)
-    else:
-        stem, pool = make.make(architecture.image_shape[0], width, 7, stride=2), nn.MaxPool2d(3, 2, padding=1)
     blocks: list[ResidualBlock] = []
+    read = architecture.width
     for stage, num_blocks in enumerate(architecture.blocks):
-        made = architecture.block_channels(stage)
         for block in range(num_blocks):
-            stride = 2 if block == 0 and stage > 0 else 1
-            read = width if not blocks else architecture.block_channels(stage - (block == 0))[-1]
-            strided = 1 if architecture.bottleneck else 0
-            units = [
-                make.make(
-                    i,
-                    o,
-                    1 if architecture.bottleneck and position != strided else 3,
-                    stride=stride if position == strided else 1,
-                    gated=position in architecture.gated,
-                )
-                for position, (i, o) in enumerate(itertools.pairwise((read, *made)))
-            ]
-            same = stride == 1 and read == made[-1]
-            blocks.append(ResidualBlock(units, None if same else make.make(read, made[-1], 1, stride=stride)))
-    return ResNet(stem, pool, blocks, GlobalAveragePool(make.stack), Linear(make.stack, made[-1], num_classes))
+            halve = block == 0 and stage > 0
+            rate = architecture.drop_rates[len(blocks)]
+            blocks.append(_build_block(architecture, make, stage, read, halve=halve, drop_rate=rate))
+            read = architecture.block_channels(stage)[-1]
+    stem, pool = _build_stem(architecture, make)
+    head = (Linear if architecture.head == "linear" else PointwiseHead)(make.stack, read, num_classes)
+    return ResNet(stem, pool, blocks, GlobalAveragePool(make.stack), head)
+
+
+def _build_stem(architecture: ResNetArchitecture, make: _GatedUnits) -> tuple[GatedUnit, nn.Module]:
+    channels, width = architecture.image_shape[0], architecture.width
+    if architecture.stem == "cifar":
+        return make.make(channels, width, 3), nn.Identity()
+    if architecture.blur:
+        return make.make(channels, width, 7), nn.Sequential(Blur(), nn.MaxPool2d(3, stride=1), Blur())
+    return make.make(channels, width, 7, stride=2), nn.MaxPool2d(3, 2, padding=1)
+
+
+def _build_block(
+    architecture: ResNetArchitecture, make: _GatedUnits, stage: int, read: int, *, halve: bool, drop_rate: float
+) -> ResidualBlock:
+    """One that reads so many channels; the 3x3 convolution before the last one halves the maps, or a blur behind it."""
+    made = architecture.block_channels(stage)
+    blur = halve and architecture.blur
+    stride = 2 if halve and not blur else 1
+    strided = len(made) - 2
+    units = [
+        make.make(
+            i,
+            o,
+            1 if architecture.bottleneck and position != strided else 3,
+            stride=stride if position == strided else 1,
+            gated=position in architecture.gated,
+            scale=0.0 if architecture.zero_init_residual and position == len(made) - 1 else 1.0,
+        )
+        for position, (i, o) in enumerate(itertools.pairwise((read, *made)))
+    ]
+    same = not halve and read == made[-1]
+    return ResidualBlock(
+        units,
+        None if same else make.make(read, made[-1], 1, stride=stride),
+        drop=StochasticDepth(make.stack, drop_rate),
+        blur=Blur() if blur else None,
+        shortcut_blur=Blur() if blur else None,
+    )
 
 
 def _build_vgg(architecture: VggArchitecture, make: _GatedUnits, num_classes: int) -> Vgg:

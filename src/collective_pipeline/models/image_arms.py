@@ -6,11 +6,13 @@ from typing import NamedTuple
 from collective_pipeline.config import (
     Arm,
     GateConfig,
+    Head,
     ImageArchitecture,
     ImageModelType,
     NarrowModelType,
     ResNetArchitecture,
     Stem,
+    UserError,
     VggArchitecture,
 )
 from collective_pipeline.models.build import count_model_params
@@ -77,6 +79,10 @@ def image_architecture(
     stem: Stem = "cifar",
     width: int = WIDTH,
     wide: bool = False,
+    blur: bool = False,
+    drop_path: float = 0.0,
+    head: Head = "linear",
+    zero_init_residual: bool = False,
 ) -> ImageArchitecture:
     """The network of this name.
 
@@ -90,6 +96,13 @@ def image_architecture(
         width: Channels of the first stage; those of the others, and a VGG's, are in proportion.
         wide: With twice the channels, but in the first convolution of a VGG; of a network without gates as well, so
             that there is a twin to compare with.
+        blur: Of a ResNet, as all that follow; `ResNetArchitecture` says what they do.
+        drop_path: Stochastic depth.
+        head: The last layer.
+        zero_init_residual: Whether blocks begin as their shortcuts.
+
+    Raises:
+        UserError: If a VGG is to have what only a ResNet has.
     """
     match NETWORKS[name]:
         case _ResNet(blocks, bottleneck, gated):
@@ -101,8 +114,16 @@ def image_architecture(
                 bottleneck=bottleneck,
                 gated=gated,
                 gates=gates if gated else None,
+                blur=blur,
+                drop_path=drop_path,
+                head=head,
+                zero_init_residual=zero_init_residual,
             )
         case _Vgg(repeats, normalise, is_gated):
+            if blur or drop_path or head != "linear" or zero_init_residual:
+                raise UserError(
+                    f"{name} has no residual blocks for blur, drop_path, head and zero_init_residual: use a ResNet"
+                )
             channels = [[width * factor * (1 + wide)] * n for factor, n in zip(VGG_FACTORS, repeats, strict=True)]
             channels[0][0] = width
             return VggArchitecture(

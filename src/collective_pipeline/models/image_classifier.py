@@ -3,10 +3,12 @@
 Suffixes as in `gating`.
 """
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from collective_pipeline.config import UserError
 from collective_pipeline.models.convolution import to_channels, to_maps
 from collective_pipeline.models.gating import Gating
 from collective_pipeline.models.resnet import ResNet
@@ -40,7 +42,7 @@ class ImageClassifier(nn.Module):
 
         The gates of all layers stand side by side, `gated_channels` of each.
         """
-        x_BMHW = to_maps(x_SBI, self.image_shape)
+        x_BMHW = self.to_maps(x_SBI)
         if self.gating is None:
             return self.network(x_BMHW, ()).squeeze(1), {}
 
@@ -49,3 +51,18 @@ class ImageClassifier(nn.Module):
         logits_S1BK = self.network(x_BMHW, gates)
         parts = {"gates": g_S1BG.squeeze(1), "embedding_logits": embedding_logits_S1BK.squeeze(1)}
         return logits_S1BK.squeeze(1), parts
+
+    def to_maps(self, x_SBI: Tensor) -> Tensor:
+        """Images as maps; a ResNet, which ends in a mean over pixels, reads square ones of any other size as well.
+
+        Raises:
+            UserError: If a VGG is to do so.
+        """
+        channels, height, width = self.image_shape
+        if x_SBI.shape[-1] != math.prod(self.image_shape):
+            if not isinstance(self.network, ResNet):
+                raise UserError(
+                    f"a VGG reads images of {height}x{width} pixels alone: choose a ResNet for several sizes"
+                )
+            height = width = math.isqrt(x_SBI.shape[-1] // channels)
+        return to_maps(x_SBI, (channels, height, width))

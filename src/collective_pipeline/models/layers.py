@@ -79,14 +79,17 @@ class FanOut(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """The state of batch normalisation (Ioffe & Szegedy 2015), and what it does to the channels of all networks."""
+    """The state of batch normalisation (Ioffe & Szegedy 2015), and what it does to the channels of all networks.
+
+    Every channel is scaled by `scale` at first.
+    """
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, stack: Stack, dim: int) -> None:
+    def __init__(self, stack: Stack, dim: int, *, scale: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(*stack, dim))
+        self.weight = nn.Parameter(torch.full((*stack, dim), scale))
         self.bias = nn.Parameter(torch.zeros(*stack, dim))
         self.register_buffer("running_mean", torch.zeros(*stack, dim))
         self.register_buffer("running_var", torch.ones(*stack, dim))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
 from collective_pipeline.config import UserError
-from collective_pipeline.models.convolution import BatchNorm2d, to_maps
+from collective_pipeline.models.convolution import BatchNorm2d
 from collective_pipeline.models.gating import GatedUnit
 from collective_pipeline.models.image_classifier import ImageClassifier
 from collective_pipeline.models.layers import BN_EPSILON
@@ -54,7 +54,7 @@ class PackedClassifier(nn.Module):
     def forward(self, x_1BI: Tensor) -> Tensor:
         """Images `(1, B, I)` to logits `(1, B, K)`."""
         assert self.model.gating is not None
-        x_BMHW = to_maps(x_1BI, self.model.image_shape)
+        x_BMHW = self.model.to_maps(x_1BI)
         gates_11BG, guesses_11BK = self.model.gating(x_BMHW)
         order = guesses_11BK[0, 0].argmax(dim=1).argsort()
         logits = [self._group(x_BMHW[rows], gates_11BG[0, 0, rows]) for rows in order.split(self.group_size)]
@@ -79,7 +79,10 @@ class PackedClassifier(nn.Module):
     def _block(self, block: ResidualBlock, maps: "Maps", gates: Sequence[Tensor]) -> "Maps":
         skipped = maps if block.shortcut is None else self._unit(block.shortcut, maps, gates)
         *units, last = block.units
-        added = self._unit(last, self._units(units, maps, gates), gates)
+        maps = self._units(units, maps, gates)
+        if block.blur is not None and block.shortcut_blur is not None:
+            skipped, maps = skipped.blurred(block.shortcut_blur), maps.blurred(block.blur)
+        added = self._unit(last, maps, gates)
         if added.channels is None:
             return Maps(relu(added.values + skipped.values))
         return Maps(relu(skipped.values.index_add(1, added.channels, added.values)))
@@ -121,6 +124,13 @@ class Maps(NamedTuple):
         if not channels:  # the kernel refuses it
             return Maps(self.values.new_zeros(batch, 0, height // 2, width // 2), self.channels)
         return Maps(max_pool2d(self.values, 2), self.channels)
+
+    def blurred(self, blur: nn.Module) -> "Maps":
+        """Half the pixels: a closed channel is zero before and after."""
+        batch, channels, height, width = self.values.shape
+        if not channels:
+            return Maps(self.values.new_zeros(batch, 0, -(-height // 2), -(-width // 2)), self.channels)
+        return Maps(blur(self.values), self.channels)
 
     def whole(self, num_channels: int) -> Tensor:
         """All of so many channels."""
