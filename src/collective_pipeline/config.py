@@ -33,15 +33,30 @@ ImageModelType = Literal[
     "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn",
     "vgg11_moe", "vgg13_moe", "vgg16_moe", "vgg19_moe", "vgg11_bn_moe", "vgg13_bn_moe", "vgg16_bn_moe", "vgg19_bn_moe",
 ]  # fmt: skip
+ResNetModelType = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 NarrowModelType = Literal["narrow"]
+# A plain residual network, and the same with a technique.
+Technique = Literal[
+    "plain",
+    "progressive_resizing",
+    "mixup",
+    "cutmix",
+    "stochastic_depth",
+    "blur",
+    "conv_head",
+    "ema",
+    "label_smoothing",
+    "all_techniques",
+]
 Stem = Literal["cifar", "imagenet"]
 Head = Literal["linear", "conv"]
 MixtureModelType = Literal["merged_moe", "single_expert", "dense", "conv_collective", "sub_model"]
-DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100"]
+DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet"]
 Strategy = Literal["end_to_end", "pretrain_freeze_finetune", "layerwise_autoencoding"]
 
 BASELINES: tuple[BaselineName, ...] = get_args(BaselineName)
 MODEL_TYPES: tuple[ModelType, ...] = get_args(ModelType)
+TECHNIQUES: tuple[Technique, ...] = get_args(Technique)
 IMAGE_MODEL_TYPES: tuple[ImageModelType, ...] = get_args(ImageModelType)
 DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
 
@@ -451,7 +466,7 @@ Architecture = (
 class Arm(Config):
     """One model of a comparison, complete: enough to build it again without anything else."""
 
-    model_type: ModelType | ImageModelType | NarrowModelType | MixtureModelType
+    model_type: ModelType | ImageModelType | NarrowModelType | MixtureModelType | Technique
     in_dim: int = Field(gt=0, description="features of one flattened image")
     num_classes: int = Field(ge=2)
     params: int = Field(gt=0, description="trainable parameters of one seed")
@@ -886,6 +901,174 @@ class MergedMoeConfig(MixtureConfig):
         return MixtureArchitecture(image_shape=image_shape, **values)
 
 
+class TinyImagenetConfig(Config):
+    """`kedro run --pipeline tiny_imagenet`: a plain residual network, the same with each technique, and with all.
+
+    All arms have as many epochs and updates. `stages` are those of progressive resizing; its default costs about as
+    many multiply-adds as images of 64 pixels throughout.
+    """
+
+    dataset: DatasetName = "tiny_imagenet"
+    seeds: Seeds = (42, 43, 44)
+    model: ResNetModelType = "resnet50"
+    stem: Stem = "imagenet"
+    width: Width = 64
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = Field(
+        (Stage(epochs=14, image_size=48), Stage(epochs=13, image_size=64), Stage(epochs=13, image_size=80)),
+        description="of progressive_resizing",
+    )
+    mixup_alpha: Positive = 0.2
+    cutmix_alpha: Positive = 1.0
+    drop_path: Fraction = Field(0.2, description="of stochastic_depth: the rate of the last block")
+    ema_decay: float = Field(0.999, gt=0, lt=1)
+    label_smoothing: Fraction = 0.1
+    training: UniformTraining = Field(
+        TrainingConfig(
+            epochs=40,
+            batch_size=128,
+            optimizer="adamw",
+            learning_rate=1.17e-3,
+            weight_decay=5e-4,
+            schedule="one_cycle",
+            clip_norm=1.0,
+            precision="bf16",
+        ),
+        description="of the plain network",
+    )
+
+    @model_validator(mode="after")
+    def _check_plain(self) -> Self:
+        planned = sum(stage.epochs for stage in self.stages)
+        if planned != self.training.epochs:
+            raise ValueError(
+                f"stages have {planned} epochs together and training.epochs={self.training.epochs}: all arms are "
+                "trained equally long, so give the same"
+            )
+        if self.training.strategy != "end_to_end":
+            raise ValueError("training.strategy: only a collective has members to pretrain; leave it at end_to_end")
+        on = [name for name in ("mixup_alpha", "cutmix_alpha", "ema_decay", "label_smoothing") if self._is_on(name)]
+        if on:
+            raise ValueError(
+                f"training.{on[0]} is a technique, and the plain network has none: set tiny_imagenet.{on[0]}"
+            )
+        return self
+
+    def _is_on(self, name: str) -> bool:
+        return bool(getattr(self.training, name))
+
+    def training_of(self, technique: Technique) -> TrainingConfig:
+        """How the arm with this technique is trained."""
+        changes: dict[Technique, dict[str, Any]] = {
+            "progressive_resizing": {"stages": self.stages},
+            "mixup": {"mixup_alpha": self.mixup_alpha},
+            "cutmix": {"cutmix_alpha": self.cutmix_alpha},
+            "ema": {"ema_decay": self.ema_decay},
+            "label_smoothing": {"label_smoothing": self.label_smoothing},
+        }
+        names = list(changes) if technique == "all_techniques" else [technique]
+        return self.training.model_copy(update={k: v for name in names for k, v in changes.get(name, {}).items()})
+
+    def image_size_of(self, technique: Technique, own: int) -> int:
+        """The side of the images that its network is evaluated on, where those of the data set have the side `own`."""
+        resized = technique in {"progressive_resizing", "all_techniques"}
+        return (self.stages[-1].image_size or own) if resized else own
+
+
+class AugmentationConfig(Config):
+    """What is done to training images from files beside a random resized crop and a mirror; all of it in one batch.
+
+    Strengths are those at which the original uses them; a probability of 0 switches one off.
+    """
+
+    crop_area: tuple[Fraction, float] = Field((0.08, 1.0), description="of the image: least and most that is cut out")
+    brightness: Fraction = 0.2
+    contrast: Fraction = 0.2
+    saturation: Fraction = 0.2
+    hue: float = Field(0.1, ge=0, le=0.5)
+    colour_probability: float = Field(0.0, ge=0, le=1)
+    shift: Fraction = Field(0.0625, description="of the side")
+    zoom: Fraction = 0.1
+    degrees: float = Field(15.0, ge=0, le=180)
+    move_probability: float = Field(0.0, ge=0, le=1)
+    cutout: Fraction = Field(0.25, description="side of the square that is left out / side of the image")
+    cutout_probability: float = Field(0.0, ge=0, le=1)
+
+    @field_validator("crop_area")
+    @classmethod
+    def _ordered(cls, area: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < area[0] <= area[1] <= 1:
+            raise ValueError("give the least and the most, above 0 and up to 1")
+        return area
+
+
+class ImageNetConfig(Config):
+    """`kedro run --pipeline imagenet`: a residual network on image files of any size, on one GPU or several."""
+
+    folder: str = Field("data/01_raw/imagenet", min_length=1, description="of the images, in any layout that is known")
+    subset_size: int | None = Field(None, ge=1, description="training images, evenly of all classes; null: all")
+    val_fraction: float = Field(0.02, gt=0, lt=1, description="of the training images; the official part is the test")
+    pack_side: int | None = Field(
+        None, ge=64, le=1024, description="make a packed copy with this shorter side, and read that; null: the files"
+    )
+    pack_quality: int = Field(90, ge=50, le=100, description="of its JPEG")
+    seeds: Seeds = (42,)
+    model: ResNetModelType = "resnet50"
+    stem: Stem = "imagenet"
+    width: Width = 64
+    blur: bool = Field(False, description="against aliasing, wherever maps are halved")
+    drop_path: Fraction = Field(0.0, description="stochastic depth: the rate of the last block")
+    head: Literal["linear", "conv"] = "linear"
+    zero_init_residual: bool = True
+    augmentation: AugmentationConfig = AugmentationConfig()
+    rate_scaling: Literal["none", "sqrt", "linear"] = Field(
+        "linear", description="of the learning rate with the number of GPUs, each of which has a whole batch"
+    )
+    sync_norm: bool = Field(False, description="statistics of norms over the batches of all GPUs")
+    threads: int | None = Field(
+        None, ge=1, le=512, description="that read images, of each GPU; null: its share of cores"
+    )
+    max_bad: Fraction = Field(0.001, description="of the images that cannot be read; beyond it training stops")
+    training: TrainingConfig = TrainingConfig(
+        epochs=16,
+        stages=(
+            Stage(epochs=8, image_size=160),
+            Stage(epochs=6, image_size=192),
+            Stage(epochs=2, image_size=224),
+        ),
+        batch_size=512,
+        eval_batch_size=512,
+        optimizer="sgd",
+        nesterov=True,
+        learning_rate=1.0,
+        weight_decay=5e-5,
+        schedule="cosine",
+        warmup_epochs=2,
+        label_smoothing=0.1,
+        precision="bf16",
+        compile=True,
+    )
+
+    @model_validator(mode="after")
+    def _check_training(self) -> Self:
+        training = self.training
+        if training.strategy != "end_to_end":
+            raise ValueError("training.strategy: only a collective has members to pretrain; leave it at end_to_end")
+        if not training.stages or None in {stage.image_size for stage in training.stages}:
+            raise ValueError("training.stages: give at least one, each with its image_size, since files have any size")
+        if training.cutout or training.augmentation_strength != 1:
+            raise ValueError(
+                "training.cutout and augmentation_strength are those of small images: use imagenet.augmentation"
+            )
+        return self
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side at which the network is evaluated: that of the last stage."""
+        size = self.training.stages[-1].image_size
+        assert size is not None
+        return size
+
+
 class Parameters(Config):
     """All parameters of a run, as `conf/` and `--params` give them."""
 
@@ -907,6 +1090,11 @@ class Parameters(Config):
     sweep: SweepConfig = SweepConfig()
     deepmoe: DeepMoeConfig = DeepMoeConfig()
     merged_moe: MergedMoeConfig = MergedMoeConfig()
+    tiny_imagenet: TinyImagenetConfig = TinyImagenetConfig()
+    imagenet: ImageNetConfig = ImageNetConfig()
+    num_gpus: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+        1, description="imagenet: processes that train together, one for each GPU; auto: all there are"
+    )
 
     @field_validator("device")
     @classmethod
@@ -927,7 +1115,7 @@ class Parameters(Config):
             )
         return self
 
-    def of_experiment(self, own: "DeepMoeConfig | MergedMoeConfig", *, reference: str) -> Self:
+    def of_experiment(self, own: DeepMoeConfig | MergedMoeConfig | TinyImagenetConfig, *, reference: str) -> Self:
         """The same with an experiment's own data set, seeds and training, its arms compared to `reference`."""
         comparison = self.comparison.model_copy(update={"reference": reference})
         shared = {"dataset": own.dataset, "seeds": own.seeds, "training": own.training, "comparison": comparison}
@@ -978,6 +1166,16 @@ DEBUG = Parameters(
         collective=ImageCollectiveConfig(n_analysts=2, analyst_hidden=(4, 4), analyst_output=4),
         sub_models=SUB_MODEL_TRAINING.model_copy(update={"epochs": 1, **DEBUG_TRAINING}),
         training=MIXTURE_TRAINING.model_copy(update={"epochs": 1, **DEBUG_TRAINING}),
+    ),
+    tiny_imagenet=TinyImagenetConfig(
+        dataset="mnist",
+        seeds=(42, 43),
+        model="resnet18",
+        width=4,
+        stages=(Stage(epochs=1, image_size=20), Stage(epochs=1, image_size=28)),
+        training=TinyImagenetConfig().training.model_copy(
+            update={"epochs": 2, "batch_size": 256, "augmentation_strength": 0.0, "precision": "auto"}
+        ),
     ),
 )
 

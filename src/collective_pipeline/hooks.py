@@ -70,7 +70,7 @@ class CheckBeforeRun:
     def _check_globals(self, context: KedroContext) -> None:
         """The catalog, which cannot see parameters.yml, names files after the same arm and data as the settings."""
         loader = context.config_loader
-        for name in ("model_type", "dataset", "deepmoe.dataset", "merged_moe.dataset"):
+        for name in ("model_type", "dataset", "deepmoe.dataset", "merged_moe.dataset", "tiny_imagenet.dataset"):
             in_catalog = OmegaConf.select(OmegaConf.create(loader.runtime_params or {}), name)
             if in_catalog is None:
                 in_catalog = OmegaConf.select(OmegaConf.create(loader["globals"]), name)
@@ -249,7 +249,7 @@ class LogModels:
             return
         name = f"{node.namespace}.checkpoint"
         weights = cast(CheckpointDataset, catalog[name])
-        log_model(inputs[name], weights.path, inputs["splits"].test.images[:2])
+        log_model(inputs[name], weights.path, inputs["splits"].test.examples(2))
 
 
 def _status(error: Exception) -> str:

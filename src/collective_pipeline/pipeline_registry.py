@@ -6,7 +6,7 @@ from typing import Any
 from kedro.pipeline import Pipeline
 
 from collective_pipeline.config import MODEL_TYPES, Arm
-from collective_pipeline.pipelines import arm, comparison, data, deepmoe, merged_moe, predict, sweep
+from collective_pipeline.pipelines import arm, comparison, data, deepmoe, merged_moe, predict, sweep, tiny_imagenet
 from collective_pipeline.pipelines.experiments import DEFAULT
 
 
@@ -32,7 +32,8 @@ def register_pipelines() -> dict[str, Pipeline]:
     """`single` runs the arm that the parameter `model_type` names, `phase1` all seven, `sweep` all at many sizes.
 
     `deepmoe` compares a network with gated channels to the one without and to a narrower one, `merged_moe` a mixture
-    of experts to three networks of its size, one of them a collective on images. `predict` only uses what was trained.
+    of experts to three networks of its size, one of them a collective on images, `tiny_imagenet` a plain
+    residual network to the same with each of some techniques. `predict` only uses what was trained.
     """
     images = data.create_pipeline()
     phase1 = make_experiment("phase1", images, MODEL_TYPES, arm.matched(MODEL_TYPES), analysed=["collective"])
@@ -52,6 +53,8 @@ def register_pipelines() -> dict[str, Pipeline]:
         "phase1": phase1,
         "deepmoe": gated,
         "merged_moe": merged_moe.create_pipeline() + merged,
+        "tiny_imagenet": tiny_imagenet.create_pipeline()
+        + comparison.create_pipeline("tiny_imagenet", arms=tiny_imagenet.ARMS, analysed=tiny_imagenet.ARMS[:1]),
         "sweep": images + sweep.create_pipeline("sweep"),
         "predict": predict.create_pipeline(),
     }

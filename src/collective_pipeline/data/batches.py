@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from collective_pipeline.config import ImageSpec, Stage, UserError
-from collective_pipeline.data.augment import NUM_CUTOUT_DRAWS, NUM_DRAWS, RECIPES, augment, cut_out
+from collective_pipeline.data.augment import (
+    NUM_CUTOUT_DRAWS,
+    NUM_DRAWS,
+    NUM_MIX_DRAWS,
+    RECIPES,
+    augment,
+    cut_out,
+    draw_mix,
+    mix,
+    random_resized_crop,
+)
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.randomness import make_generator
 
@@ -24,13 +34,14 @@ class Normalise:
     Args:
         known: Of the training part.
         device: Where the images are.
-        size: Height and width that images are brought to, if theirs are others; None: they stay as they are.
+        size: Height and width that images are brought to, if theirs are others. By default those that a network reads,
+            where it is known what it reads; else they stay as they are.
     """
 
     def __init__(self, known: Splits | ImageSpec, device: torch.device, *, size: tuple[int, int] | None = None) -> None:
         self.mean = 255 * torch.tensor(known.mean, device=device).view(-1, 1, 1)
         self.scale = 1 / (255 * torch.tensor(known.std, device=device).view(-1, 1, 1))
-        self.size = size
+        self.size = known.shape[1:] if size is None and isinstance(known, ImageSpec) else size
 
     def __call__(self, images: Tensor) -> Tensor:
         """`(..., C, H, W)` in 0..255 to `(..., C*H*W)`; a floating-point input is overwritten."""
@@ -143,6 +154,8 @@ class Batches:
         augmentation_strength: float,
         cutout: int = 0,
         image_size: int | None = None,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
     ) -> None:
         check_batches(splits, batch_size, cutout)
         self.splits = splits
@@ -162,6 +175,9 @@ class Batches:
         self.order_KSB = torch.zeros(len(self), len(seeds), batch_size, dtype=torch.int64, device=self.device)
         drawn = (*self.order_KSB.shape, self.num_draws)
         self.draws_KSBD = torch.zeros(drawn, device=self.device) if self.num_draws else None
+        self.alphas = (mixup_alpha, cutmix_alpha)
+        mixes = (len(self), len(seeds), NUM_MIX_DRAWS)
+        self.mixes_KSD = torch.zeros(mixes, device=self.device) if any(self.alphas) else None
         self._drawer = ThreadPoolExecutor(1)
         self._preparing: tuple[int, Future[list[Tensor]]] | None = None
 
@@ -183,7 +199,14 @@ class Batches:
             augmentation_strength=self.strength,
             cutout=self.cutout,
             image_size=stage.image_size,
+            mixup_alpha=self.alphas[0] * stage.mixing,
+            cutmix_alpha=self.alphas[1] * stage.mixing,
         )
+
+    @property
+    def cuts_alone(self) -> bool:
+        """Whether `cut` does all that there is to do to an image, so that one kernel can."""
+        return self.image_size is None and self.mixes_KSD is None and not self.recipe.crop_area
 
     def __len__(self) -> int:
         """Steps of an epoch."""
@@ -201,12 +224,14 @@ class Batches:
         """From here on `take` gives the batches of this epoch; epochs count from 1."""
         prepared, self._preparing = self._preparing, None
         if prepared is not None and prepared[0] == epoch:
-            order_ST, *draws_STD = prepared[1].result()
+            order_ST, draws_STD, mixes_SKD = prepared[1].result()
         else:
-            order_ST, *draws_STD = self._draw(epoch)
+            order_ST, draws_STD, mixes_SKD = self._draw(epoch)
         self._fill(self.order_KSB, order_ST)
         if self.draws_KSBD is not None:
-            self._fill(self.draws_KSBD, draws_STD[0])
+            self._fill(self.draws_KSBD, draws_STD)
+        if self.mixes_KSD is not None:
+            self.mixes_KSD.copy_(mixes_SKD.transpose(0, 1))
 
     def _draw(self, epoch: int) -> list[Tensor]:
         """The order of every seed, and the draws of its augmentation, on the CPU."""
@@ -218,9 +243,12 @@ class Batches:
         def draws(seed: int) -> Tensor:
             return torch.rand(num_used, self.num_draws, generator=make_generator(seed, f"augmentation/{epoch}"))
 
-        drawn = [torch.stack([order(seed) for seed in self.seeds])]
-        if self.num_draws:
-            drawn.append(torch.stack([draws(seed) for seed in self.seeds]))
+        def mixes(seed: int) -> Tensor:
+            generator = make_generator(seed, f"mixing/{epoch}")
+            return draw_mix(generator, len(self), mixup_alpha=self.alphas[0], cutmix_alpha=self.alphas[1])
+
+        kinds = [order, draws, *([mixes] if any(self.alphas) else [])]
+        drawn = [torch.stack([draw(seed) for seed in self.seeds]) for draw in kinds]
         return [tensor.pin_memory() for tensor in drawn] if self.device.type == "cuda" else drawn
 
     def _fill(self, buffer: Tensor, drawn: Tensor) -> None:
@@ -228,25 +256,41 @@ class Batches:
         on_device = drawn.to(self.device, non_blocking=True)
         buffer.copy_(on_device.unflatten(1, (len(self), self.batch_size)).transpose(0, 1))
 
-    def take(self, step: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, step: Tensor) -> tuple[Tensor, Labels]:
         """The batch at `step` of the epoch, an int64 tensor of one element: the device looks it up, not the host."""
         index_SB = self.order_KSB.index_select(0, step)[0]
         draws_SBD = None if self.draws_KSBD is None else self.draws_KSBD.index_select(0, step)[0]
-        return self.cut(index_SB, draws_SBD), self.train.labels[index_SB]
+        x_SBI, labels_SB = self.cut(index_SB, draws_SBD), self.train.labels[index_SB]
+        if self.mixes_KSD is None:
+            return x_SBI, labels_SB
+        mixed = mix(x_SBI.unflatten(-1, self.seen_shape), labels_SB, self.mixes_KSD.index_select(0, step)[0])
+        return mixed.images.flatten(2), MixedLabels(labels_SB, mixed.other_labels, mixed.share)
 
     def cut(self, index_SB: Tensor, draws_SBD: Tensor | None) -> Tensor:
         """The images at `index_SB` as features `(S, B, I)`, moved as `draws_SBD` says."""
         if draws_SBD is None:
             return self.normalise(self.train.images[index_SB])
-        images = self.train.images[index_SB.flatten()].float()
-        images = augment(images, draws_SBD.flatten(0, 1), self.recipe, self.strength)
+        images = self._move(self.train.images[index_SB.flatten()].float(), draws_SBD[..., :NUM_DRAWS].flatten(0, 1))
         x_SBI = self.normalise(images.unflatten(0, index_SB.shape))
         if not self.cutout:
             return x_SBI
-        shape = self.train.images.shape[1:]
-        return cut_out(x_SBI.unflatten(-1, shape), draws_SBD[..., NUM_DRAWS:], self.cutout).flatten(-3)
+        side = round(self.cutout * self.seen_shape[1] / self.train.images.shape[2])
+        return cut_out(x_SBI.unflatten(-1, self.seen_shape), draws_SBD[..., NUM_DRAWS:], side).flatten(-3)
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    @property
+    def seen_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image in a batch."""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, self.image_size or height, self.image_size or width
+
+    def _move(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Bytes `(n, C, H, W)`, floating point, augmented; at the size of the batches where that takes no step more."""
+        if not self.recipe.crop_area or not self.strength:
+            return augment(images, draws, self.recipe, self.strength)
+        least = 1 - (1 - self.recipe.crop_area) * min(self.strength, 1.0)
+        return random_resized_crop(images, draws, size=self.seen_shape[1], scale=(least, 1.0), flip=self.recipe.flip)
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Labels]]:
         """All batches of one epoch."""
         self.begin(number)
         for step in torch.arange(len(self), device=self.device).split(1):

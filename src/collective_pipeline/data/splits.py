@@ -41,6 +41,10 @@ class Images:
         """As they are: whoever reads them brings them to the stage's size."""
         return self
 
+    def examples(self, number: int) -> Tensor:
+        """The first ones, uint8 `(number, C, H, W)`."""
+        return self.images[:number]
+
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images with their labels, `size` at a time."""
         return zip(self.images.split(size), self.labels.split(size), strict=True)

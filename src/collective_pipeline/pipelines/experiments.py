@@ -15,6 +15,7 @@ from collective_pipeline.config import (
 from collective_pipeline.models.matching import parameter_budget
 from collective_pipeline.pipelines.deepmoe import list_arms
 from collective_pipeline.pipelines.merged_moe import estimate_params
+from collective_pipeline.pipelines.tiny_imagenet import list_arms as list_techniques
 from collective_pipeline.training.runtime import choose_device
 from collective_pipeline.tuning.work import count_side_by_side, estimate_largest
 
@@ -61,6 +62,12 @@ def _count_merged_moe(settings: Parameters) -> int:
     return len(own.seeds) * params * (KEPT + max(_saved(own.training), _saved(own.sub_models)))
 
 
+def _count_tiny_imagenet(settings: Parameters) -> int:
+    own = settings.tiny_imagenet
+    params = sum(arm.params for arm in list_techniques(own, *_about(own.dataset)))
+    return len(own.seeds) * params * (KEPT + _saved(own.training.model_copy(update={"ema_decay": own.ema_decay})))
+
+
 def _count_sweep(settings: Parameters) -> int:
     """States of as many trainings as there are at once, and what a search keeps; a grid keeps no weights."""
     sweep, (in_dim, num_classes) = settings.sweep, _flat(settings.dataset)
@@ -103,6 +110,9 @@ EXPERIMENTS = {
     "sweep": Experiment((*MATCHED, "sweep"), _count_sweep, ignores=("training.expert_analysis_interval",)),
     "deepmoe": Experiment((*SHARED, "deepmoe"), _count_deepmoe),
     "merged_moe": Experiment((*SHARED, "merged_moe"), _count_merged_moe),
+    "tiny_imagenet": Experiment(
+        (*SHARED, "tiny_imagenet"), _count_tiny_imagenet, ignores=("tiny_imagenet.training.expert_analysis_interval",)
+    ),
     "predict": Experiment(PREDICT, lambda settings: 0),
 }
 

@@ -22,6 +22,7 @@ class Interrupted(UserError):
     def __init__(self, what: str) -> None:
         stop = _received[0] if _received else signal.SIGTERM
         super().__init__(f"stopped by {stop.name}: {what}")
+        self.what = what
         self.exit_code = 128 + stop
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collective_pipeline.config import TrainingConfig
-from collective_pipeline.data.batches import BatchSource, ImageSource, MixedLabels, Normalise
+from collective_pipeline.data.batches import Batches, BatchSource, ImageSource, MixedLabels, Normalise
+from collective_pipeline.models.resnet import set_drop_path
 from collective_pipeline.training import cuda, interrupt
 from collective_pipeline.training.dropout_bits import DropoutBits
 from collective_pipeline.training.gpu import Meter, Usage
@@ -478,6 +479,7 @@ class _PhaseTraining:
         for module in phase.trained:
             module.requires_grad_(True)
         self._set_modes()
+        set_drop_path(phase.network, phase.stage is None or phase.stage.drop_path)
         trained = [(name, weight) for name, weight in phase.network.named_parameters() if weight.requires_grad]
         self.parameters = [weight for _, weight in trained]
         self.optimizer = make_optimizer(trained, config)
@@ -505,7 +507,8 @@ class _PhaseTraining:
             if kernels is not None:
                 if not config.compile:  # which fuses them itself
                     kernels.fuse(phase.network)
-                kernels.fuse_batches(batches)
+                if isinstance(batches, Batches) and batches.cuts_alone:
+                    kernels.fuse_batches(batches)
                 self.bits = kernels.FusedBits(batches.seeds, self.device)
             if config.compile:
                 cuda.compile_forward(phase.network)
@@ -597,7 +600,8 @@ class _PhaseTraining:
         self._anneal()
         for _ in range(num_batches):
             x, y = self.batches.take(self.step)
-            self.bits.draw(self.steps_done)
+            # Ranks that train together have other bits each, as they have other images.
+            self.bits.draw(self.steps_done * self.ranks.number + self.ranks.rank)
             with autocast(self.config, self.device):
                 logits, parts = self.phase.network(x)
             # Losses in full precision: sums over many steps stall in 16 bits, and squares overflow.

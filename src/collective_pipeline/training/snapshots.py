@@ -87,6 +87,11 @@ class Snapshots:
         """Add what must be the same as well, before anything is saved or loaded."""
         self.identity |= json.loads(json.dumps(parts))
 
+    def recall(self, part: str) -> Any:
+        """What this part of the identity was when it was saved; None if a run does not go on from anything."""
+        headers = [_read_header(path) for path in (self.path, _previous(self.path))] if self.resume else []
+        return next((header["identity"].get(part) for header in headers if header is not None), None)
+
     def is_due(self) -> bool:
         """Whether so much time has passed that saving now is worth its cost."""
         is_writing = self._writing is not None and not self._writing.done()

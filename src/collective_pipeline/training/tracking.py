@@ -17,6 +17,7 @@ import mlflow
 import numpy as np
 import psutil
 import pynvml
+import torch
 from filelock import FileLock
 from mlflow.entities import LifecycleStage, LoggedModel, Metric
 from mlflow.exceptions import MlflowException
@@ -30,6 +31,7 @@ from plotly.graph_objects import Figure  # type: ignore[import-untyped,unused-ig
 from torch import Tensor
 
 import collective_pipeline
+from collective_pipeline.data.batches import resize
 from collective_pipeline.files import replacing
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.interrupt import Interrupted
@@ -167,6 +169,26 @@ def nested_run(name: str, file: Path, *, tags: Mapping[str, str], params: Mappin
     mlflow.end_run()
 
 
+def run_environment() -> dict[str, str]:
+    """What another process needs to log to the active run; nothing if there is none."""
+    run = mlflow.active_run()
+    return {} if run is None else {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), "MLFLOW_RUN_ID": run.info.run_id}
+
+
+@contextlib.contextmanager
+def join_run(*, is_first: bool) -> Iterator[None]:
+    """The run of `run_environment`, active in the first of several processes; it is not ended here."""
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    if run_id is None or not is_first:
+        yield
+        return
+    mlflow.start_run(run_id=run_id, log_system_metrics=False)
+    try:
+        yield
+    finally:
+        mlflow.end_run("RUNNING")
+
+
 def process_tags() -> dict[str, str]:
     """Of every run: which process it is of, so that another can tell whether that still lives."""
     began = psutil.Process().create_time()  # numbers of processes come again
@@ -250,9 +272,16 @@ def log_model(checkpoint: Checkpoint, path: Path, images: Tensor) -> None:
             data_path=str(path),
             code_paths=[str(Path(collective_pipeline.__file__).parent)],
             signature=_signature(checkpoint),
-            input_example=images.cpu().numpy(),
+            input_example=_as_read(images.cpu(), checkpoint.images.shape).numpy(),
             pip_requirements=[f"{package}=={_public_version(package)}" for package in REQUIREMENTS],
         )
+
+
+def _as_read(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Bytes of the shape that the network reads."""
+    if images.shape[1:] == shape:
+        return images
+    return resize(images.float(), shape[1:]).round().to(torch.uint8)
 
 
 def _models_of_active_run() -> Sequence[LoggedModel]:

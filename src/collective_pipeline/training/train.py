@@ -21,15 +21,17 @@ from collective_pipeline.config import (
     TrainingConfig,
     flatten,
 )
-from collective_pipeline.data.batches import Batches, Normalise
+from collective_pipeline.data.batches import Batches, BatchSource, Normalise
 from collective_pipeline.data.small_images import load_images
 from collective_pipeline.data.splits import Images, Splits, make_splits
+from collective_pipeline.data.streaming import StreamedBatches, StreamedImages, StreamedSplits
 from collective_pipeline.models.build import build_arm, count_products, initialise
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.matching import match_arm
 from collective_pipeline.randomness import make_generator
 from collective_pipeline.training.loop import EPOCHS_SHUT, Callback, Epoch, Fit, evaluate, fit, to_host
 from collective_pipeline.training.memory import Need, advise, estimate_need, free_bytes, groups_that_fit, split
+from collective_pipeline.training.ranks import ALONE, Ranks
 from collective_pipeline.training.runtime import choose_device, describe_device, set_matmul_precision, side_stream
 from collective_pipeline.training.snapshots import Snapshot, Snapshots
 from collective_pipeline.training.strategies import plan_phases
@@ -72,7 +74,7 @@ def match_to_splits(settings: Parameters, splits: Splits, model_type: ModelType 
 
 def train_arm(
     arm: Arm,
-    splits: Splits,
+    splits: Splits | StreamedSplits,
     config: TrainingConfig,
     *,
     seeds: Sequence[int],
@@ -84,6 +86,7 @@ def train_arm(
     prepare: Callable[[nn.Module, Sequence[int]], None] | None = None,
     look: Callable[[int, Checkpoint], None] | None = None,
     name: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Checkpoint, Fit]:
     """Build the arm once for all `seeds`, draw each seed's weights, train, and return what validation chose.
 
@@ -104,6 +107,8 @@ def train_arm(
         look: Called every `config.expert_analysis_interval` epochs with the number of the epoch and what its weights
             are then, of the seeds that are still trained; of a group alone where not all seeds train at once.
         name: What messages call it; None: the arm's type.
+        ranks: The processes that train it together, each with its own `splits`; all go on from what `snapshots` has,
+            and the first one alone saves.
 
     Raises:
         Interrupted: If the run was told to stop, after its state was saved in `snapshots`.
@@ -126,7 +131,7 @@ def train_arm(
         place = saved.facts["place"]
         within = f" and {place['update']} updates of the next" if place["update"] else ""
         logger.info("%-16s  goes on after epoch %d/%d%s", name, place["epoch"], config.epochs, within)
-    training = _ArmTraining(name, arm, splits, config, device, list(callbacks), watch, snapshots, prepare, look)
+    training = _ArmTraining(name, arm, splits, config, device, list(callbacks), watch, snapshots, prepare, look, ranks)
     fits = training.run(groups, need, saved)
     result = Fit.join(fits)
     if len(fits) > 1:
@@ -143,7 +148,7 @@ class _ArmTraining:
 
     name: str
     arm: Arm
-    splits: Splits
+    splits: Splits | StreamedSplits
     config: TrainingConfig
     device: torch.device
     callbacks: Sequence[Callback]
@@ -151,6 +156,7 @@ class _ArmTraining:
     snapshots: Snapshots | None
     prepare: Callable[[nn.Module, Sequence[int]], None] | None
     look: Callable[[int, Checkpoint], None] | None
+    ranks: Ranks
 
     def run(self, groups: Sequence[Sequence[int]], need: Need, saved: Snapshot | None) -> list[Fit]:
         """Train one group after another, but for those that `saved` has done; halve those that do not fit."""
@@ -218,16 +224,11 @@ class _ArmTraining:
                 if phase.new is not None:
                     initialise(phase.new, [make_generator(seed, f"weights/{phase.name}") for seed in seeds])
                 phase.network.to(self.device)
-            batches = Batches(
-                splits,
-                seeds,
-                batch_size=config.batch_size,
-                augmentation_strength=config.augmentation_strength,
-                cutout=config.cutout,
-            )
+            batches = make_batches(splits, seeds, config)
             result = fit(
                 phases, batches, splits.val, config,
-                callbacks=[callback], watch=self.watch, snapshots=self.snapshots, going_on=saved,
+                callbacks=[callback], watch=self.watch, going_on=saved, ranks=self.ranks,
+                snapshots=self.snapshots if self.ranks.is_first else None,
                 look=None if self.look is None else partial(self._show, self.look, seeds),
             )  # fmt: skip
             # Without any epoch to choose from there are no weights, whichever the network has now.
@@ -248,10 +249,28 @@ class _ArmTraining:
             callback(epoch)
 
 
+def make_batches(splits: Splits | StreamedSplits, seeds: Sequence[int], config: TrainingConfig) -> BatchSource:
+    """The training batches of these seeds, before any stage of the plan."""
+    if isinstance(splits, StreamedSplits):
+        return StreamedBatches(splits, seeds, config)
+    return Batches(
+        splits,
+        seeds,
+        batch_size=config.batch_size,
+        augmentation_strength=config.augmentation_strength,
+        cutout=config.cutout,
+        mixup_alpha=config.mixup_alpha,
+        cutmix_alpha=config.cutmix_alpha,
+    )
+
+
 def _checkpoint(
-    arm: Arm, splits: Splits, seeds: Sequence[int], epochs: Sequence[int], weights: dict[str, Tensor]
+    arm: Arm, splits: Splits | StreamedSplits, seeds: Sequence[int], epochs: Sequence[int], weights: dict[str, Tensor]
 ) -> Checkpoint:
-    return Checkpoint(arm, splits.name, splits.image_spec, tuple(seeds), tuple(epochs), weights)
+    spec = splits.image_spec
+    if arm.image_shape is not None:  # it may read the images at another size than theirs
+        spec = spec.model_copy(update={"shape": arm.image_shape})
+    return Checkpoint(arm, splits.name, spec, tuple(seeds), tuple(epochs), weights)
 
 
 def _describe_done(groups: Sequence[Sequence[int]], done: Sequence[Fit]) -> Snapshot:
@@ -294,7 +313,13 @@ def _tell_shut(name: str, result: Fit) -> None:
 
 
 def snapshots_at(
-    path: Path, arm: Arm, splits: Splits, settings: Parameters, device: torch.device, *, name: str | None = None
+    path: Path,
+    arm: Arm,
+    splits: Splits | StreamedSplits,
+    settings: Parameters,
+    device: torch.device,
+    *,
+    name: str | None = None,
 ) -> Snapshots:
     """Where this arm's training is saved, and what must be the same for another run to go on from there.
 
@@ -323,7 +348,12 @@ def _code_version() -> str:
 
 
 def score(
-    checkpoint: Checkpoint, images: Images, splits: Splits, config: TrainingConfig, *, device: torch.device
+    checkpoint: Checkpoint,
+    images: Images | StreamedImages,
+    splits: Splits | StreamedSplits,
+    config: TrainingConfig,
+    *,
+    device: torch.device,
 ) -> dict[str, list[float]]:
     """Loss and accuracies in percent of trained weights on `images`, one number for each seed.
 
@@ -337,7 +367,7 @@ def score(
         return {f"accuracy_of_{name}": 100 * is_so_SB.float().mean(dim=1) for name, is_so_SB in of_class.items()}
 
     network = checkpoint.build().to(device)
-    scores = evaluate(network, images.to(device), Normalise(splits, device), config, measure)
+    scores = evaluate(network, images.to(device), Normalise(checkpoint.images, device), config, measure)
     shares = torch.bincount(images.labels, minlength=splits.num_classes) / len(images)
     for name, share in zip(splits.class_names, shares.to(device), strict=True):
         scores[f"accuracy_of_{name}"] = scores[f"accuracy_of_{name}"] / share

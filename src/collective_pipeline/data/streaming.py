@@ -1,0 +1,333 @@
+"""Images that are too many for the device's memory: read and decoded while it trains.
+
+What a batch holds does not depend on who reads it: an epoch is cut into batches for the ranks that training was planned
+for, and each process takes those of one rank, of several, or a part of one.
+
+Suffixes: A batches of an update, B images of a batch, K batches of an epoch, N planned ranks, T images of an epoch, D
+draws of an image.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from collective_pipeline.config import AugmentationConfig, ImageSpec, Stage, TrainingConfig, UserError
+from collective_pipeline.data.augment import (
+    NUM_COLOUR_DRAWS,
+    NUM_CUTOUT_DRAWS,
+    NUM_MIX_DRAWS,
+    NUM_MOVE_DRAWS,
+    colour_jitter,
+    cut_out,
+    draw_mix,
+    mix,
+    shift_scale_rotate,
+)
+from collective_pipeline.data.batches import Labels, MixedLabels, Normalise
+from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Feed, JpegSource
+from collective_pipeline.randomness import make_generator
+
+# Of ImageNet's training images, as everyone has them.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the work is this process's.
+
+    Attributes:
+        rank: Of this process, from 0.
+        number: Of processes.
+        planned: How many ranks training was planned for, and cut into batches for.
+    """
+
+    rank: int = 0
+    number: int = 1
+    planned: int = 1
+
+    def __post_init__(self) -> None:
+        if self.planned % self.number and self.number % self.planned:
+            raise UserError(
+                f"training was begun on {self.planned} GPUs and {self.number} are neither a part nor a multiple of "
+                f"them: go on with num_gpus={self.planned}, or another that is"
+            )
+
+    @property
+    def ranks_played(self) -> int:
+        """Planned ranks that this process stands for."""
+        return max(1, self.planned // self.number)
+
+    @property
+    def parts(self) -> int:
+        """Processes that share the batch of one planned rank."""
+        return max(1, self.number // self.planned)
+
+    def cut(self, batches_KNB: Tensor) -> Tensor:
+        """This process's part of what is laid out for the planned ranks, `(K * ranks_played, B / parts, ...)`."""
+        if self.parts > 1:
+            size = batches_KNB.shape[2] // self.parts
+            start = self.rank % self.parts * size
+            return batches_KNB[:, self.rank // self.parts, start : start + size]
+        first = self.rank * self.ranks_played
+        return batches_KNB[:, first : first + self.ranks_played].flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class StreamedImages:
+    """Some of a source's images.
+
+    Attributes:
+        source: Files, or a packed copy of them.
+        rows: Which of its images, `(n,)`.
+        image_size: Pixels of a side at which they are wanted.
+        device: Where.
+        threads: That read and decode.
+        max_bad: Part of the images that may be unreadable.
+        share: Whose part of them this process evaluates.
+    """
+
+    source: JpegSource
+    rows: Tensor
+    image_size: int
+    device: torch.device = torch.device("cpu")
+    threads: int | None = None
+    max_bad: float = 0.0
+    share: Share = Share()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def labels(self) -> Tensor:
+        """Of all of them, `(n,)`."""
+        return self.source.labels[self.rows]
+
+    @property
+    def is_resident(self) -> bool:
+        return False
+
+    def to(self, device: torch.device) -> Self:
+        """Wanted on this device."""
+        return replace(self, device=device)
+
+    def examples(self, number: int) -> Tensor:
+        """The first ones, uint8 `(number, 3, H, W)`."""
+        (images, _), *_ = self.make_feed().batches(self.rows[None, :number], None)
+        return images
+
+    def for_stage(self, stage: Stage) -> Self:
+        """At the stage's size."""
+        return replace(self, image_size=stage.image_size or self.image_size)
+
+    def make_feed(self) -> Feed:
+        """What reads and decodes them."""
+        return Feed(
+            self.source, device=self.device, image_size=self.image_size, threads=self.threads, max_bad=self.max_bad
+        )
+
+    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The middle of every image of this process's part with its label, `size` at a time."""
+        own = self.rows[self.share.rank :: self.share.number]
+        feed, whole = self.make_feed(), len(own) // size * size
+        for rows in (own[:whole].view(-1, size), own[whole:].unsqueeze(0)):
+            if rows.numel():
+                yield from feed.batches(rows, None)
+
+
+@dataclass(frozen=True)
+class StreamedSplits:
+    """What `splits.Splits` is for images that are read while they are needed.
+
+    Attributes:
+        digest: Of everything that decides which images these are.
+        augmentation: Of the training images.
+    """
+
+    name: str
+    train: StreamedImages
+    val: StreamedImages
+    test: StreamedImages
+    class_names: tuple[str, ...]
+    digest: str
+    augmentation: AugmentationConfig = AugmentationConfig()
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """At which a network is evaluated."""
+        return 3, self.test.image_size, self.test.image_size
+
+    @property
+    def in_dim(self) -> int:
+        return math.prod(self.image_shape)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """What a trained network must be given again, beside its weights."""
+        return ImageSpec(shape=self.image_shape, mean=self.mean, std=self.std, class_names=self.class_names)
+
+    def to(self, device: torch.device) -> Self:
+        """Wanted on this device."""
+        return self._with(device=device)
+
+    def for_share(self, share: Share) -> Self:
+        """As one of several processes sees them."""
+        return self._with(share=share)
+
+    def _with(self, **changes: Any) -> Self:
+        parts = {name: replace(getattr(self, name), **changes) for name in ("train", "val", "test")}
+        return replace(self, **parts)
+
+
+class StreamedBatches:
+    """What `batches.Batches` is for images that are read while they are needed, of one seed.
+
+    Order, crops and all other draws of an epoch come from the seed and the number of the epoch alone, for all images,
+    whoever reads them.
+    """
+
+    def __init__(
+        self, splits: StreamedSplits, seeds: Sequence[int], config: TrainingConfig, stage: Stage | None = None
+    ) -> None:
+        if len(seeds) != 1:
+            raise ValueError("images that are read while they are needed are read for one seed")
+        stage = stage or config.plan()[0]
+        self.splits, self.seeds, self.config, self.stage = splits, seeds, config, stage
+        self.images = splits.train.for_stage(stage)
+        self.share = self.images.share
+        self.device = self.images.device
+        self.normalise = Normalise(splits, self.device)
+        self.planned_size = stage.batch_size or config.batch_size
+        self.num_planned = len(self.images) // (self.planned_size * self.share.planned)
+        if not self.num_planned:
+            raise UserError(
+                f"{self.share.planned} GPUs with batches of {self.planned_size} images need more than the "
+                f"{len(self.images):,} training images: choose a smaller training.batch_size"
+            )
+        if self.planned_size % self.share.parts:
+            raise UserError(
+                f"batches of {self.planned_size} images cannot be shared by {self.share.parts} GPUs evenly: choose "
+                "another training.batch_size or num_gpus"
+            )
+        self.batch_size = self.planned_size // self.share.parts
+        self.ranks_played = self.share.ranks_played
+        self.alphas = (config.mixup_alpha * stage.mixing, config.cutmix_alpha * stage.mixing)
+        self._feed = self.images.make_feed()
+        self._arriving: Iterator[tuple[Tensor, Tensor]] | None = None
+        self._drawer = ThreadPoolExecutor(1)
+        self._preparing: tuple[int, Future[list[Tensor]]] | None = None
+        self._make_places()
+
+    def _make_places(self) -> None:
+        """Where the batches of an update lie, always at the same addresses, as a CUDA graph needs it."""
+        number, size = self.config.accumulation_steps * self.ranks_played, self.stage.image_size
+        assert size is not None
+        self.images_AB = torch.zeros(number, self.batch_size, 3, size, size, dtype=torch.uint8, device=self.device)
+        self.labels_AB = torch.zeros(number, self.batch_size, dtype=torch.int64, device=self.device)
+        self.draws_ABD = torch.zeros(number, self.batch_size, NUM_DRAWS, device=self.device)
+        self.mixes_AD = torch.zeros(number, NUM_MIX_DRAWS, device=self.device)
+
+    @property
+    def is_resident(self) -> bool:
+        return False
+
+    def for_stage(self, stage: Stage | None) -> Self:
+        """The same images in batches as this stage has them; None: these."""
+        return self if stage is None else type(self)(self.splits, self.seeds, self.config, stage)
+
+    def __len__(self) -> int:
+        """Batches of an epoch for this process."""
+        return self.num_planned * self.ranks_played
+
+    def prepare(self, epoch: int) -> None:
+        """Begin to draw for an epoch beside what the device does."""
+        if self._preparing is None:
+            self._preparing = epoch, self._drawer.submit(self._draw, epoch)
+
+    def begin(self, epoch: int) -> None:
+        """From here on batches are of this epoch; epochs count from 1."""
+        prepared, self._preparing = self._preparing, None
+        drawn = prepared[1].result() if prepared is not None and prepared[0] == epoch else self._draw(epoch)
+        self.rows_KB, self.draws_KBD, self.mixes_KD = drawn
+        self._arriving = None
+
+    def _draw(self, epoch: int) -> list[Tensor]:
+        """This process's rows, the draws of each image, and those of each batch."""
+        seed, planned = self.seeds[0], (self.num_planned, self.share.planned, self.planned_size)
+        num_used = math.prod(planned)
+        order_T = torch.randperm(len(self.images), generator=make_generator(seed, f"order/{epoch}"))[:num_used]
+        drawn = torch.rand(
+            num_used, NUM_CROP_DRAWS + NUM_DRAWS, generator=make_generator(seed, f"augmentation/{epoch}")
+        )
+        mixes = draw_mix(
+            make_generator(seed, f"mixing/{epoch}"),
+            self.num_planned * self.share.planned,
+            mixup_alpha=self.alphas[0],
+            cutmix_alpha=self.alphas[1],
+        )
+        # Those who share a batch mix it alike.
+        mixes_KNBD = mixes.unflatten(0, planned[:2]).unsqueeze(2).expand(-1, -1, self.planned_size, -1)
+        rows_KB = self.share.cut(self.images.rows[order_T].view(planned))
+        return [rows_KB, self.share.cut(drawn.unflatten(0, planned)), self.share.cut(mixes_KNBD)[:, 0]]
+
+    def load(self, first: int, number: int) -> None:
+        """Wait for these batches of the epoch, counted from 0, and put them where `take` finds them."""
+        if self._arriving is None:
+            self._arriving = self._feed.batches(self.rows_KB[first:], self.draws_KBD[first:, :, :NUM_CROP_DRAWS])
+        for i in range(number):
+            images, labels = next(self._arriving)
+            self.images_AB[i].copy_(images)
+            self.labels_AB[i].copy_(labels)
+        here = slice(first, first + number)
+        self.draws_ABD[:number].copy_(self.draws_KBD[here, :, NUM_CROP_DRAWS:], non_blocking=True)
+        self.mixes_AD[:number].copy_(self.mixes_KD[here], non_blocking=True)
+
+    def take(self, step: Tensor) -> tuple[Tensor, Labels]:
+        """Features `(1, B, I)` and labels `(1, B)` of the batch at `step`, an int64 tensor of one element."""
+        place = step % len(self.images_AB)
+        images_1BCHW, labels_1B, draws_1BD = (
+            tensor.index_select(0, place) for tensor in (self.images_AB, self.labels_AB, self.draws_ABD)
+        )
+        x_1BCHW = self._augment(images_1BCHW[0].float(), draws_1BD[0]).unsqueeze(0)
+        if not any(self.alphas):
+            return x_1BCHW.flatten(2), labels_1B
+        mixed = mix(x_1BCHW, labels_1B, self.mixes_AD.index_select(0, place))
+        return mixed.images.flatten(2), MixedLabels(labels_1B, mixed.other_labels, mixed.share)
+
+    def _augment(self, images: Tensor, draws_BD: Tensor) -> Tensor:
+        """Pixels `(B, C, H, W)` in 0..255 to features of the same shape."""
+        own = self.splits.augmentation
+        colour, move, cut = draws_BD.split([NUM_COLOUR_DRAWS, NUM_MOVE_DRAWS, NUM_CUTOUT_DRAWS], dim=1)
+        if own.colour_probability:
+            images = 255 * colour_jitter(
+                images / 255,
+                colour,
+                brightness=own.brightness,
+                contrast=own.contrast,
+                saturation=own.saturation,
+                hue=own.hue,
+                probability=own.colour_probability,
+            )
+        if own.move_probability:
+            images = shift_scale_rotate(
+                images, move, shift=own.shift, scale=own.zoom, degrees=own.degrees, probability=own.move_probability
+            )
+        features: Tensor = self.normalise(images).view(images.shape)
+        if own.cutout_probability:
+            side = round(own.cutout * images.shape[-1])
+            features = cut_out(features, cut, side, probability=own.cutout_probability)
+        return features
+
+
+# Of an image, behind those of its crop.
+NUM_DRAWS = NUM_COLOUR_DRAWS + NUM_MOVE_DRAWS + NUM_CUTOUT_DRAWS

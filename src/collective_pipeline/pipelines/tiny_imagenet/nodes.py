@@ -1,0 +1,88 @@
+"""Techniques as arms: what each changes of a network or of its training."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from collective_pipeline.config import (
+    TECHNIQUES,
+    Arm,
+    GateConfig,
+    Parameters,
+    Technique,
+    TinyImagenetConfig,
+    check_parameters,
+)
+from collective_pipeline.data.splits import Splits
+from collective_pipeline.models.image_arms import image_architecture, make_image_arm
+from collective_pipeline.pipelines.arm.nodes import clear
+from collective_pipeline.training.runtime import choose_device
+from collective_pipeline.training.snapshots import Snapshots
+from collective_pipeline.training.train import snapshots_at
+
+
+def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
+    """The settings with the data, seeds and training of `tiny_imagenet`, whose plain network is the reference."""
+    settings = check_parameters(parameters)
+    return settings.of_experiment(settings.tiny_imagenet, reference="plain"), choose_device(settings.device)
+
+
+def set_recipes(settings: Parameters) -> list[Parameters]:
+    """The settings of every arm: the plain training with its technique."""
+    return [
+        settings.model_copy(update={"training": settings.tiny_imagenet.training_of(technique)})
+        for technique in TECHNIQUES
+    ]
+
+
+def make_arms(settings: Parameters, splits: Splits) -> list[Arm]:
+    """The network of every arm."""
+    return list_arms(settings.tiny_imagenet, splits.image_shape, splits.num_classes)
+
+
+def list_arms(config: TinyImagenetConfig, image_shape: tuple[int, int, int], num_classes: int) -> list[Arm]:
+    """The network of every arm, for such images.
+
+    Raises:
+        UserError: If the images are too small.
+    """
+    return [_make_arm(technique, config, image_shape, num_classes) for technique in TECHNIQUES]
+
+
+def _make_arm(
+    technique: Technique, config: TinyImagenetConfig, image_shape: tuple[int, int, int], num_classes: int
+) -> Arm:
+    def has(other: Technique) -> bool:
+        return technique in {other, "all_techniques"}
+
+    channels, height, _ = image_shape
+    side = config.image_size_of(technique, height)
+    architecture = image_architecture(
+        config.model,
+        (channels, side, side),
+        GateConfig(),
+        stem=config.stem,
+        width=config.width,
+        blur=has("blur"),
+        drop_path=config.drop_path if has("stochastic_depth") else 0.0,
+        head="conv" if has("conv_head") else "linear",
+    )
+    return make_image_arm(technique, architecture, num_classes=num_classes)
+
+
+def clear_for_training(splits: Splits, device: torch.device, *parts: Arm | Path | Parameters) -> list[Snapshots]:
+    """Where every arm saves its state; with `resume`, what is there is refused here if it is of another run.
+
+    Args:
+        splits, device: Of all arms.
+        parts: The network, the file of the state and the settings of every arm.
+    """
+    arms = [part for part in parts if isinstance(part, Arm)]
+    files = [part for part in parts if isinstance(part, Path)]
+    settings = [part for part in parts if isinstance(part, Parameters)]
+    snapshots = [
+        snapshots_at(file, arm, splits, own, device) for arm, file, own in zip(arms, files, settings, strict=True)
+    ]
+    clear(snapshots)
+    return snapshots
