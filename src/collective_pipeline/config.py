@@ -913,6 +913,7 @@ class TinyImagenetConfig(Config):
     model: ResNetModelType = "resnet50"
     stem: Stem = "imagenet"
     width: Width = 64
+    image_size: int | None = Field(None, ge=8, le=1024, description="pixels of a side; null: as the images are")
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = Field(
         (Stage(epochs=14, image_size=48), Stage(epochs=13, image_size=64), Stage(epochs=13, image_size=80)),
         description="of progressive_resizing",
@@ -966,12 +967,19 @@ class TinyImagenetConfig(Config):
             "label_smoothing": {"label_smoothing": self.label_smoothing},
         }
         names = list(changes) if technique == "all_techniques" else [technique]
-        return self.training.model_copy(update={k: v for name in names for k, v in changes.get(name, {}).items()})
+        same = (
+            {}
+            if self.image_size is None
+            else {"stages": (Stage(epochs=self.training.epochs, image_size=self.image_size),)}
+        )
+        return self.training.model_copy(
+            update=same | {k: v for name in names for k, v in changes.get(name, {}).items()}
+        )
 
     def image_size_of(self, technique: Technique, own: int) -> int:
         """The side of the images that its network is evaluated on, where those of the data set have the side `own`."""
         resized = technique in {"progressive_resizing", "all_techniques"}
-        return (self.stages[-1].image_size or own) if resized else own
+        return (self.stages[-1].image_size if resized else self.image_size) or own
 
 
 class AugmentationConfig(Config):
@@ -1172,7 +1180,8 @@ DEBUG = Parameters(
         seeds=(42, 43),
         model="resnet18",
         width=4,
-        stages=(Stage(epochs=1, image_size=20), Stage(epochs=1, image_size=28)),
+        image_size=48,
+        stages=(Stage(epochs=1, image_size=40), Stage(epochs=1, image_size=48)),
         training=TinyImagenetConfig().training.model_copy(
             update={"epochs": 2, "batch_size": 256, "augmentation_strength": 0.0, "precision": "auto"}
         ),

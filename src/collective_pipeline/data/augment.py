@@ -32,6 +32,7 @@ class Recipe:
     scale: float = 0.0  # 0.1: from 0.9 to 1.1
     flip: bool = False
     crop_padding: int = 0  # whole pixels
+    crop_area: float = 0.0  # a random part of the image instead of all of these: at least so much of it
 
 
 RECIPES: dict[DatasetName, Recipe] = {
@@ -39,6 +40,7 @@ RECIPES: dict[DatasetName, Recipe] = {
     "fashion_mnist": Recipe(degrees=15, translate=0.1, scale=0.1, flip=True),
     "cifar10": Recipe(flip=True, crop_padding=4),
     "cifar100": Recipe(flip=True, crop_padding=4),
+    "tiny_imagenet": Recipe(flip=True, crop_area=0.25),
 }
 
 

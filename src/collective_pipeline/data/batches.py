@@ -179,7 +179,7 @@ class Batches:
         mixes = (len(self), len(seeds), NUM_MIX_DRAWS)
         self.mixes_KSD = torch.zeros(mixes, device=self.device) if any(self.alphas) else None
         self._drawer = ThreadPoolExecutor(1)
-        self._preparing: tuple[int, Future[list[Tensor]]] | None = None
+        self._preparing: tuple[int, Future[dict[str, Tensor]]] | None = None
 
     @property
     def is_resident(self) -> bool:
@@ -224,17 +224,17 @@ class Batches:
         """From here on `take` gives the batches of this epoch; epochs count from 1."""
         prepared, self._preparing = self._preparing, None
         if prepared is not None and prepared[0] == epoch:
-            order_ST, draws_STD, mixes_SKD = prepared[1].result()
+            drawn = prepared[1].result()
         else:
-            order_ST, draws_STD, mixes_SKD = self._draw(epoch)
-        self._fill(self.order_KSB, order_ST)
+            drawn = self._draw(epoch)
+        self._fill(self.order_KSB, drawn["order"])
         if self.draws_KSBD is not None:
-            self._fill(self.draws_KSBD, draws_STD)
+            self._fill(self.draws_KSBD, drawn["draws"])
         if self.mixes_KSD is not None:
-            self.mixes_KSD.copy_(mixes_SKD.transpose(0, 1))
+            self.mixes_KSD.copy_(drawn["mixes"].transpose(0, 1), non_blocking=True)
 
-    def _draw(self, epoch: int) -> list[Tensor]:
-        """The order of every seed, and the draws of its augmentation, on the CPU."""
+    def _draw(self, epoch: int) -> dict[str, Tensor]:
+        """The order of every seed, and the draws of its augmentation and its mixing where there are any, on the CPU."""
         num_used = len(self) * self.batch_size
 
         def order(seed: int) -> Tensor:
@@ -247,9 +247,10 @@ class Batches:
             generator = make_generator(seed, f"mixing/{epoch}")
             return draw_mix(generator, len(self), mixup_alpha=self.alphas[0], cutmix_alpha=self.alphas[1])
 
-        kinds = [order, draws, *([mixes] if any(self.alphas) else [])]
-        drawn = [torch.stack([draw(seed) for seed in self.seeds]) for draw in kinds]
-        return [tensor.pin_memory() for tensor in drawn] if self.device.type == "cuda" else drawn
+        wanted = {"order": order, "draws": self.num_draws and draws, "mixes": any(self.alphas) and mixes}
+        drawn = {name: torch.stack([draw(seed) for seed in self.seeds]) for name, draw in wanted.items() if draw}
+        is_cuda = self.device.type == "cuda"
+        return {name: tensor.pin_memory() if is_cuda else tensor for name, tensor in drawn.items()}
 
     def _fill(self, buffer: Tensor, drawn: Tensor) -> None:
         # Copied as it is, so that the host need not wait, and cut into steps on the device.

@@ -12,6 +12,7 @@ from collective_pipeline.config import (
     NarrowModelType,
     ResNetArchitecture,
     Stem,
+    Technique,
     UserError,
     VggArchitecture,
 )
@@ -137,7 +138,7 @@ def image_architecture(
 
 
 def make_image_arm(
-    model_type: ImageModelType | NarrowModelType, architecture: ImageArchitecture, *, num_classes: int
+    model_type: ImageModelType | NarrowModelType | Technique, architecture: ImageArchitecture, *, num_classes: int
 ) -> Arm:
     """The arm with this network; its own size is its budget.
 

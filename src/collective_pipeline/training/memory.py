@@ -9,9 +9,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from collective_pipeline.config import Arm, NotEnoughMemory, TrainingConfig
+from collective_pipeline.config import Arm, NotEnoughMemory, Stage, TrainingConfig
 from collective_pipeline.data.batches import count_draws
-from collective_pipeline.data.splits import Splits
 from collective_pipeline.models.build import build_arm
 
 # Of the free memory; the rest is for what libraries take, and for gaps.
@@ -29,14 +28,20 @@ class Need:
     fixed: int
     per_image: int
     per_eval_image: int
+    side: int = 0  # of the image, in pixels; 0 where it has none
 
     def of(self, config: TrainingConfig) -> int:
         """All of it; training and validation do not happen at the same time."""
-        return self.fixed + max(self.per_image * config.batch_size, self.per_eval_image * config.eval_batch_size)
+        training = max(self.per_image * self._scale(stage) * (stage.batch_size or 0) for stage in config.plan())
+        return self.fixed + max(round(training), self.per_eval_image * config.eval_batch_size)
+
+    def _scale(self, stage: Stage) -> float:
+        """Pixels of an image in this stage / of one at the size that was counted."""
+        return (stage.image_size / self.side) ** 2 if stage.image_size and self.side else 1.0
 
 
-def estimate_need(arm: Arm, splits: Splits, config: TrainingConfig) -> Need:
-    """What one seed of this arm takes, counted on a network without storage.
+def estimate_need(arm: Arm, config: TrainingConfig, *, num_images: int) -> Need:
+    """What one seed of this arm takes to train on as many images, counted on a network without storage.
 
     The features of an image are the outputs of all modules. Containers repeat what their last module gave, which is
     about what lives for a moment beside what the backward pass keeps; a container of maps gives too small ones for
@@ -56,9 +61,10 @@ def estimate_need(arm: Arm, splits: Splits, config: TrainingConfig) -> Need:
     copies = WEIGHT_COPIES + 2 * (config.ema_decay is not None)
     draws = 8 + BYTES * count_draws(config.augmentation_strength, config.cutout)
     return Need(
-        fixed=BYTES * arm.params * copies + 2 * draws * len(splits.train),
+        fixed=BYTES * arm.params * copies + 2 * draws * num_images,
         per_image=BYTES * (arm.in_dim + sum(widths) + 2 * max(widths)),
         per_eval_image=BYTES * (arm.in_dim + 3 * max(widths)),
+        side=0 if arm.image_shape is None else arm.image_shape[1],
     )
 
 

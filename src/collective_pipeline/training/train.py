@@ -116,7 +116,7 @@ def train_arm(
     """
     name = name or arm.model_type
     set_matmul_precision(config, device)
-    need = estimate_need(arm, splits, config)
+    need = estimate_need(arm, config, num_images=len(splits.train) if isinstance(splits, Splits) else 0)
     saved = snapshots.load() if snapshots else None
     free = free_bytes(device) // num_beside
     if saved is not None:

@@ -1,0 +1,7 @@
+NUM_CROP_DRAWS = 23
+
+
+class Feed: ...
+
+
+class JpegSource: ...
