@@ -1,7 +1,0 @@
-NUM_CROP_DRAWS = 23
-
-
-class Feed: ...
-
-
-class JpegSource: ...
