@@ -38,6 +38,28 @@ def list_image_files(folder: Path) -> list[Path]:
     return chosen
 
 
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """The image in PIL's `mode`, grey or colour, on black where it is transparent.
+
+    Raises:
+        ValueError: If nobody says which of its numbers is white.
+    """
+    if image.mode in {"I", "F"}:
+        raise ValueError("its pixels are not bytes")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image.convert("RGBA"))
+    return image if image.mode == mode else image.convert(mode)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """The bytes of a grey or coloured image, `(C, H, W)`."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, len(image.getbands())).permute(2, 0, 1).contiguous()
+
+
 def read_image(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Original]:
     """The image as uint8 of this `shape`, channels, height and width, and what it was.
 
@@ -52,23 +74,17 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Origina
         with Image.open(io.BytesIO(path.read_bytes())) as file:
             original = Original(file.size, file.mode)
             ImageOps.exif_transpose(file, in_place=True)
-            image: Image.Image = file
-            if image.mode in {"I", "F"}:
-                raise ValueError("its pixels are not bytes")
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                black = Image.new("RGBA", image.size, "black")
-                image = Image.alpha_composite(black, image.convert("RGBA"))
-            if image.mode != MODES[channels]:
-                image = image.convert(MODES[channels])
+            image = to_mode(file, MODES[channels])
             if image.size != (width, height):
                 image = image.resize((width, height), Image.Resampling.BILINEAR)
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+            pixels = to_tensor(image)
     except Exception as error:  # damaged images raise almost anything
-        # PIL names the object in memory, which tells nobody anything.
-        reason = str(error).partition(" <_io.BytesIO")[0]
         raise UserError(
-            f"{path} is not an image that can be read ({reason}): replace it, or remove it from the folder"
+            f"{path} is not an image that can be read ({reason_of(error)}): replace it, or remove it from the folder"
         ) from error
-    return pixels.view(height, width, channels).permute(2, 0, 1).contiguous(), original
+    return pixels, original
+
+
+def reason_of(error: Exception) -> str:
+    """What PIL says is wrong, without the name of the object in memory, which tells nobody anything."""
+    return str(error).partition(" <_io.BytesIO")[0]

@@ -1,0 +1,146 @@
+"""JPEG files to pixels and back: here alone is known which library does it.
+
+The decoder of torchvision is called by its operator: its function warns that another package will replace it, and a
+warning cannot be kept silent in one thread alone.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torchvision.io  # registers the operators
+from PIL import Image
+from torch import Tensor
+
+from collective_pipeline.data.decoding import reason_of, to_mode, to_tensor
+
+Encoded = bytes | bytearray | memoryview  # one file
+
+RGB = torchvision.io.ImageReadMode.RGB.value
+# The largest that Pillow reads without a warning. A header of 64 KB on a side would take 12 GB before the first pixel.
+MAX_PIXELS = 89_478_485
+# Some writers leave a few bytes behind the end.
+TAIL = 1024
+START, END = b"\xff\xd8", b"\xff\xd9"
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that give height, width and channels
+ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
+SCAN = {0xDA, 0xD9}  # behind these come no more headers
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a file is no image."""
+
+    reason: str
+
+
+def decode(files: Sequence[Encoded | Problem], device: torch.device) -> list[Tensor | Problem]:
+    """Every file as uint8 `(3, H, W)` on the device, or what is wrong with it; a problem given stays one.
+
+    Whole JPEG files are decoded by the GPU in one call where there is one; CMYK, PNG or BMP under another name, and
+    whatever the GPU refuses, on the CPU. Truncated files are refused, and what their camera says of their orientation
+    is left alone. Many threads may call it: on the CPU they run side by side. On the GPU the decoder has a stream of
+    its own that does not wait for the caller's: memory that the caller's stream has freed must be at rest.
+    """
+    if device.type == "cpu":
+        return [_decode_on_host(file) for file in files]
+    plain = [row for row, file in enumerate(files) if is_plain(file)]
+    images = dict(zip(plain, _decode_on_gpu([_as_tensor(files[row]) for row in plain], device), strict=True))  # type: ignore[arg-type]
+    decoded: list[Tensor | Problem] = []
+    for row, file in enumerate(files):
+        image = images.get(row)
+        decoded.append(image if image is not None else _to_device(_decode_on_host(file), device))
+    return decoded
+
+
+def encode(image: Tensor, quality: int) -> bytes:
+    """A JPEG file of a uint8 image `(3, H, W)`; quality is from 1 to 100."""
+    file: Tensor = torch.ops.image.encode_jpeg(image.contiguous(), quality)
+    return file.numpy().tobytes()
+
+
+def is_plain(file: Encoded | Problem) -> bool:
+    """Whether it is a whole JPEG file, grey or coloured, of a size that can be decoded."""
+    if isinstance(file, Problem):
+        return False
+    frame = _read_frame(memoryview(file))
+    if frame is None:
+        return False
+    height, width, channels = frame
+    # Coded pixels never hold the mark of the end. The GPU would fill with grey what a truncated file lacks.
+    return channels in {1, 3} and 0 < height * width <= MAX_PIXELS and END in bytes(file[-TAIL:])
+
+
+def _read_frame(file: memoryview) -> tuple[int, int, int] | None:
+    """Height, width and channels as the header of a JPEG file says; nothing where there is none."""
+    if file[:2] != START:
+        return None
+    at = 2
+    while at + 10 <= len(file) and file[at] == 0xFF:
+        marker = file[at + 1]
+        if marker in FRAMES:
+            height, width = (int.from_bytes(file[start : start + 2]) for start in (at + 5, at + 7))
+            return height, width, file[at + 9]
+        if marker in SCAN:
+            break
+        if marker == 0xFF:  # fills up
+            at += 1
+        elif marker in ALONE:
+            at += 2
+        else:
+            at += 2 + int.from_bytes(file[at + 2 : at + 4])
+    return None
+
+
+def _decode_on_gpu(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
+    """The images; nothing in place of those that it cannot decode."""
+    if not files:
+        return []
+    try:
+        return list(torch.ops.image.decode_jpegs_cuda(files, RGB, device))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # one of them fails them all: halves find it
+        if len(files) == 1:
+            return [None]
+        half = len(files) // 2
+        return _decode_on_gpu(files[:half], device) + _decode_on_gpu(files[half:], device)
+
+
+def _decode_on_host(file: Encoded | Problem) -> Tensor | Problem:
+    if isinstance(file, Problem):
+        return file
+    if len(file) == 0:
+        return Problem("it is empty")
+    frame = _read_frame(memoryview(file))
+    if frame is None:
+        return _decode_by_pillow(file)
+    height, width, _ = frame
+    if height * width > MAX_PIXELS:
+        return Problem(f"its header says {height:,} x {width:,} pixels")
+    try:
+        image: Tensor = torch.ops.image.decode_jpeg(_as_tensor(file), RGB, False)
+    except RuntimeError:
+        return _decode_by_pillow(file)
+    return image
+
+
+def _decode_by_pillow(file: Encoded) -> Tensor | Problem:
+    try:
+        with Image.open(io.BytesIO(file)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return Problem(f"its header says {image.height:,} x {image.width:,} pixels")
+            return to_tensor(to_mode(image, "RGB"))
+    except Exception as error:  # damaged images raise almost anything
+        return Problem(reason_of(error))
+
+
+def _as_tensor(file: Encoded) -> Tensor:
+    """Its bytes, copied only where they may not be written: torch warns of those."""
+    view = memoryview(file)
+    return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
+
+
+def _to_device(image: Tensor | Problem, device: torch.device) -> Tensor | Problem:
+    return image if isinstance(image, Problem) else image.to(device)

@@ -1,0 +1,163 @@
+"""Whatever a tree of images holds, every file becomes an image or a reason, and none disturbs the others."""
+
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from collective_pipeline.data import jpeg
+from collective_pipeline.data.jpeg import Problem, decode, encode, is_plain
+
+CPU = torch.device("cpu")
+
+
+def smooth_image(height, width, seed=0, mode="RGB"):
+    """Noise without fine detail."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image, kind="JPEG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}), **options)
+    return file.getvalue()
+
+
+def with_header_of(file, height, width):
+    """The same JPEG file, whose header says another size."""
+    start = file.index(b"\xff\xc0") + 5
+    return file[:start] + height.to_bytes(2) + width.to_bytes(2) + file[start + 4 :]
+
+
+JPEG = encoded(smooth_image(60, 80))
+BAD = {
+    "half of it": JPEG[: len(JPEG) // 2],
+    "without its end": JPEG[:-2],
+    "header alone": JPEG[:100],
+    "zero bytes": b"",
+    "text": b"not an image",
+    "giant": with_header_of(JPEG, 65_000, 65_000),
+    "giant within the format": with_header_of(JPEG, 20_000, 20_000),
+    "half a PNG": encoded(smooth_image(60, 80), "PNG")[:2000],
+}
+GOOD = {
+    "jpeg": JPEG,
+    "progressive": encoded(smooth_image(60, 80), progressive=True),
+    "greyscale": encoded(smooth_image(60, 80, mode="L")),
+    "CMYK": encoded(smooth_image(60, 80, mode="CMYK")),
+    "PNG": encoded(smooth_image(60, 80), "PNG"),
+    "BMP": encoded(smooth_image(60, 80), "BMP"),
+    "bytes behind its end": JPEG + b"\0\n",
+}
+
+
+def by_pillow(file):
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(file)).convert("RGB"))).permute(2, 0, 1)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A stand-in for nvJPEG, which fails a whole list for one file that it does not read: here progressive ones."""
+    lists = []
+
+    def decode_jpegs_cuda(files, mode, device):
+        lists.append(len(files))
+        if any(b"\xff\xc2" in file.numpy().tobytes() for file in files):
+            raise RuntimeError("Error while decoding JPEG images")
+        return [torch.ops.image.decode_jpeg(file, mode, False) for file in files]
+
+    monkeypatch.setattr(torch.ops.image, "decode_jpegs_cuda", decode_jpegs_cuda)
+    monkeypatch.setattr(jpeg, "_to_device", lambda image, device: image)
+    return lists
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_what_pillow_reads_is_read_as_pillow_reads_it(kind):
+    (image,) = decode([GOOD[kind]], CPU)
+
+    assert image.dtype == torch.uint8 and image.shape == (3, 60, 80)
+    assert (image.int() - by_pillow(GOOD[kind]).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_told_and_the_others_are_read(kind):
+    first, bad, last = decode([JPEG, BAD[kind], JPEG], CPU)
+
+    assert isinstance(bad, Problem) and bad.reason and "BytesIO" not in bad.reason
+    assert torch.equal(first, last) and first.shape == (3, 60, 80)
+
+
+def test_reasons_say_what_is_wrong():
+    def reason(kind):
+        return decode([BAD[kind]], CPU)[0].reason
+
+    assert reason("zero bytes") == "it is empty"
+    assert reason("giant") == "its header says 65,000 x 65,000 pixels"
+    assert "truncated" in reason("half of it")
+
+
+def test_a_problem_given_stays_one():
+    assert decode([Problem("gone")], CPU) == [Problem("gone")]
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_files_may_be_any_bytes(kind):
+    assert torch.equal(decode([kind(JPEG)], CPU)[0], decode([JPEG], CPU)[0])
+
+
+def test_threads_decode_side_by_side():
+    """Each gets its own images, and the warning of torchvision reaches none of them."""
+    files = [encoded(smooth_image(40 + row, 50)) for row in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        images = list(pool.map(lambda file: decode([file], CPU)[0], files))
+
+    assert [image.shape[1] for image in images] == list(range(40, 56))
+    assert threading.active_count() == 1
+
+
+def test_whole_jpeg_files_alone_go_to_the_gpu():
+    """It would fill with grey what a truncated one lacks, and make room for a giant one."""
+    plain = {kind for kind, file in (GOOD | BAD).items() if is_plain(file)}
+
+    assert plain == {"jpeg", "progressive", "greyscale", "bytes behind its end"}
+
+
+def test_a_file_that_the_gpu_refuses_is_found_among_the_others_and_read_on_the_cpu(gpu):
+    files = [JPEG] * 5 + [GOOD["progressive"]] + [JPEG] * 4 + [GOOD["CMYK"], BAD["half of it"], BAD["zero bytes"]]
+    images = decode(files, torch.device("cuda"))
+
+    assert max(gpu) == 10 and len(gpu) < 10
+    assert [isinstance(image, Problem) for image in images] == [False] * 11 + [True] * 2
+    for image, file in zip(images[:11], files[:11], strict=True):
+        assert torch.equal(image, decode([file], CPU)[0])
+
+
+def test_no_call_to_the_gpu_is_made_for_nothing(gpu):
+    decode([GOOD["PNG"]], torch.device("cuda"))
+
+    assert gpu == []
+
+
+def test_an_image_encoded_again_stays_what_it_was():
+    image = by_pillow(JPEG)
+
+    assert (decode([encode(image, 95)], CPU)[0].int() - image.int()).abs().float().mean() < 2
+    assert len(encode(image, 50)) < len(encode(image, 95))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_the_gpu_reads_what_the_cpu_reads():
+    device = torch.device("cuda")
+    on_gpu = decode([*GOOD.values(), *BAD.values()], device)
+    on_cpu = decode([*GOOD.values(), *BAD.values()], CPU)
+    for here, there in zip(on_gpu, on_cpu, strict=True):
+        if isinstance(there, Problem):
+            assert here == there
+        else:
+            assert here.device.type == "cuda"
+            assert (here.cpu().int() - there.int()).abs().float().mean() < 2
