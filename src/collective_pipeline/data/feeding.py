@@ -1,0 +1,242 @@
+"""Batches of images of one size on the device, from encoded files, made by threads while a network trains.
+
+Suffixes: K batches, B images of one, D draws.
+"""
+
+import itertools
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from collective_pipeline.config import UserError
+from collective_pipeline.data.cropping import NUM_BOX_DRAWS, centre_boxes, random_boxes, resample
+from collective_pipeline.data.jpeg import Problem, decode
+from collective_pipeline.data.packed import EncodedImages
+
+logger = logging.getLogger(__name__)
+
+NUM_CROP_DRAWS = NUM_BOX_DRAWS + 1  # the last one mirrors
+PRODUCERS = 2  # so that one batch is read while another is cut
+FILES_AT_ONCE = 8  # of a thread: less time at Python's lock than one by one
+NUM_TOLD = 3  # of the unusable files, by name
+CPU = torch.device("cpu")
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What a network sees of an image.
+
+    In training a part with a random share of the area between the two of `scale`, a ratio of width to height between
+    the two of `ratio`, and mirrored with the chance `flip`; in validation the square in the middle with the share
+    `centre` of the shorter side.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    centre: float = 0.875
+
+
+class _Made(NamedTuple):
+    """A batch that its producer's stream may still be working at, until `ready`."""
+
+    images: Tensor
+    labels: Tensor
+    ready: torch.cuda.Event | None
+
+
+class Feed:
+    """Makes batches of encoded images ahead of their use, the same ones whatever the number of threads.
+
+    A file that is no image is named in the log and counted; the next good image of its batch stands at its place.
+
+    Args:
+        source: Where the files and labels are.
+        device: Where batches are wanted. On a GPU, its own decoder decodes.
+        image_size: Side in pixels.
+        crop: What is seen of an image.
+        num_threads: That read files, and decode those of the CPU; as many as there are cores if not given.
+        ahead: Batches at most that are made or wait, without the one that was taken last.
+        cpu_share: Of every batch, decoded by the CPU though there is a GPU, which is then free for the network.
+        max_bad: Share of the files of `source` that may be no images.
+    """
+
+    def __init__(
+        self,
+        source: EncodedImages,
+        *,
+        device: torch.device,
+        image_size: int,
+        crop: Crop | None = None,
+        num_threads: int | None = None,
+        ahead: int = 4,
+        cpu_share: float = 0.0,
+        max_bad: float = 0.01,
+    ) -> None:
+        self.source = source
+        self.device = device
+        self.image_size = image_size
+        self.crop = crop or Crop()
+        self.num_threads = num_threads or os.cpu_count() or 1
+        self.ahead = ahead
+        self.cpu_share = 1.0 if device.type == "cpu" else cpu_share
+        self.max_bad = max_bad
+        self._reasons: dict[int, str] = {}
+        self._counting = threading.Lock()
+        self._of_thread = threading.local()
+
+    @property
+    def num_bad(self) -> int:
+        """Files so far that are no images."""
+        return len(self._reasons)
+
+    @property
+    def bad_files(self) -> list[str]:
+        """Their names and what is wrong with each, in the order of the source."""
+        return [f"{self.source.name(row)}: {reason}" for row, reason in sorted(self._reasons.items())]
+
+    def batches(self, rows_KB: Tensor, draws_KBD: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each row of `rows_KB`, in order: images uint8 `(B, 3, s, s)` and labels `(B,)` int64, on the device.
+
+        Closing the iterator ends its threads.
+
+        Args:
+            rows_KB: int64 on the CPU: which images of the source.
+            draws_KBD: `(K, B, NUM_CROP_DRAWS)` on the CPU, uniform in [0, 1): the part that is seen. Without it, the
+                middle.
+
+        Raises:
+            UserError: If more than `max_bad` of the files, or all of one batch, are no images.
+        """
+        readers = ThreadPoolExecutor(self.num_threads, "feed-reader")
+        producers = ThreadPoolExecutor(PRODUCERS, "feed-producer")
+        made: deque[Future[_Made]] = deque()
+        waiting = iter(range(len(rows_KB)))
+        try:
+            while True:
+                for batch in itertools.islice(waiting, self.ahead - len(made)):
+                    draws_BD = None if draws_KBD is None else draws_KBD[batch]
+                    made.append(producers.submit(self._make, rows_KB[batch], draws_BD, readers))
+                if not made:
+                    return
+                yield self._take(made.popleft().result())
+        finally:
+            producers.shutdown(cancel_futures=True)
+            readers.shutdown()
+
+    def _take(self, made: _Made) -> tuple[Tensor, Tensor]:
+        """A batch for the stream of who asks for it."""
+        if made.ready is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(made.ready)
+            # Their memory was given to the producer's stream, which may have it back only after this one's work.
+            made.images.record_stream(stream)
+            made.labels.record_stream(stream)
+        return made.images, made.labels
+
+    def _make(self, rows_B: Tensor, draws_BD: Tensor | None, readers: ThreadPoolExecutor) -> _Made:
+        if self.device.type != "cuda":
+            return _Made(*self._cut(rows_B, draws_BD, readers), ready=None)
+        if not hasattr(self._of_thread, "stream"):
+            self._of_thread.stream = torch.cuda.Stream(self.device)
+        stream: torch.cuda.Stream = self._of_thread.stream
+        # The GPU's decoder writes into memory that this thread's last batch left, and does not wait for its stream.
+        stream.synchronize()
+        with torch.cuda.stream(stream):
+            images, labels_B = self._cut(rows_B, draws_BD, readers)
+            return _Made(images, labels_B, stream.record_event())
+
+    def _cut(self, rows_B: Tensor, draws_BD: Tensor | None, readers: ThreadPoolExecutor) -> tuple[Tensor, Tensor]:
+        decoded, used = self._replace_bad(rows_B, self._decode(rows_B.tolist(), readers))
+        sizes = torch.tensor([image.shape[1:] for image in decoded])
+        if draws_BD is None:
+            boxes, flips = centre_boxes(sizes, self.crop.centre), torch.zeros(len(sizes), dtype=torch.bool)
+        else:
+            draws_of_boxes = draws_BD[:, :NUM_BOX_DRAWS]
+            boxes = random_boxes(draws_of_boxes, sizes, scale=self.crop.scale, ratio=self.crop.ratio)
+            flips = draws_BD[:, NUM_BOX_DRAWS] < self.crop.flip
+        images = self._resample(decoded, boxes, flips, readers)
+        return images, self.source.labels[rows_B[used]].to(self.device)
+
+    def _decode(self, rows: Sequence[int], readers: ThreadPoolExecutor) -> list[Tensor | Problem]:
+        """The first of a batch by the CPU, the others by the GPU at the same time."""
+        num_on_cpu = round(self.cpu_share * len(rows))
+        on_cpu = readers.map(lambda some: decode(self.source.read(some), CPU), _chunks(rows[:num_on_cpu]))
+        files = [file for some in readers.map(self.source.read, _chunks(rows[num_on_cpu:])) for file in some]
+        on_device = decode(files, self.device) if files else []
+        return [*_to_device([image for some in on_cpu for image in some], self.device), *on_device]
+
+    def _resample(self, images: Sequence[Tensor], boxes: Tensor, flips: Tensor, readers: ThreadPoolExecutor) -> Tensor:
+        if self.device.type != "cpu":
+            return resample(images, boxes, flips, self.image_size)
+        parts = (
+            _chunks(images),
+            boxes.split(FILES_AT_ONCE),
+            flips.split(FILES_AT_ONCE),
+            itertools.repeat(self.image_size),
+        )
+        return torch.cat(list(readers.map(resample, *parts)))
+
+    def _replace_bad(self, rows_B: Tensor, decoded: Sequence[Tensor | Problem]) -> tuple[list[Tensor], list[int]]:
+        """An image for every place of a batch, and the place that it stood at.
+
+        Raises:
+            UserError: If there are too few.
+        """
+        for row, image in zip(rows_B.tolist(), decoded, strict=True):
+            if isinstance(image, Problem):
+                self._count(row, image)
+        good = [place for place, image in enumerate(decoded) if isinstance(image, Tensor)]
+        if not good:
+            raise UserError(f"no file of a batch of {len(rows_B)} is an image: {self._told()}")
+        following = iter(good)
+        place_of_next = next(following)
+        used = []
+        for place in range(len(decoded)):
+            while place_of_next < place:
+                # Behind the last good one, the first one follows.
+                place_of_next = next(following, good[0] + len(decoded))
+            used.append(place_of_next % len(decoded))
+        return [image for place in used if isinstance(image := decoded[place], Tensor)], used
+
+    def _count(self, row: int, problem: Problem) -> None:
+        with self._counting:
+            if row in self._reasons:
+                return
+            self._reasons[row] = problem.reason
+        logger.warning("%s is no image that can be read, and left out: %s", self.source.name(row), problem.reason)
+        if self.num_bad > self.max_bad * len(self.source):
+            raise UserError(
+                f"more than {100 * self.max_bad:g} % of the {len(self.source):,} image files cannot be read: put good "
+                f"ones in their place ({self._told()})"
+            )
+
+    def _told(self) -> str:
+        told = self.bad_files
+        return "; ".join(told[:NUM_TOLD]) + (f"; and {len(told) - NUM_TOLD:,} more" if len(told) > NUM_TOLD else "")
+
+
+def _chunks(items: Sequence[Item]) -> list[Sequence[Item]]:
+    return [items[start : start + FILES_AT_ONCE] for start in range(0, len(items), FILES_AT_ONCE)]
+
+
+def _to_device(images: Sequence[Tensor | Problem], device: torch.device) -> list[Tensor | Problem]:
+    """The same on the device, in one copy."""
+    good = [image for image in images if isinstance(image, Tensor)]
+    if device.type == "cpu" or not good:
+        return list(images)
+    sizes = [image.numel() for image in good]
+    together = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    torch.cat([image.flatten() for image in good], out=together)
+    pieces = iter(together.to(device, non_blocking=True).split(sizes))
+    return [next(pieces).view(image.shape) if isinstance(image, Tensor) else image for image in images]

@@ -1,0 +1,386 @@
+"""Labelled image files as they lie in a tree, and packed small into a few large files for repeated epochs.
+
+A packed folder holds a header, which says what it was made of, and numbered shards: the JPEG files of so many images
+one behind the other, and a table of where each of them is. A shard counts once its table is there, so a build that was
+interrupted goes on with the next one.
+"""
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from collective_pipeline import files
+from collective_pipeline.config import UserError
+from collective_pipeline.data.jpeg import Encoded, Problem, decode, encode, is_plain
+
+logger = logging.getLogger(__name__)
+
+HEADER = "packed.json"
+IMAGES_A_SHARD = 8192  # 250 MB at a shorter side of 256 pixels, 450 MB at 400
+MAX_UNUSABLE = 0.01  # of all files, as for folders of small images
+NUM_TOLD = 3  # of the unusable files, by name
+SECONDS_BETWEEN_LINES = 5.0
+CPU = torch.device("cpu")
+
+
+class EncodedImages(Protocol):
+    """Labelled image files that wait to be decoded; many threads may read at once."""
+
+    @property
+    def labels(self) -> Tensor:
+        """`(n,)`, int64, on the CPU."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> str:
+        """For messages: of which file this is."""
+
+    def read(self, rows: Sequence[int]) -> Sequence[Encoded | Problem]:
+        """The bytes of these files, or why there are none."""
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """The files `paths` below `root`, as they are, and their labels `(n,)`, int64."""
+
+    root: Path
+    paths: Sequence[str]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, row: int) -> str:
+        return str(self.root / self.paths[row])
+
+    def read(self, rows: Sequence[int]) -> list[Encoded | Problem]:
+        return [_read_file(self.name(row)) for row in rows]
+
+
+class PackedImages:
+    """A packed folder that is complete, its images mapped into memory: nothing is read before it is wanted."""
+
+    def __init__(self, folder: Path, shards: Sequence[mmap.mmap], index: pa.Table) -> None:
+        self.folder = folder
+        self.labels = torch.tensor(index["label"].to_numpy())
+        self._shards = [memoryview(shard) for shard in shards]
+        self._mapped = shards
+        self._paths = index["path"]
+        self._shard_of, self._offsets, self._lengths = (
+            index[name].to_numpy() for name in ("shard", "offset", "length")
+        )
+
+    @classmethod
+    def open(cls, folder: Path) -> "PackedImages":
+        """The images that `pack_images` put into a folder, without the files that it left out.
+
+        Raises:
+            UserError: If the folder holds none, or is not complete, or a file of it has another length than its table.
+        """
+        header = _read_header(folder)
+        if header is None:
+            raise UserError(f"{folder} holds no packed images: pack them there first")
+        missing = [number for number in range(header.num_shards) if not _table_of(folder, number).exists()]
+        if missing:
+            raise UserError(
+                f"{folder} is not complete, {len(missing):,} of its {header.num_shards:,} shards are not there: "
+                "pack the images again, which goes on where it was"
+            )
+        shards, tables = [], []
+        for number in range(header.num_shards):
+            table = _read_table(folder, number)
+            if len(table):
+                shards.append(_map_shard(folder, number, table))
+                shard = np.full(len(table), len(shards) - 1, dtype=np.int32)
+                tables.append(table.append_column("shard", pa.array(shard)))
+        return cls(folder, shards, pa.concat_tables(tables))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, row: int) -> str:
+        return f"{self._paths[row].as_py()} in {self.folder}"
+
+    def read(self, rows: Sequence[int]) -> list[memoryview]:
+        """The files themselves, not copies; the disk is asked for all of them before the first is touched."""
+        places = [(self._shard_of[row], int(self._offsets[row]), int(self._lengths[row])) for row in rows]
+        for shard, offset, length in places:
+            start = offset - offset % mmap.PAGESIZE
+            self._mapped[shard].madvise(mmap.MADV_WILLNEED, start, offset + length - start)
+        return [self._shards[shard][offset : offset + length] for shard, offset, length in places]
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a packed folder is made of."""
+
+    num_images: int
+    files: str  # digest of the paths in their order
+    labels: str  # digest
+    side: int
+    quality: int
+    images_a_shard: int
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_images // self.images_a_shard)
+
+    def differences(self, other: "_Header") -> list[str]:
+        """What another one has otherwise, in words."""
+        told = {
+            "num_images": f"{self.num_images:,} images and not {other.num_images:,}",
+            "files": "other files",
+            "labels": "other labels",
+            "side": f"side={self.side} and not {other.side}",
+            "quality": f"quality={self.quality} and not {other.quality}",
+            "images_a_shard": f"shards of {self.images_a_shard:,} and not {other.images_a_shard:,} images",
+        }
+        return [words for name, words in told.items() if getattr(self, name) != getattr(other, name)]
+
+
+def pack_images(
+    images: FileImages, folder: Path, *, side: int, quality: int = 90, num_threads: int | None = None
+) -> None:
+    """Write all images, brought to a shorter side of `side` pixels, into `folder`; what is there already stays.
+
+    Whole JPEG files that are small enough are kept as they are. Files that cannot be read are named and left out.
+
+    Args:
+        images: What to pack.
+        folder: For this alone. One process at a time writes there.
+        side: In pixels; smaller images keep their size.
+        quality: Of JPEG, from 1 to 100.
+        num_threads: That read, decode and encode; as many as there are cores if not given.
+
+    Raises:
+        UserError: If the folder holds other images, or more than `MAX_UNUSABLE` of the files cannot be read.
+    """
+    if len(images) == 0:
+        raise UserError(f"there are no images to pack into {folder}: give some")
+    header = _Header(
+        num_images=len(images),
+        files=_digest(path.encode() for path in images.paths),
+        labels=_digest([images.labels.numpy().tobytes()]),
+        side=side,
+        quality=quality,
+        images_a_shard=IMAGES_A_SHARD,
+    )
+    _claim(folder, header)
+    there = [number for number in range(header.num_shards) if _table_of(folder, number).exists()]
+    progress = _Progress(len(images), folder)
+    for number in there:
+        shard = _rows_of(header, number)
+        progress.skip(len(shard), _read_problems(folder, number))
+    if there:
+        logger.info("%s: %s of %s shards are there already", folder, f"{len(there):,}", f"{header.num_shards:,}")
+    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+        for number in sorted(set(range(header.num_shards)).difference(there)):
+            rows = _rows_of(header, number)
+            work = deque(pool.submit(_pack_one, images, row, side, quality) for row in rows)
+            try:
+                _write_shard(folder, number, images, rows, map(progress.count, _results(work)))
+            finally:
+                for one in work:  # or an interruption would wait for all of them
+                    one.cancel()
+    progress.tell_problems()
+
+
+def _results(work: deque[Future[Encoded | Problem]]) -> Iterator[Encoded | Problem]:
+    """In order, each kept no longer than it is needed."""
+    while work:
+        yield work.popleft().result()
+
+
+def _pack_one(images: FileImages, row: int, side: int, quality: int) -> Encoded | Problem:
+    """The file to write for one image; a problem names its file."""
+    file = images.read([row])[0]
+    image = decode([file], CPU)[0]
+    if isinstance(image, Problem):
+        return Problem(f"{images.name(row)}: {image.reason}")
+    height, width = image.shape[1:]
+    factor = side / min(height, width)
+    if factor >= 1:
+        return file if is_plain(file) else encode(image, quality)
+    smaller = (max(side, round(factor * height)), max(side, round(factor * width)))
+    # Only with the channels last does torch resize bytes as they are.
+    channels_last = image[None].contiguous(memory_format=torch.channels_last)
+    return encode(F.interpolate(channels_last, smaller, mode="bilinear", antialias=True)[0], quality)
+
+
+def _write_shard(
+    folder: Path, number: int, images: FileImages, rows: range, packed: Iterator[Encoded | Problem]
+) -> None:
+    """The files one behind the other, then the table without which they do not count."""
+    lengths, problems = [], []
+    with files.replacing(_shard_of(folder, number)) as partial, partial.open("wb") as shard:
+        for file in packed:
+            problems.append(file.reason if isinstance(file, Problem) else None)
+            lengths.append(0 if isinstance(file, Problem) else shard.write(file))
+    ends = np.cumsum(lengths)
+    table = pa.table(
+        {
+            "path": pa.array([images.paths[row] for row in rows], pa.string()),
+            "label": images.labels[rows.start : rows.stop].numpy(),
+            "offset": ends - lengths,
+            "length": np.asarray(lengths),
+            "problem": pa.array(problems, pa.string()),
+        }
+    )
+    with files.replacing(_table_of(folder, number)) as partial:
+        pq.write_table(table, partial)
+
+
+class _Progress:
+    """Says how far packing is, and stops it when too many files are bad."""
+
+    def __init__(self, num_images: int, folder: Path) -> None:
+        self.num_images = num_images
+        self.folder = folder
+        self.problems: list[str] = []
+        self.num_skipped = self.num_done = 0
+        self.started = self.last_line = time.perf_counter()
+
+    def skip(self, num_images: int, problems: list[str]) -> None:
+        """These were packed earlier."""
+        self.num_skipped += num_images
+        self.problems += problems
+
+    def count(self, file: Encoded | Problem) -> Encoded | Problem:
+        """The same file, counted.
+
+        Raises:
+            UserError: If too many cannot be read.
+        """
+        self.num_done += 1
+        if isinstance(file, Problem):
+            self.problems.append(file.reason)
+            if len(self.problems) > MAX_UNUSABLE * self.num_images:
+                raise UserError(
+                    f"more than {100 * MAX_UNUSABLE:g} % of the {self.num_images:,} image files to pack into "
+                    f"{self.folder} cannot be read: put good ones in their place ({self._told()})"
+                )
+        now = time.perf_counter()
+        if now - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            done = self.num_skipped + self.num_done
+            left = (now - self.started) / self.num_done * (self.num_images - done)
+            logger.info(
+                "%s of %s images are packed, %d %%; about %s left",
+                f"{done:,}",
+                f"{self.num_images:,}",
+                100 * done // self.num_images,
+                f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s",
+            )
+        return file
+
+    def tell_problems(self) -> None:
+        """Once all are packed."""
+        if self.problems:
+            logger.warning(
+                "%s of the %s image files cannot be read and are left out of %s: %s",
+                f"{len(self.problems):,}",
+                f"{self.num_images:,}",
+                self.folder,
+                self._told(),
+            )
+
+    def _told(self) -> str:
+        more = f"; and {len(self.problems) - NUM_TOLD:,} more" if len(self.problems) > NUM_TOLD else ""
+        return "; ".join(self.problems[:NUM_TOLD]) + more
+
+
+def _claim(folder: Path, header: _Header) -> None:
+    """Mark the folder as that of these images, or go on with it; refuse it if it is that of others."""
+    there = _read_header(folder)
+    if there is None:
+        with files.replacing(folder / HEADER) as partial:
+            partial.write_text(json.dumps(asdict(header), indent=1))
+    elif differences := there.differences(header):
+        raise UserError(
+            f"{folder} is packed with {', '.join(differences)}: pack into another folder, or remove this one"
+        )
+
+
+def _read_header(folder: Path) -> _Header | None:
+    path = folder / HEADER
+    if not path.exists():
+        return None
+    try:
+        return _Header(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is no header of packed images: remove the folder, and pack them again") from error
+
+
+def _rows_of(header: _Header, number: int) -> range:
+    return range(header.num_images)[number * header.images_a_shard : (number + 1) * header.images_a_shard]
+
+
+def _shard_of(folder: Path, number: int) -> Path:
+    return folder / f"{number:05}.jpegs"
+
+
+def _table_of(folder: Path, number: int) -> Path:
+    return folder / f"{number:05}.parquet"
+
+
+def _read_table(folder: Path, number: int) -> pa.Table:
+    """The files of a shard that could be read."""
+    path = _table_of(folder, number)
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is damaged: remove it, and pack the images again, which makes it anew") from error
+    return table.filter(table["problem"].is_null()).drop_columns("problem")
+
+
+def _read_problems(folder: Path, number: int) -> list[str]:
+    problems: list[str] = (
+        pq.read_table(_table_of(folder, number), columns=["problem"])["problem"].drop_null().to_pylist()
+    )
+    return problems
+
+
+def _map_shard(folder: Path, number: int, table: pa.Table) -> mmap.mmap:
+    path = _shard_of(folder, number)
+    wanted = table["offset"][-1].as_py() + table["length"][-1].as_py()
+    found = path.stat().st_size if path.exists() else 0
+    if found != wanted:
+        raise UserError(
+            f"{path} has {found:,} bytes where its table says {wanted:,}: remove the folder, and pack the images again"
+        )
+    with path.open("rb") as shard:
+        # A private copy of what is written, which nobody does: torch warns of memory that is for reading alone.
+        return mmap.mmap(shard.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def _read_file(path: str) -> bytearray | Problem:
+    try:
+        with Path(path).open("rb", buffering=0) as file:
+            data = bytearray(os.fstat(file.fileno()).st_size)
+            del data[file.readinto(data) :]
+    except OSError as error:
+        return Problem(error.strerror or str(error))
+    return data
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part + b"\0")
+    return digest.hexdigest()

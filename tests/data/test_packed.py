@@ -1,0 +1,213 @@
+"""A tree of images packs once, whatever interrupts it, and reads as the tree itself."""
+
+import io
+import logging
+
+import pytest
+import torch
+from kedro.io import DataCatalog, DatasetError
+from PIL import Image
+from tests.data.test_jpeg import BAD, GOOD, JPEG, encoded, smooth_image
+
+from collective_pipeline.config import UserError
+from collective_pipeline.data import packed
+from collective_pipeline.data.jpeg import Problem
+from collective_pipeline.data.packed import FileImages, PackedImages, pack_images
+from collective_pipeline.io.packed import PackedImagesDataset
+
+SIDE = 32
+
+
+def make_tree(root, contents):
+    """Files of two folders, with labels 0, 1, 2 ... so that each knows its own."""
+    paths = [f"{'ab'[row % 2]}/{row}.JPEG" for row in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    return FileImages(root, paths, torch.arange(len(contents)))
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(packed, "IMAGES_A_SHARD", 4)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Ten images of all sizes and kinds that can be read."""
+    sizes = [(60, 80), (90, 33), (20, 70), (32, 32), (400, 300)]
+    return make_tree(tmp_path / "tree", [encoded(smooth_image(*size)) for size in sizes] + list(GOOD.values())[:5])
+
+
+@pytest.fixture
+def lenient(monkeypatch):
+    monkeypatch.setattr(packed, "MAX_UNUSABLE", 0.5)
+
+
+def sizes_of(images):
+    return [Image.open(io.BytesIO(file)).size[::-1] for file in images.read(range(len(images)))]
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_files_are_read_as_they_are(tree):
+    assert [bytes(file) for file in tree.read([3, 0])] == [(tree.root / tree.paths[row]).read_bytes() for row in (3, 0)]
+
+
+def test_a_file_that_is_not_there_is_a_problem_of_its_own(tree):
+    (tree.root / tree.paths[1]).unlink()
+    first, gone, last = tree.read([0, 1, 2])
+
+    assert gone == Problem("No such file or directory")
+    assert first and last
+
+
+def test_images_are_packed_small_in_order_with_their_labels(tree, tmp_path):
+    pack_images(tree, tmp_path / "packed", side=SIDE)
+    images = PackedImages.open(tmp_path / "packed")
+
+    assert len(images) == 10 and images.labels.tolist() == list(range(10)) and images.labels.dtype == torch.int64
+    assert sizes_of(images)[:5] == [(32, 43), (87, 32), (20, 70), (32, 32), (43, 32)]
+    assert all(Image.open(io.BytesIO(file)).format == "JPEG" for file in images.read(range(10)))
+    # Small ones keep their bytes.
+    assert [bytes(file) for file in images.read([2, 3])] == [bytes(file) for file in tree.read([2, 3])]
+    assert [bytes(file) for file in images.read([9, 0])] == [bytes(images.read([row])[0]) for row in (9, 0)]
+    assert images.name(3) == f"b/3.JPEG in {tmp_path / 'packed'}"
+
+
+def test_quality_is_that_of_jpeg(tree, tmp_path):
+    for quality in (50, 95):
+        pack_images(tree, tmp_path / str(quality), side=SIDE, quality=quality)
+    sizes = [sum(map(len, PackedImages.open(tmp_path / str(quality)).read(range(10)))) for quality in (50, 95)]
+
+    assert sizes[0] < 0.8 * sizes[1]
+
+
+@pytest.mark.parametrize("num_before", [0, 3, 4, 5, 9])
+def test_an_interrupted_build_goes_on(tree, tmp_path, monkeypatch, num_before):
+    """It keeps whole shards, leaves no halves, and ends as one that was not interrupted."""
+    pack_images(tree, tmp_path / "at once", side=SIDE)
+    pack_one = packed._pack_one
+    monkeypatch.setattr(
+        packed, "_pack_one", lambda images, row, *how: pack_one(images, row, *how) if row < num_before else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        pack_images(tree, tmp_path / "packed", side=SIDE)
+    whole = num_before // 4
+    assert set(files_in(tmp_path / "packed")) == {"packed.json"} | {
+        f"{number:05}.{kind}" for number in range(whole) for kind in ("jpegs", "parquet")
+    }
+    with pytest.raises(UserError, match=f"is not complete, {3 - whole} of its 3 shards are not there: pack .* again"):
+        PackedImages.open(tmp_path / "packed")
+
+    done = []
+    monkeypatch.setattr(packed, "_pack_one", lambda images, row, *how: done.append(row) or pack_one(images, row, *how))
+    pack_images(tree, tmp_path / "packed", side=SIDE)
+    assert sorted(done) == list(range(4 * whole, 10))
+    assert files_in(tmp_path / "packed") == files_in(tmp_path / "at once")
+
+
+def test_packing_again_does_nothing(tree, tmp_path, monkeypatch):
+    pack_images(tree, tmp_path / "packed", side=SIDE)
+    monkeypatch.setattr(packed, "_pack_one", lambda *_: 1 / 0)
+
+    pack_images(tree, tmp_path / "packed", side=SIDE)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"side": 48}, "is packed with side=32 and not 48: pack into another folder, or remove this one"),
+        ({"side": 48, "quality": 50}, "side=32 and not 48, quality=90 and not 50"),
+        ({"paths": ["b/1.JPEG", "a/0.JPEG"]}, "with other files:"),
+        ({"labels": torch.zeros(10, dtype=torch.int64)}, "with other labels:"),
+    ],
+)
+def test_a_folder_of_other_images_is_refused(tree, tmp_path, change, told):
+    pack_images(tree, tmp_path / "packed", side=SIDE)
+    before = files_in(tmp_path / "packed")
+    paths = [*change.get("paths", tree.paths[:2]), *tree.paths[2:]]
+    other = FileImages(tree.root, paths, change.get("labels", tree.labels))
+
+    with pytest.raises(UserError, match=told):
+        pack_images(other, tmp_path / "packed", side=change.get("side", SIDE), quality=change.get("quality", 90))
+    assert files_in(tmp_path / "packed") == before
+
+
+def test_the_tree_may_move(tree, tmp_path):
+    pack_images(tree, tmp_path / "packed", side=SIDE)
+    tree.root.rename(tmp_path / "moved")
+
+    pack_images(FileImages(tmp_path / "moved", tree.paths, tree.labels), tmp_path / "packed", side=SIDE)
+
+
+def test_bad_files_are_named_and_left_out(tmp_path, lenient, caplog, monkeypatch):
+    """Also where they were found before an interruption."""
+    tree = make_tree(tmp_path / "tree", [JPEG, *list(BAD.values())[:3], JPEG, JPEG, BAD["zero bytes"], JPEG, JPEG])
+    write_shard = packed._write_shard
+    with monkeypatch.context() as interrupted, pytest.raises(ZeroDivisionError):
+        interrupted.setattr(packed, "_write_shard", lambda *what: 1 / 0 if what[1] == 1 else write_shard(*what))
+        pack_images(tree, tmp_path / "packed", side=SIDE)
+    pack_images(tree, tmp_path / "packed", side=SIDE)
+
+    assert PackedImages.open(tmp_path / "packed").labels.tolist() == [0, 4, 5, 7, 8]
+    (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert told.startswith("4 of the 9 image files cannot be read and are left out of")
+    assert all(f"{tree.root}/{path}: " in told for path in ("b/1.JPEG", "a/2.JPEG", "b/3.JPEG"))
+    assert told.endswith("; and 1 more")
+
+
+def test_too_many_bad_files_are_refused(tmp_path):
+    tree = make_tree(tmp_path / "tree", [JPEG, JPEG, BAD["zero bytes"]])
+
+    with pytest.raises(UserError, match=r"more than 1 % of the 3 image files .* \(.*/a/2.JPEG: it is empty\)"):
+        pack_images(tree, tmp_path / "packed", side=SIDE)
+
+
+def test_progress_says_how_long_it_takes(tree, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(packed, "SECONDS_BETWEEN_LINES", 0.0)
+    with caplog.at_level(logging.INFO, "collective_pipeline"):
+        pack_images(tree, tmp_path / "packed", side=SIDE)
+        pack_images(tree, tmp_path / "packed", side=SIDE)
+
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[4] == "5 of 10 images are packed, 50 %; about 0 s left"
+    assert lines[-1].endswith("3 of 3 shards are there already")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda folder: (folder / "packed.json").unlink(), "holds no packed images: pack them there first"),
+        (lambda folder: (folder / "packed.json").write_text("{}"), "packed.json is no header of packed images"),
+        (lambda folder: (folder / "00001.jpegs").write_bytes(b"short"), "00001.jpegs has 5 bytes where its table says"),
+        (lambda folder: (folder / "00001.jpegs").unlink(), "00001.jpegs has 0 bytes where its table says"),
+        (lambda folder: (folder / "00001.parquet").write_bytes(b"x"), "00001.parquet is damaged: remove it, and pack"),
+    ],
+)
+def test_a_damaged_folder_is_refused(tree, tmp_path, damage, told):
+    pack_images(tree, tmp_path / "packed", side=SIDE)
+    damage(tmp_path / "packed")
+
+    with pytest.raises(UserError, match=told):
+        PackedImages.open(tmp_path / "packed")
+
+
+def test_no_images_are_not_packed(tmp_path):
+    with pytest.raises(UserError, match="there are no images to pack into"):
+        pack_images(FileImages(tmp_path, [], torch.zeros(0, dtype=torch.int64)), tmp_path / "packed", side=SIDE)
+
+
+def test_a_catalog_entry_opens_the_images(tree, tmp_path):
+    entry = {"type": "collective_pipeline.io.packed.PackedImagesDataset", "filepath": str(tmp_path / "packed")}
+    dataset = DataCatalog.from_config({"images": entry})["images"]
+
+    assert not dataset.exists() and str(tmp_path / "packed") in str(dataset)
+    with pytest.raises(DatasetError, match=f"^{tmp_path}/packed holds no packed images"):
+        dataset.load()
+    pack_images(tree, tmp_path / "packed", side=SIDE)
+    assert dataset.exists() and len(dataset.load()) == 10
+    with pytest.raises(DatasetError, match="is written by pack_images"):
+        PackedImagesDataset(filepath="packed").save("anything")
