@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -1012,6 +1012,8 @@ class AugmentationConfig(Config):
 class ImageNetConfig(Config):
     """`kedro run --pipeline imagenet`: a residual network on image files of any size, on one GPU or several."""
 
+    dataset: ClassVar[str] = "imagenet"  # whatever is in the folder
+
     folder: str = Field("data/01_raw/imagenet", min_length=1, description="of the images, in any layout that is known")
     subset_size: int | None = Field(None, ge=1, description="training images, evenly of all classes; null: all")
     val_fraction: float = Field(0.02, gt=0, lt=1, description="of the training images; the official part is the test")
@@ -1123,7 +1125,9 @@ class Parameters(Config):
             )
         return self
 
-    def of_experiment(self, own: DeepMoeConfig | MergedMoeConfig | TinyImagenetConfig, *, reference: str) -> Self:
+    def of_experiment(
+        self, own: DeepMoeConfig | MergedMoeConfig | TinyImagenetConfig | ImageNetConfig, *, reference: str
+    ) -> Self:
         """The same with an experiment's own data set, seeds and training, its arms compared to `reference`."""
         comparison = self.comparison.model_copy(update={"reference": reference})
         shared = {"dataset": own.dataset, "seeds": own.seeds, "training": own.training, "comparison": comparison}
@@ -1184,6 +1188,21 @@ DEBUG = Parameters(
         stages=(Stage(epochs=1, image_size=40), Stage(epochs=1, image_size=48)),
         training=TinyImagenetConfig().training.model_copy(
             update={"epochs": 2, "batch_size": 256, "augmentation_strength": 0.0, "precision": "auto"}
+        ),
+    ),
+    imagenet=ImageNetConfig(
+        model="resnet18",
+        width=8,
+        training=ImageNetConfig().training.model_copy(
+            update={
+                "epochs": 2,
+                "stages": (Stage(epochs=1, image_size=48), Stage(epochs=1, image_size=64)),
+                "batch_size": 32,
+                "learning_rate": 0.1,
+                "warmup_epochs": 0,
+                "precision": "auto",
+                "compile": False,
+            }
         ),
     ),
 )

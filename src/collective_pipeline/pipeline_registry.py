@@ -6,7 +6,17 @@ from typing import Any
 from kedro.pipeline import Pipeline
 
 from collective_pipeline.config import MODEL_TYPES, Arm
-from collective_pipeline.pipelines import arm, comparison, data, deepmoe, merged_moe, predict, sweep, tiny_imagenet
+from collective_pipeline.pipelines import (
+    arm,
+    comparison,
+    data,
+    deepmoe,
+    imagenet,
+    merged_moe,
+    predict,
+    sweep,
+    tiny_imagenet,
+)
 from collective_pipeline.pipelines.experiments import DEFAULT
 
 
@@ -33,7 +43,7 @@ def register_pipelines() -> dict[str, Pipeline]:
 
     `deepmoe` compares a network with gated channels to the one without and to a narrower one, `merged_moe` a mixture
     of experts to three networks of its size, one of them a collective on images, `tiny_imagenet` a plain
-    residual network to the same with each of some techniques. `predict` only uses what was trained.
+    residual network to the same with each of some techniques. `imagenet` trains one on files of any size. `predict` only uses what was trained.
     """
     images = data.create_pipeline()
     phase1 = make_experiment("phase1", images, MODEL_TYPES, arm.matched(MODEL_TYPES), analysed=["collective"])
@@ -55,6 +65,8 @@ def register_pipelines() -> dict[str, Pipeline]:
         "merged_moe": merged_moe.create_pipeline() + merged,
         "tiny_imagenet": tiny_imagenet.create_pipeline()
         + comparison.create_pipeline("tiny_imagenet", arms=tiny_imagenet.ARMS, analysed=tiny_imagenet.ARMS[:1]),
+        "imagenet": imagenet.create_pipeline()
+        + comparison.create_pipeline("imagenet", arms=[imagenet.ARM], analysed=[imagenet.ARM]),
         "sweep": images + sweep.create_pipeline("sweep"),
         "predict": predict.create_pipeline(),
     }

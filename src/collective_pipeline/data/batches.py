@@ -223,10 +223,7 @@ class Batches:
     def begin(self, epoch: int) -> None:
         """From here on `take` gives the batches of this epoch; epochs count from 1."""
         prepared, self._preparing = self._preparing, None
-        if prepared is not None and prepared[0] == epoch:
-            drawn = prepared[1].result()
-        else:
-            drawn = self._draw(epoch)
+        drawn = prepared[1].result() if prepared is not None and prepared[0] == epoch else self._draw(epoch)
         self._fill(self.order_KSB, drawn["order"])
         if self.draws_KSBD is not None:
             self._fill(self.draws_KSBD, drawn["draws"])

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -110,6 +110,10 @@ class PackedImages:
                 shard = np.full(len(table), len(shards) - 1, dtype=np.int32)
                 tables.append(table.append_column("shard", pa.array(shard)))
         return cls(folder, shards, pa.concat_tables(tables))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the same files."""
+        return PackedImages.open, (self.folder,)
 
     def __len__(self) -> int:
         return len(self.labels)

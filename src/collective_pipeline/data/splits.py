@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -109,23 +109,7 @@ def make_splits(raw: RawImages, *, val_fraction: float, split_seed: int) -> Spli
     Raises:
         UserError: If a class would be left without a training or a validation image, or if a channel is blank.
     """
-    labels = raw.train.labels
-    counts = torch.bincount(labels, minlength=len(raw.class_names)).tolist()
-    val_counts = _apportion(counts, val_fraction)
-    for name, count, val_count in zip(raw.class_names, counts, val_counts, strict=True):
-        if not 0 < val_count < count:
-            raise UserError(
-                f"class '{name}' of {raw.name} has {count} training images, and val_fraction={val_fraction:g} leaves "
-                f"{val_count} for validation and {count - val_count} for training: "
-                "choose another val_fraction, or a data set with more images of that class"
-            )
-
-    generator = torch.Generator().manual_seed(split_seed)
-    is_val = torch.zeros(len(labels), dtype=torch.bool)
-    for label, val_count in enumerate(val_counts):
-        rows = (labels == label).nonzero().squeeze(1)
-        is_val[rows[torch.randperm(len(rows), generator=generator)[:val_count]]] = True
-
+    is_val = choose_val(raw.train.labels, raw.class_names, fraction=val_fraction, seed=split_seed, name=raw.name)
     train = raw.train[~is_val]
     mean, std = moments(train.images)
     if 0 in std:
@@ -133,6 +117,28 @@ def make_splits(raw: RawImages, *, val_fraction: float, split_seed: int) -> Spli
             f"all training pixels of channel {std.index(0)} of {raw.name} are alike: replace its files with fresh ones"
         )
     return Splits(raw.name, train, raw.train[is_val], raw.test, raw.class_names, mean, std)
+
+
+def choose_val(labels: Tensor, class_names: Sequence[str], *, fraction: float, seed: int, name: str) -> Tensor:
+    """Which training images, of these `labels`, are for validation: `fraction` of every class, bool `(n,)`.
+
+    Raises:
+        UserError: If a class would be left without a training or a validation image.
+    """
+    counts = torch.bincount(labels, minlength=len(class_names)).tolist()
+    val_counts = _apportion(counts, fraction)
+    for class_name, count, val_count in zip(class_names, counts, val_counts, strict=True):
+        if not 0 < val_count < count:
+            raise UserError(
+                f"class '{class_name}' of {name} has {count} training images, and val_fraction={fraction:g} leaves "
+                f"{val_count} for validation and {count - val_count} for training: "
+                "choose another val_fraction, or a data set with more images of that class"
+            )
+    generator = torch.Generator().manual_seed(seed)
+    is_val = torch.zeros(len(labels), dtype=torch.bool)
+    for label, rows in enumerate(labels.argsort(stable=True).split(counts)):
+        is_val[rows[torch.randperm(len(rows), generator=generator)[: val_counts[label]]]] = True
+    return is_val
 
 
 def _apportion(counts: list[int], fraction: float) -> list[int]:

@@ -11,12 +11,20 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from collective_pipeline.config import AugmentationConfig, ImageSpec, Stage, TrainingConfig, UserError
+from collective_pipeline.config import (
+    AugmentationConfig,
+    ImageNetConfig,
+    ImageSpec,
+    Stage,
+    TrainingConfig,
+    UserError,
+)
 from collective_pipeline.data.augment import (
     NUM_COLOUR_DRAWS,
     NUM_CUTOUT_DRAWS,
@@ -29,9 +37,13 @@ from collective_pipeline.data.augment import (
     shift_scale_rotate,
 )
 from collective_pipeline.data.batches import Labels, MixedLabels, Normalise
-from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Feed, JpegSource
+from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Crop, Feed
+from collective_pipeline.data.image_index import ImageIndex
+from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages
+from collective_pipeline.data.splits import choose_val
 from collective_pipeline.randomness import make_generator
 
+CPU = torch.device("cpu")
 # Of ImageNet's training images, as everyone has them.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -85,18 +97,20 @@ class StreamedImages:
         source: Files, or a packed copy of them.
         rows: Which of its images, `(n,)`.
         image_size: Pixels of a side at which they are wanted.
+        crop: What is seen of an image.
         device: Where.
         threads: That read and decode.
         max_bad: Part of the images that may be unreadable.
         share: Whose part of them this process evaluates.
     """
 
-    source: JpegSource
+    source: EncodedImages
     rows: Tensor
     image_size: int
-    device: torch.device = torch.device("cpu")
+    crop: Crop
+    device: torch.device = CPU
     threads: int | None = None
-    max_bad: float = 0.0
+    max_bad: float = 0.01
     share: Share = Share()
 
     def __len__(self) -> int:
@@ -127,7 +141,12 @@ class StreamedImages:
     def make_feed(self) -> Feed:
         """What reads and decodes them."""
         return Feed(
-            self.source, device=self.device, image_size=self.image_size, threads=self.threads, max_bad=self.max_bad
+            self.source,
+            device=self.device,
+            image_size=self.image_size,
+            crop=self.crop,
+            num_threads=self.threads,
+            max_bad=self.max_bad,
         )
 
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -154,7 +173,7 @@ class StreamedSplits:
     test: StreamedImages
     class_names: tuple[str, ...]
     digest: str
-    augmentation: AugmentationConfig = AugmentationConfig()
+    augmentation: AugmentationConfig
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -189,6 +208,45 @@ class StreamedSplits:
         return replace(self, **parts)
 
 
+def stream_index(
+    index: ImageIndex, config: ImageNetConfig, *, split_seed: int, packed: tuple[Path, Path] | None = None
+) -> StreamedSplits:
+    """The images of an index: a part of its training images for validation, its own validation part as the test.
+
+    Args:
+        index: Of the files.
+        config: How they are seen.
+        split_seed: Which of the training images are for validation.
+        packed: Folders of packed copies of the two parts, if those are to be read.
+    """
+    train, test = (
+        list_files(index, part) if packed is None else PackedImages.open(packed[i])
+        for i, part in enumerate(("train", "val"))
+    )
+    is_val = choose_val(train.labels, index.class_names, fraction=config.val_fraction, seed=split_seed, name="imagenet")
+    crop = Crop(scale=config.augmentation.crop_area)
+
+    def images(source: EncodedImages, rows: Tensor) -> StreamedImages:
+        return StreamedImages(source, rows, config.image_size, crop, threads=config.threads, max_bad=config.max_bad)
+
+    rows = torch.arange(len(train))
+    return StreamedSplits(
+        "imagenet",
+        images(train, rows[~is_val]),
+        images(train, rows[is_val]),
+        images(test, torch.arange(len(test))),
+        index.class_names,
+        f"{index.digest} {split_seed} {config.val_fraction} {config.pack_side} {config.pack_quality}",
+        config.augmentation,
+    )
+
+
+def list_files(index: ImageIndex, part: str) -> FileImages:
+    """The files of a part of an index, as they are."""
+    rows = index.rows_of(part)
+    return FileImages(index.root, rows["path"].tolist(), torch.tensor(rows["label"].to_numpy()))
+
+
 class StreamedBatches:
     """What `batches.Batches` is for images that are read while they are needed, of one seed.
 
@@ -202,11 +260,12 @@ class StreamedBatches:
         if len(seeds) != 1:
             raise ValueError("images that are read while they are needed are read for one seed")
         stage = stage or config.plan()[0]
+        self.image_size = stage.image_size or splits.image_shape[1]
         self.splits, self.seeds, self.config, self.stage = splits, seeds, config, stage
         self.images = splits.train.for_stage(stage)
         self.share = self.images.share
         self.device = self.images.device
-        self.normalise = Normalise(splits, self.device)
+        self.normalise = Normalise(splits.image_spec, self.device, size=(self.image_size, self.image_size))
         self.planned_size = stage.batch_size or config.batch_size
         self.num_planned = len(self.images) // (self.planned_size * self.share.planned)
         if not self.num_planned:
@@ -230,8 +289,7 @@ class StreamedBatches:
 
     def _make_places(self) -> None:
         """Where the batches of an update lie, always at the same addresses, as a CUDA graph needs it."""
-        number, size = self.config.accumulation_steps * self.ranks_played, self.stage.image_size
-        assert size is not None
+        number, size = self.config.accumulation_steps * self.ranks_played, self.image_size
         self.images_AB = torch.zeros(number, self.batch_size, 3, size, size, dtype=torch.uint8, device=self.device)
         self.labels_AB = torch.zeros(number, self.batch_size, dtype=torch.int64, device=self.device)
         self.draws_ABD = torch.zeros(number, self.batch_size, NUM_DRAWS, device=self.device)

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 BN_EPSILON, BN_MOMENTUM = 1e-5, 0.1  # torch's own
 
@@ -93,9 +95,12 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(*stack, dim))
         self.register_buffer("running_mean", torch.zeros(*stack, dim))
         self.register_buffer("running_var", torch.ones(*stack, dim))
+        self.over_ranks = False
 
     def normalise(self, y_BC: Tensor) -> Tensor:
         """`(B, S*N*D)`, or with more dimensions: each channel over all but its own, then scaled and shifted."""
+        if self.over_ranks and self.training:
+            return self._normalise_over_ranks(y_BC)
         return F.batch_norm(
             y_BC,
             self.running_mean.view(-1),
@@ -106,6 +111,28 @@ class ChannelNorm(nn.Module):
             momentum=BN_MOMENTUM,
             eps=BN_EPSILON,
         )
+
+    def _normalise_over_ranks(self, y_BC: Tensor) -> Tensor:
+        """Over the batches of all processes, which are of one size; gradients pass between them as well."""
+        others = [dim for dim in range(y_BC.ndim) if dim != 1]
+        of_rank = torch.stack([y_BC.float().mean(dim=others), y_BC.float().square().mean(dim=others)])
+        mean_C, square_C = (all_reduce(of_rank) / dist.get_world_size()).unbind()
+        var_C = (square_C - mean_C.square()).clamp(min=0)
+        count = y_BC.numel() // y_BC.shape[1] * dist.get_world_size()
+        with torch.no_grad():
+            self.running_mean.view(-1).lerp_(mean_C, BN_MOMENTUM)
+            self.running_var.view(-1).lerp_(var_C * (count / (count - 1)), BN_MOMENTUM)
+        scale_C = self.weight.view(-1) * (var_C + BN_EPSILON).rsqrt()
+        shape = [-1, *[1] * (y_BC.ndim - 2)]
+        shifted = self.bias.view(-1) - mean_C * scale_C
+        return (y_BC * scale_C.view(shape) + shifted.view(shape)).to(y_BC.dtype)
+
+
+def normalise_over_ranks(model: nn.Module) -> None:
+    """Let all norms of `model` see the batches of all processes that train it together."""
+    for module in model.modules():
+        if isinstance(module, ChannelNorm):
+            module.over_ranks = True
 
 
 class BatchNorm(ChannelNorm):

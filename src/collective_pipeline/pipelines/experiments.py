@@ -14,6 +14,7 @@ from collective_pipeline.config import (
 )
 from collective_pipeline.models.matching import parameter_budget
 from collective_pipeline.pipelines.deepmoe import list_arms
+from collective_pipeline.pipelines.imagenet import make_arm
 from collective_pipeline.pipelines.merged_moe import estimate_params
 from collective_pipeline.pipelines.tiny_imagenet import list_arms as list_techniques
 from collective_pipeline.training.runtime import choose_device
@@ -68,6 +69,11 @@ def _count_tiny_imagenet(settings: Parameters) -> int:
     return len(own.seeds) * params * (KEPT + _saved(own.training.model_copy(update={"ema_decay": own.ema_decay})))
 
 
+def _count_imagenet(settings: Parameters) -> int:
+    own = settings.imagenet
+    return len(own.seeds) * make_arm(own, num_classes=1000).params * (KEPT + _saved(own.training))
+
+
 def _count_sweep(settings: Parameters) -> int:
     """States of as many trainings as there are at once, and what a search keeps; a grid keeps no weights."""
     sweep, (in_dim, num_classes) = settings.sweep, _flat(settings.dataset)
@@ -112,6 +118,14 @@ EXPERIMENTS = {
     "merged_moe": Experiment((*SHARED, "merged_moe"), _count_merged_moe),
     "tiny_imagenet": Experiment(
         (*SHARED, "tiny_imagenet"), _count_tiny_imagenet, ignores=("tiny_imagenet.training.expert_analysis_interval",)
+    ),
+    "imagenet": Experiment(
+        (*SHARED, "imagenet", "num_gpus"),
+        _count_imagenet,
+        ignores=(
+            "data.val_fraction",
+            *(f"imagenet.training.{name}" for name in ("augmentation_strength", "cutout", "expert_analysis_interval")),
+        ),
     ),
     "predict": Experiment(PREDICT, lambda settings: 0),
 }

@@ -25,17 +25,26 @@ from collective_pipeline.training import interrupt
 
 logger = logging.getLogger(__name__)
 
+# In the folder of a job.
+JOB, RESULT, STOPPED = "job.pickle", "result.pickle", "stopped"
 SECONDS_BETWEEN = 0.2
 # After being told to stop, for ranks to save; the launcher itself waits 30 s for them.
 PATIENCE_SECONDS = 60.0
 
 
+def is_launched() -> bool:
+    """Whether torchrun has started this process, beside others."""
+    return torch.distributed.is_torchelastic_launched()
+
+
 def count_ranks(wanted: int | Literal["auto"], device: torch.device) -> int:
-    """Processes that are to train together; on a CPU as many as are wanted.
+    """Processes that are to train together: those that torchrun has started, or as many as wanted.
 
     Raises:
         UserError: If there are fewer GPUs.
     """
+    if is_launched():
+        return int(os.environ["WORLD_SIZE"])
     if device.type != "cuda":
         return 1 if wanted == "auto" else wanted
     there = torch.cuda.device_count()
@@ -61,11 +70,11 @@ def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "job.pickle").write_bytes(pickle.dumps(job))
+        (folder / JOB).write_bytes(pickle.dumps(job))
         failure = folder / "failure.json"
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}",
-            "--monitor-interval=0.5", "-m", "collective_pipeline.training.rank", str(folder),
+            "--monitor-interval=0.5", f"--log-dir={folder / 'logs'}", "-m", "collective_pipeline.training.rank", str(folder),
         ]  # fmt: skip
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // number))
         variables = {**os.environ, "OMP_NUM_THREADS": threads, **environment, "TORCHELASTIC_ERROR_FILE": str(failure)}
@@ -77,12 +86,12 @@ def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        stopped = folder / "stopped"
+        stopped = folder / STOPPED
         if stopped.exists():
             interrupt.stop(stopped.read_text())
         if process.returncode:
             raise _error(failure, process.returncode)
-        return pickle.loads((folder / "result.pickle").read_bytes())
+        return pickle.loads((folder / RESULT).read_bytes())
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:

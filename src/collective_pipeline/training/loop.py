@@ -598,6 +598,7 @@ class _PhaseTraining:
     def _run_update(self, num_batches: int) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self._anneal()
+        statistics = _PlayedStatistics(self.statistics, self.batches.ranks_played)
         for _ in range(num_batches):
             x, y = self.batches.take(self.step)
             # Ranks that train together have other bits each, as they have other images.
@@ -616,6 +617,7 @@ class _PhaseTraining:
                     self.totals[name] += value
                 self.step += 1
                 self.steps_done += 1
+            statistics.end_batch()
         gradients = [weight.grad for weight in self.parameters if weight.grad is not None]
         self.ranks.average_([*gradients, *self.statistics])
         self.scaler.unscale_(gradients)
@@ -641,6 +643,33 @@ class _PhaseTraining:
         self.phase.network.eval()
         for module in self.phase.trained:
             module.train()
+
+
+class _PlayedStatistics:
+    """The running statistics of norms where one process plays several ranks, as if each had its own, and their mean.
+
+    Every played rank begins where the batch before left all of them. For one rank there is nothing to do.
+    """
+
+    def __init__(self, statistics: Sequence[Tensor], number: int) -> None:
+        self.statistics = statistics if number > 1 else ()
+        self.number = number
+        self.played = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.before = [tensor.clone() for tensor in self.statistics]
+        self.means = [torch.zeros_like(tensor) for tensor in self.statistics]
+
+    @torch.no_grad()
+    def end_batch(self) -> None:
+        """After the batch of one of the ranks."""
+        self.played += 1
+        for tensor, before, mean in zip(self.statistics, self.before, self.means, strict=True):
+            mean += tensor / self.number
+            tensor.copy_(mean if self.played % self.number == 0 else before)
+        if self.played % self.number == 0:
+            self._begin()
 
 
 def _evaluate_terms(

@@ -3,6 +3,7 @@
 `python -m collective_pipeline.training.rank <folder>` is what the launcher starts; the folder holds the job.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -10,17 +11,20 @@ import pickle
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from collective_pipeline.config import Arm, Parameters, TrainingConfig
+from collective_pipeline.config import Arm, Parameters, TrainingConfig, UserError
 from collective_pipeline.data.streaming import Share, StreamedSplits
 from collective_pipeline.models.checkpoint import Checkpoint
+from collective_pipeline.models.layers import normalise_over_ranks
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
+from collective_pipeline.training.launch import JOB, RESULT, STOPPED
 from collective_pipeline.training.loop import Callback, Fit
 from collective_pipeline.training.progress import Progress
 from collective_pipeline.training.ranks import Ranks
@@ -43,6 +47,7 @@ class Job:
         settings: With the training, before its learning rate is scaled.
         state: The file in which it is saved.
         num_planned: How many ranks it was begun on.
+        device_type: Of all ranks: cuda or cpu.
     """
 
     arm: Arm
@@ -50,6 +55,7 @@ class Job:
     settings: Parameters
     state: Path
     num_planned: int
+    device_type: str
 
     @property
     def training(self) -> TrainingConfig:
@@ -72,6 +78,13 @@ def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]
     Raises:
         Interrupted: On all ranks, if the first one was told to stop.
     """
+    share = Share(ranks.rank, ranks.number, job.num_planned)
+    over_ranks = job.settings.imagenet.sync_norm and ranks.number > 1
+    if job.settings.imagenet.sync_norm and share.ranks_played > 1:
+        raise UserError(
+            f"imagenet.sync_norm: training was begun on {job.num_planned} GPUs, and its norms see the batches of all at "
+            f"once: go on with num_gpus={job.num_planned}"
+        )
     snapshots = job.snapshots(device, ranks.number)
     callbacks: list[Callback] = []
     if ranks.is_first:
@@ -81,53 +94,72 @@ def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]
         callbacks = [progress, Curves()]
     return train_arm(
         job.arm,
-        job.splits.for_share(Share(ranks.rank, ranks.number, job.num_planned)),
+        job.splits.for_share(share),
         job.training,
         seeds=job.settings.seeds,
         device=device,
         callbacks=callbacks,
         watch=progress.watch if ranks.is_first else iter,
         snapshots=snapshots,
+        prepare=(lambda model, _: normalise_over_ranks(model)) if over_ranks else None,
         ranks=ranks,
     )
 
 
-def own_device(device_type: str) -> torch.device:
+def lead(job: Job) -> tuple[Checkpoint, Fit]:
+    """Do a job as the first of the processes that torchrun has started: the others wait for it in `follow`."""
+    ranks = Ranks.join()
+    ranks.tell(job)
+    result = work(job, ranks, _own_device(job.device_type))
+    ranks.leave()
+    return result
+
+
+@record
+def follow() -> None:
+    """Do what the first of the processes that torchrun has started gives to all."""
+    with _listening():
+        ranks = Ranks.join()
+        job: Job = ranks.tell(None)
+        with contextlib.suppress(Interrupted):  # the first one tells
+            work(job, ranks, _own_device(job.device_type))
+        ranks.leave()
+
+
+@record
+def main(folder: Path) -> None:
+    """Do the job in `folder`; the first rank leaves there what came of it."""
+    with _listening():
+        job: Job = pickle.loads((folder / JOB).read_bytes())
+        ranks = Ranks.join()
+        try:
+            with join_run(is_first=ranks.is_first):
+                result = work(job, ranks, _own_device(job.device_type))
+        except Interrupted as stopped:
+            if ranks.is_first:
+                (folder / STOPPED).write_text(stopped.what)
+        else:
+            if ranks.is_first:
+                (folder / RESULT).write_bytes(pickle.dumps(result))
+        ranks.leave()
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[None]:
+    """Log as the command does; stop when told to, and when the process that started this one is gone."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    with interrupt.listen(patient=True):
+        threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+        yield
+
+
+def _own_device(device_type: str) -> torch.device:
     """The GPU of this rank on its machine, or the CPU."""
     if device_type != "cuda":
         return torch.device(device_type)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
-
-
-@record
-def main(folder: Path) -> None:
-    """Do the job in `folder`; the first rank leaves there what came of it."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with interrupt.listen(patient=True):
-        threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
-        job = pickle.loads((folder / "job.pickle").read_bytes())
-        device = own_device(job.device_type)
-        ranks = Ranks.join(device)
-        try:
-            with join_run(is_first=ranks.is_first):
-                result = work(job.job, ranks, device)
-        except Interrupted as stopped:
-            if ranks.is_first:
-                (folder / "stopped").write_text(stopped.what)
-            return
-        if ranks.is_first:
-            (folder / "result.pickle").write_bytes(pickle.dumps(result))
-        ranks.leave()
-
-
-@dataclass(frozen=True)
-class Order:
-    """A job, and where it is to be done."""
-
-    job: Job
-    device_type: str
 
 
 def _watch(parent: int) -> None:

@@ -5,11 +5,15 @@ After every update all of them have the same weights, moments and statistics, so
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# The first one may have to index and pack before it trains. Where a rank dies, the launcher ends the others at once.
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -19,18 +23,16 @@ class Ranks:
     Attributes:
         rank: Counted from 0.
         number: Of processes.
-        hosts: The group in which the hosts talk, beside what the devices do.
     """
 
     rank: int = 0
     number: int = 1
-    hosts: Any = None
 
     @classmethod
-    def join(cls, device: torch.device) -> Self:
-        """Meet the others, as the launcher's environment variables say, with NCCL between GPUs and gloo elsewhere."""
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+    def join(cls) -> Self:
+        """Meet the others, as the launcher's environment variables say: NCCL between GPUs, gloo between CPUs."""
+        dist.init_process_group(timeout=PATIENCE)
+        return cls(dist.get_rank(), dist.get_world_size())
 
     @property
     def is_first(self) -> bool:
@@ -69,8 +71,14 @@ class Ranks:
         if self.number == 1:
             return first_says
         answer = torch.tensor(float(first_says and self.is_first))
-        dist.all_reduce(answer, group=self.hosts)
+        dist.all_reduce(answer)
         return bool(answer)
+
+    def tell(self, what: Any) -> Any:
+        """What the first one gives here; the others wait for it."""
+        told = [what]
+        dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+        return told[0]
 
     def leave(self) -> None:
         """Let the others go."""

@@ -17,6 +17,7 @@ from collective_pipeline.evaluation.experts import describe_at_work
 from collective_pipeline.evaluation.figures import plot_experts, plot_samples
 from collective_pipeline.evaluation.results import tabulate
 from collective_pipeline.models.checkpoint import Checkpoint
+from collective_pipeline.training.loop import Fit
 from collective_pipeline.training.progress import Progress
 from collective_pipeline.training.snapshots import Snapshots
 from collective_pipeline.training.tracking import Curves, is_tracked, log_figure
@@ -100,9 +101,14 @@ def train(
         look=partial(log_experts, splits=splits, seed=settings.seeds[0], device=device),
         name=name,
     )
-    history = pd.DataFrame(result.history)
+    return checkpoint, tabulate_history(name, result)
+
+
+def tabulate_history(name: str, fit: Fit) -> pd.DataFrame:
+    """One row for each seed and epoch of the training called `name`."""
+    history = pd.DataFrame(fit.history)
     history.insert(0, "model_type", name)
-    return checkpoint, history
+    return history
 
 
 def log_experts(epoch: int, checkpoint: Checkpoint, *, splits: Splits, seed: int, device: torch.device) -> None:

@@ -1,0 +1,139 @@
+"""From a tree of image files to a trained network."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from collective_pipeline.config import Arm, GateConfig, ImageNetConfig, Parameters, check_parameters
+from collective_pipeline.data.image_index import ImageIndex, compare_index, index_images
+from collective_pipeline.data.packed import pack_images
+from collective_pipeline.data.streaming import Share, StreamedBatches, StreamedSplits, list_files, stream_index
+from collective_pipeline.models.checkpoint import Checkpoint
+from collective_pipeline.models.image_arms import image_architecture, make_image_arm
+from collective_pipeline.pipelines.arm.nodes import clear, tabulate_history
+from collective_pipeline.training.launch import count_ranks, is_launched, launch
+from collective_pipeline.training.rank import Job, lead, work
+from collective_pipeline.training.ranks import ALONE
+from collective_pipeline.training.runtime import choose_device
+from collective_pipeline.training.snapshots import Snapshots
+from collective_pipeline.training.tracking import run_environment
+
+logger = logging.getLogger(__name__)
+
+
+def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
+    """The settings with the data, seeds and training of `imagenet`, and the device."""
+    settings = check_parameters(parameters)
+    return settings.of_experiment(settings.imagenet, reference=settings.imagenet.model), choose_device(settings.device)
+
+
+def index_files(settings: Parameters, known: ImageIndex | None) -> tuple[ImageIndex, pd.DataFrame]:
+    """All images below `imagenet.folder` with their labels, and a table of what was found.
+
+    What an earlier run found is used again if it is still so.
+
+    Args:
+        settings: Of the run.
+        known: The index that an earlier run left.
+
+    Raises:
+        UserError: If the folder is in no known layout, or half extracted, or without labels.
+    """
+    own = settings.imagenet
+    root = Path(own.folder).expanduser()
+    index = index_images(root, subset_size=own.subset_size, subset_seed=settings.data.split_seed)
+    if known is not None and known.root == index.root and known.digest != index.digest:
+        logger.warning("%s is not as it was when it was last indexed: %s", root, compare_index(known, index))
+    found = index.describe()
+    logger.info("%s\n%s", root, found.to_string(index=False))
+    return index, found
+
+
+def open_images(settings: Parameters, index: ImageIndex, folder: Path) -> StreamedSplits:
+    """The images as training reads them: the files, or a packed copy in `folder`, which is made or completed first.
+
+    Raises:
+        UserError: If a class has too few, or too many cannot be read.
+    """
+    own, packed = settings.imagenet, None
+    if own.pack_side is not None:
+        packed = (folder / "train", folder / "val")
+        for part in packed:
+            pack_images(
+                list_files(index, part.name),
+                part,
+                side=own.pack_side,
+                quality=own.pack_quality,
+                num_threads=own.threads,
+            )
+    return stream_index(index, own, split_seed=settings.data.split_seed, packed=packed)
+
+
+def make_network(settings: Parameters, splits: StreamedSplits) -> Arm:
+    """The network of these settings for these images."""
+    return make_arm(settings.imagenet, splits.num_classes)
+
+
+def make_arm(config: ImageNetConfig, num_classes: int) -> Arm:
+    """The network for as many classes.
+
+    Raises:
+        UserError: If the images are too small for it in one of the stages.
+    """
+    sizes = {stage.image_size or config.image_size for stage in config.training.plan()}
+    *_, arm = (_arm_at(size, config, num_classes) for size in (*sorted(sizes), config.image_size))
+    return arm
+
+
+def _arm_at(size: int, config: ImageNetConfig, num_classes: int) -> Arm:
+    architecture = image_architecture(
+        config.model,
+        (3, size, size),
+        GateConfig(),
+        stem=config.stem,
+        width=config.width,
+        blur=config.blur,
+        drop_path=config.drop_path,
+        head=config.head,
+        zero_init_residual=config.zero_init_residual,
+    )
+    return make_image_arm(config.model, architecture, num_classes=num_classes)
+
+
+def clear_for_training(
+    splits: StreamedSplits, settings: Parameters, device: torch.device, arm: Arm, state: Path
+) -> Snapshots:
+    """Where training saves its state; one of another run is refused here.
+
+    A run that goes on has batches and a learning rate for as many GPUs as the one that was interrupted.
+
+    Raises:
+        UserError: If there are fewer GPUs than wanted, or fewer images than a batch needs.
+    """
+    number = count_ranks(settings.num_gpus, device)
+    planned = Job(arm, splits, settings, state, number, device.type).snapshots(device, number).recall("num_gpus")
+    job = Job(arm, splits, settings, state, planned or number, device.type)
+    splits = splits.for_share(Share(0, number, job.num_planned))
+    for stage in settings.training.plan():
+        StreamedBatches(splits, settings.seeds[:1], settings.training, stage)
+    snapshots = job.snapshots(device, number)
+    clear([snapshots])
+    return snapshots
+
+
+def train(
+    arm: Arm, splits: StreamedSplits, settings: Parameters, device: torch.device, snapshots: Snapshots
+) -> tuple[Checkpoint, pd.DataFrame]:
+    """Train in this process, in several that are started here, or with those that torchrun has started."""
+    number = count_ranks(settings.num_gpus, device)
+    job = Job(arm, splits, settings, snapshots.path, snapshots.identity["num_gpus"], device.type)
+    if is_launched():
+        checkpoint, fit = lead(job)
+    elif number > 1:
+        checkpoint, fit = launch(job, number=number, environment=run_environment())
+    else:
+        checkpoint, fit = work(job, ALONE, device)
+    return checkpoint, tabulate_history(arm.model_type, fit)

@@ -1,0 +1,62 @@
+"""Index, perhaps pack, train, evaluate."""
+
+from kedro.pipeline import Node, Pipeline
+
+from collective_pipeline.pipelines.arm.nodes import evaluate
+from collective_pipeline.pipelines.imagenet.nodes import (
+    clear_for_training,
+    index_files,
+    make_network,
+    open_images,
+    read_settings,
+    train,
+)
+
+ARM = "imagenet_network"
+
+
+def create_pipeline() -> Pipeline:
+    """From a folder of images to the results of the network."""
+    return Pipeline(
+        [
+            Node(read_settings, inputs="parameters", outputs=["settings", "device"], name="read_settings"),
+            Node(
+                index_files,
+                inputs=["settings", "imagenet.known_index"],
+                outputs=["imagenet.index", "imagenet.found"],
+                name="index_files",
+            ),
+            Node(
+                open_images,
+                inputs=["settings", "imagenet.index", "imagenet.packed"],
+                outputs="splits",
+                name="open_images",
+            ),
+            Node(make_network, inputs=["settings", "splits"], outputs=f"{ARM}.arm", name="make_network"),
+            Node(
+                clear_for_training,
+                inputs=["splits", "settings", "device", f"{ARM}.arm", f"{ARM}.last"],
+                outputs=f"{ARM}.snapshots",
+                name="clear_for_training",
+            ),
+        ]
+    ) + Pipeline(
+        [
+            Node(
+                train,
+                inputs=["arm", "splits", "settings", "device", "snapshots"],
+                outputs=["checkpoint", "history"],
+                name="train",
+                tags=["train"],
+            ),
+            Node(
+                evaluate,
+                inputs=["checkpoint", "history", "splits", "settings", "device"],
+                outputs="results",
+                name="evaluate",
+                tags=["evaluate"],
+            ),
+        ],
+        namespace=ARM,
+        inputs={"settings", "splits", "device"},
+    )
