@@ -43,7 +43,8 @@ def register_pipelines() -> dict[str, Pipeline]:
 
     `deepmoe` compares a network with gated channels to the one without and to a narrower one, `merged_moe` a mixture
     of experts to three networks of its size, one of them a collective on images, `tiny_imagenet` a plain
-    residual network to the same with each of some techniques. `imagenet` trains one on files of any size. `predict` only uses what was trained.
+    residual network to the same with each of some techniques. `imagenet` trains one on files of any size, on one GPU
+    or several. `predict` only uses what was trained.
     """
     images = data.create_pipeline()
     phase1 = make_experiment("phase1", images, MODEL_TYPES, arm.matched(MODEL_TYPES), analysed=["collective"])

@@ -67,7 +67,9 @@ def splits(tmp_path_factory) -> StreamedSplits:
     return StreamedSplits("imagenet", train, val, test, tuple("abc"), "digest", AugmentationConfig())
 
 
-def make_job(splits: StreamedSplits, state: Path, *, planned: int, config: ImageNetConfig = CONFIG, resume=False) -> Job:
+def make_job(
+    splits: StreamedSplits, state: Path, *, planned: int, config: ImageNetConfig = CONFIG, resume=False
+) -> Job:
     settings = Parameters(imagenet=config, resume=resume).of_experiment(config, reference="resnet18")
     return Job(make_arm(config, 3), splits, settings, state, planned, "cpu")
 
@@ -78,7 +80,7 @@ def told(fit: Fit) -> list[dict]:
 
 
 def test_every_image_is_in_one_batch_whoever_reads_it(splits):
-    """Order and crops are of the seed: for two ranks, for one that plays both, and for four that share their batches."""
+    """Order and crops are of the seed: for two ranks, for one that plays both, for four that share their batches."""
 
     def rows(number: int, planned: int) -> list[torch.Tensor]:
         shares = [splits.for_share(Share(rank, number, planned)) for rank in range(number)]
@@ -149,7 +151,9 @@ def test_an_interrupted_training_of_two_ranks_goes_on_with(number, splits, tmp_p
     config = CONFIG.model_copy(update={"threads": 1})
 
     def stop() -> None:
-        while not any("collective_pipeline.training.rank" in " ".join(p.cmdline()) for p in psutil.Process().children(True)):
+        while not any(
+            "collective_pipeline.training.rank" in " ".join(p.cmdline()) for p in psutil.Process().children(True)
+        ):
             time.sleep(0.05)
         time.sleep(9)
         os.kill(os.getpid(), signal.SIGTERM)

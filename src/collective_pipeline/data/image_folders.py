@@ -46,11 +46,20 @@ def read_image_folders(folder: Path, class_names: Sequence[str], shape: tuple[in
             raise UserError(f"{folder / name} holds no png, jpg or bmp file: put the images of that class there")
         files += of_class
         labels += [label] * len(of_class)
+    return read_image_files(files, torch.tensor(labels), shape, folder)
+
+
+def read_image_files(files: Sequence[Path], labels: Tensor, shape: tuple[int, int, int], folder: Path) -> Images:
+    """The images in these files, without those that cannot be used; messages call where they are `folder`.
+
+    Raises:
+        UserError: If more than `MAX_UNUSABLE` of the files cannot be read or have another size than `shape`.
+    """
     images, problems = _read(files, shape)
     if problems:
         _tell(folder, problems, len(files))
     usable = torch.tensor([row not in problems for row in range(len(files))])
-    return Images(images[usable], torch.tensor(labels)[usable])
+    return Images(images[usable], labels[usable])
 
 
 def _check_classes(folder: Path, class_names: Sequence[str]) -> None:

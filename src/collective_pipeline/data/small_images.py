@@ -1,7 +1,7 @@
 """MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 from their published files, which are fetched where they are absent.
 
-CIFAR-10 may also lie there as image files. One table of data sets, one reader per format. A file that cannot be used
-is a `UserError` of one sentence.
+CIFAR-10 may also lie there as image files, as Tiny-ImageNet always does. One table of data sets, one reader per format.
+A file that cannot be used is a `UserError` of one sentence.
 """
 
 import contextlib
@@ -26,7 +26,8 @@ import numpy.typing as npt
 import torch
 
 from collective_pipeline.config import DatasetName, UserError
-from collective_pipeline.data.image_folders import read_image_folders
+from collective_pipeline.data.image_folders import read_image_files, read_image_folders
+from collective_pipeline.data.image_index import TRAIN, VAL, index_images
 from collective_pipeline.data.splits import Images, RawImages
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ IDX_IMAGES, IDX_LABELS = b"\0\0\x08\x03", b"\0\0\x08\x01"  # 0, 0, unsigned byte
 IDX_CONTENT = {IDX_IMAGES: "images", IDX_LABELS: "labels"}
 IDX_SIDE = 28
 CIFAR_SHAPE = (3, 32, 32)
+TINY_IMAGENET, TINY_IMAGENET_SHAPE = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", (3, 64, 64)
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 # What a pickled array is made of, in numpy 2's names. Any other global could run code of the file's choosing.
@@ -296,6 +298,25 @@ _read_published_cifar10 = partial(
     names_key="label_names",
     num_classes=10,
 )
+
+
+def _read_tiny_imagenet(name: DatasetName, folder: Path) -> RawImages:
+    """As many of its 200 classes as are there; its validation part, the only other one with labels, is the test."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise UserError(
+            f"{folder} does not hold {name}: unpack {TINY_IMAGENET} there (its train/ and val/, or the folder around "
+            "them), which the project does not download"
+        )
+    index = index_images(folder)
+
+    def read(part: str) -> Images:
+        rows = index.rows_of(part)
+        files, labels = [index.root / path for path in rows["path"]], torch.tensor(rows["label"].to_numpy())
+        return read_image_files(files, labels, TINY_IMAGENET_SHAPE, index.root / part)
+
+    return RawImages(name, read(TRAIN), read(VAL), index.class_names)
+
+
 READERS: dict[DatasetName, Callable[[DatasetName, Path], RawImages]] = {
     "mnist": partial(_read_idx, source="MNIST", class_names=tuple("0123456789")),
     "fashion_mnist": partial(
@@ -318,4 +339,5 @@ READERS: dict[DatasetName, Callable[[DatasetName, Path], RawImages]] = {
         names_key="fine_label_names",
         num_classes=100,
     ),
+    "tiny_imagenet": _read_tiny_imagenet,
 }

@@ -125,7 +125,8 @@ class ChannelNorm(nn.Module):
         scale_C = self.weight.view(-1) * (var_C + BN_EPSILON).rsqrt()
         shape = [-1, *[1] * (y_BC.ndim - 2)]
         shifted = self.bias.view(-1) - mean_C * scale_C
-        return (y_BC * scale_C.view(shape) + shifted.view(shape)).to(y_BC.dtype)
+        normalised: Tensor = y_BC * scale_C.view(shape) + shifted.view(shape)
+        return normalised.to(y_BC.dtype)
 
 
 def normalise_over_ranks(model: nn.Module) -> None:

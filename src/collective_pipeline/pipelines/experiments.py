@@ -93,7 +93,9 @@ def _saved(training: TrainingConfig) -> int:
 
 def _about(dataset: DatasetName) -> tuple[tuple[int, int, int], int]:
     """The shape of its images and how many classes it has at most."""
-    return ((1, 28, 28), 10) if "mnist" in dataset else ((3, 32, 32), 100)
+    if "mnist" in dataset:
+        return (1, 28, 28), 10
+    return ((3, 64, 64), 200) if dataset == "tiny_imagenet" else ((3, 32, 32), 100)
 
 
 def _flat(dataset: DatasetName) -> tuple[int, int]:

@@ -74,7 +74,8 @@ def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
         failure = folder / "failure.json"
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}",
-            "--monitor-interval=0.5", f"--log-dir={folder / 'logs'}", "-m", "collective_pipeline.training.rank", str(folder),
+            "--monitor-interval=0.5", f"--log-dir={folder / 'logs'}",
+            "-m", "collective_pipeline.training.rank", str(folder),
         ]  # fmt: skip
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // number))
         variables = {**os.environ, "OMP_NUM_THREADS": threads, **environment, "TORCHELASTIC_ERROR_FILE": str(failure)}

@@ -666,7 +666,7 @@ class _PlayedStatistics:
         """After the batch of one of the ranks."""
         self.played += 1
         for tensor, before, mean in zip(self.statistics, self.before, self.means, strict=True):
-            mean += tensor / self.number
+            mean.add_(tensor / self.number)
             tensor.copy_(mean if self.played % self.number == 0 else before)
         if self.played % self.number == 0:
             self._begin()

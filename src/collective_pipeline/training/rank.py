@@ -82,8 +82,8 @@ def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]
     over_ranks = job.settings.imagenet.sync_norm and ranks.number > 1
     if job.settings.imagenet.sync_norm and share.ranks_played > 1:
         raise UserError(
-            f"imagenet.sync_norm: training was begun on {job.num_planned} GPUs, and its norms see the batches of all at "
-            f"once: go on with num_gpus={job.num_planned}"
+            f"imagenet.sync_norm: training was begun on {job.num_planned} GPUs, and its norms see the batches of all "
+            f"at once: go on with num_gpus={job.num_planned}"
         )
     snapshots = job.snapshots(device, ranks.number)
     callbacks: list[Callback] = []

@@ -1,0 +1,153 @@
+"""Where the labels of a flat folder of validation images come from: by the stem of every file, the folder of its class.
+
+ILSVRC's labels have come in several forms. One file that looks like them, `ImageSets/CLS-LOC/val.txt` as Kaggle has
+it, holds running numbers instead: those who train on it learn nothing.
+"""
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from scipy.io import loadmat
+
+from collective_pipeline.config import UserError
+
+SOLUTION, ANNOTATIONS, GROUND_TRUTH = "LOC_val_solution.csv", "Annotations", "ILSVRC2012_validation_ground_truth.txt"
+MAPPING = "LOC_synset_mapping.txt"
+FIRST_NAME = re.compile(rb"<name>\s*([^<\s]+)\s*</name>")
+THREADS = 16
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The class of every file, by its stem, and in words where that is from."""
+
+    source: str
+    of_file: dict[str, str]
+
+
+def read_titles(root: Path) -> dict[str, str]:
+    """What classes are called, by the names of their folders; empty without `LOC_synset_mapping.txt`."""
+    file = next(_beside(root, MAPPING), None)
+    if file is None:
+        return {}
+    lines = (line.split(maxsplit=1) for line in file.read_text().splitlines() if line.strip())
+    return {wnid: title.partition(",")[0] for wnid, title in lines}
+
+
+def label_flat_files(root: Path, folder: Path, names: Sequence[str]) -> Labels:
+    """The labels of the files called `names` in `folder`, from the first source that there is.
+
+    Raises:
+        UserError: If there is none, or if it cannot be read.
+    """
+    for read in (_from_annotated_list, _from_solution, _from_xml, _from_ground_truth):
+        found = read(root, folder, names)
+        if found is not None:
+            return found
+    advice = (
+        f"put {SOLUTION} beside the tree, the XML files into {ANNOTATIONS}/CLS-LOC/val, {GROUND_TRUTH} with its "
+        "meta.mat there, or the images into a folder for each class"
+    )
+    running = _running_numbers(root)
+    if running is not None:
+        raise UserError(
+            f"{running} is no list of labels: its second column counts from 1 to the number of files, whatever their "
+            f"class: {advice}"
+        )
+    raise UserError(f"there are no labels for the {len(names):,} files in {folder}: {advice}")
+
+
+def _beside(root: Path, name: str) -> Iterator[Path]:
+    """Where a file of the data set may lie: in the tree, beside it, in its devkit."""
+    places = (root, root.parent, *(root / part for part in ("devkit", "ILSVRC2012_devkit_t12")))
+    return (file for place in places for file in (place / name, place / "data" / name) if file.is_file())
+
+
+def _from_annotated_list(root: Path, folder: Path, names: Sequence[str]) -> Labels | None:
+    """Tiny-ImageNet's: file, class and a box, with tabs between."""
+    file = folder / "val_annotations.txt"
+    if not file.is_file():
+        return None
+    rows = [line.split("\t") for line in file.read_text().splitlines() if line.strip()]
+    _check(file, all(len(row) >= 2 for row in rows), "a file and its class in every line")
+    return Labels(file.name, {Path(row[0]).stem: row[1] for row in rows})
+
+
+def _from_solution(root: Path, folder: Path, names: Sequence[str]) -> Labels | None:
+    """Kaggle's: an image and its boxes, each a class and four numbers."""
+    file = next(_beside(root, SOLUTION), None)
+    if file is None:
+        return None
+    with file.open(newline="") as lines:
+        rows = list(csv.reader(lines))[1:]
+    _check(
+        file, all(len(row) == 2 and row[1].split() for row in rows), "an ImageId and a PredictionString in every line"
+    )
+    return Labels(SOLUTION, {row[0]: row[1].split()[0] for row in rows})
+
+
+def _from_xml(root: Path, folder: Path, names: Sequence[str]) -> Labels | None:
+    """The class of the first object in the annotation of every file."""
+    annotations = root / ANNOTATIONS / "CLS-LOC" / folder.name
+    if not annotations.is_dir() or not any(annotations.glob("*.xml")):
+        return None
+
+    def read(file: Path) -> tuple[str, str]:
+        found = FIRST_NAME.search(file.read_bytes())
+        _check(file, found is not None, "the name of an object")
+        assert found is not None
+        return file.stem, found[1].decode()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return Labels(f"{ANNOTATIONS}/CLS-LOC/{folder.name}/*.xml", dict(pool.map(read, annotations.glob("*.xml"))))
+
+
+def _from_ground_truth(root: Path, folder: Path, names: Sequence[str]) -> Labels | None:
+    """The devkit's: the number of a class for every file in the order of their names, and which class has it."""
+    file = next(_beside(root, GROUND_TRUTH), None)
+    if file is None:
+        return None
+    wnid_of = _synset_numbers(root, file)
+    numbers = file.read_text().split()
+    _check(file, all(number in wnid_of for number in numbers), "the number of a class of the devkit in every line")
+    if len(numbers) != len(names):
+        raise UserError(
+            f"{file} has {len(numbers):,} labels for the {len(names):,} files in {folder}, in their order: extract all"
+        )
+    return Labels(GROUND_TRUTH, {Path(name).stem: wnid_of[n] for name, n in zip(sorted(names), numbers, strict=True)})
+
+
+def _synset_numbers(root: Path, ground_truth: Path) -> dict[str, str]:
+    """Which class has which number in the devkit: from its meta.mat, or map_clsloc.txt (class, number, title)."""
+    for file in _beside(root, "meta.mat"):
+        synsets = loadmat(file, squeeze_me=True)["synsets"]
+        return {
+            str(int(number)): str(wnid)
+            for number, wnid in zip(*(synsets[n] for n in ("ILSVRC2012_ID", "WNID")), strict=True)
+        }
+    for file in _beside(root, "map_clsloc.txt"):
+        rows = [line.split() for line in file.read_text().splitlines() if line.strip()]
+        _check(file, all(len(row) >= 2 for row in rows), "a class and its number in every line")
+        return {row[1]: row[0] for row in rows}
+    raise UserError(
+        f"{ground_truth} numbers classes in an order of its own: put the devkit's meta.mat or map_clsloc.txt beside it"
+    )
+
+
+def _running_numbers(root: Path) -> Path | None:
+    """The list of files of Kaggle's tree, if its second column only counts them."""
+    file = root / "ImageSets" / "CLS-LOC" / "val.txt"
+    if not file.is_file():
+        return None
+    rows = [line.split() for line in file.read_text().splitlines() if line.strip()]
+    counts = [row[1] for row in rows if len(row) == 2]
+    return file if counts == [str(i) for i in range(1, len(rows) + 1)] else None
+
+
+def _check(file: Path, is_good: bool, wanted: str) -> None:
+    if not is_good:
+        raise UserError(f"{file} does not have {wanted}: put the published file in its place")

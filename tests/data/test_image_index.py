@@ -1,0 +1,256 @@
+"""Every layout of labelled image files becomes one table, and what is missing from a tree is said."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from collective_pipeline.config import UserError
+from collective_pipeline.data.image_index import TRAIN, VAL, compare_index, index_images
+from collective_pipeline.data.small_images import load_images
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+CLASSES = ("n01", "n02", "n03")
+# Their order in the devkit is not that of their names.
+DEVKIT = {"n01": 2, "n02": 3, "n03": 1}
+OF_VAL = ("n03", "n01", "n02", "n02", "n01", "n03")
+
+
+def write_image(path: Path, size: tuple[int, int] = (4, 3)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size).save(path, format="JPEG")
+
+
+def stem(number: int) -> str:
+    return f"ILSVRC2012_val_{number:08d}"
+
+
+@pytest.fixture
+def ilsvrc(tmp_path) -> Path:
+    """Four training images of each class and six flat validation images, without any labels."""
+    base = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
+    for name in CLASSES:
+        for number in range(4):
+            write_image(base / "train" / name / f"{name}_{number}.JPEG")
+    for number in range(1, 7):
+        write_image(base / "val" / f"{stem(number)}.JPEG")
+    return tmp_path / "ILSVRC"
+
+
+def write_solution(root: Path, names=OF_VAL) -> None:
+    rows = [f"{stem(number)},{name} 1 2 3 4 {name} 5 6 7 8" for number, name in enumerate(names, start=1)]
+    (root.parent / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *reversed(rows)]))
+
+
+def write_xml(root: Path) -> None:
+    folder = root / "Annotations" / "CLS-LOC" / "val"
+    folder.mkdir(parents=True)
+    for number, name in enumerate(OF_VAL, start=1):
+        objects = f"<object>\n<name>{name}</name></object><object><name>n01</name></object>"
+        (folder / f"{stem(number)}.xml").write_text(f"<annotation>{objects}</annotation>")
+
+
+def write_ground_truth(root: Path) -> None:
+    data = root / "ILSVRC2012_devkit_t12" / "data"
+    data.mkdir(parents=True)
+    numbers = "\n".join(str(DEVKIT[name]) for name in OF_VAL)
+    (data / "ILSVRC2012_validation_ground_truth.txt").write_text(numbers)
+    synsets = np.array([(n, w) for w, n in DEVKIT.items()], dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")])
+    savemat(data / "meta.mat", {"synsets": synsets})
+
+
+def write_mapped_ground_truth(root: Path) -> None:
+    write_ground_truth(root)
+    data = root / "ILSVRC2012_devkit_t12" / "data"
+    (data / "meta.mat").unlink()
+    (data / "map_clsloc.txt").write_text("\n".join(f"{wnid} {number} a_thing" for wnid, number in DEVKIT.items()))
+
+
+def write_folders(root: Path) -> None:
+    val = root / "Data" / "CLS-LOC" / "val"
+    for number, name in enumerate(OF_VAL, start=1):
+        (val / name).mkdir(exist_ok=True)
+        (val / f"{stem(number)}.JPEG").rename(val / name / f"{stem(number)}.JPEG")
+
+
+SOURCES = [write_solution, write_xml, write_ground_truth, write_mapped_ground_truth, write_folders]
+
+
+@pytest.mark.parametrize("write", SOURCES)
+def test_every_source_of_labels_says_the_same(ilsvrc, write):
+    write(ilsvrc)
+    index = index_images(ilsvrc.parent if write is write_solution else ilsvrc)
+
+    val = index.rows_of(VAL)
+    stems = [Path(path).stem for path in val["path"]]
+    told = dict(zip(stems, (index.class_names[label] for label in val["label"]), strict=True))
+    assert told == {stem(number): name for number, name in enumerate(OF_VAL, start=1)}
+    assert index.class_names == CLASSES and list(index.rows_of(TRAIN)["label"]) == [0] * 4 + [1] * 4 + [2] * 4
+    assert all((index.root / path).stat().st_size == size for path, size in index.table[["path", "num_bytes"]].values)
+    about = index.describe().set_index("part")
+    assert list(about["images"]) == [12, 6] and list(about["classes"]) == [3, 3]
+
+
+def test_running_numbers_are_no_labels(ilsvrc):
+    """Kaggle's list of validation files counts them; the original trained on these numbers."""
+    lists = ilsvrc / "ImageSets" / "CLS-LOC"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("\n".join(f"{stem(number)} {number}" for number in range(1, 7)))
+
+    with pytest.raises(UserError, match=r"val\.txt is no list of labels: its second column counts from 1"):
+        index_images(ilsvrc)
+
+
+def test_plain_folders_and_tiny_imagenet(tmp_path):
+    for part, number in (("train", 3), ("test", 2)):
+        for name in ("cat", "dog"):
+            for i in range(number):
+                write_image(tmp_path / "plain" / part / name / f"{i}.png")
+    plain = index_images(tmp_path / "plain")
+    tiny = tmp_path / "around" / "tiny-imagenet-200"
+    for name in CLASSES:
+        write_image(tiny / "train" / name / "images" / f"{name}_0.JPEG")
+        (tiny / "train" / name / f"{name}_boxes.txt").write_text("a box")
+    for i, name in enumerate(CLASSES):
+        write_image(tiny / "val" / "images" / f"val_{i}.JPEG")
+        with (tiny / "val" / "val_annotations.txt").open("a") as file:
+            file.write(f"val_{i}.JPEG\t{name}\t0\t0\t1\t1\n")
+    known = index_images(tmp_path / "around")
+
+    assert (plain.layout, plain.class_names) == ("folders", ("cat", "dog"))
+    assert plain.table.groupby("part").size().to_dict() == {"train": 6, "val": 4}
+    assert known.layout == "Tiny-ImageNet" and list(known.rows_of(VAL)["label"]) == [0, 1, 2]
+    assert known.rows_of(TRAIN)["path"].iloc[0] == "train/n01/images/n01_0.JPEG"
+
+
+def test_names_of_classes_come_from_the_mapping(ilsvrc):
+    write_solution(ilsvrc)
+    (ilsvrc.parent / "LOC_synset_mapping.txt").write_text(
+        "n01 tench, Tinca tinca\nn02 goldfish\nn03 great white shark, x\n"
+    )
+    assert index_images(ilsvrc).class_names == ("n01 tench", "n02 goldfish", "n03 great white shark")
+
+
+def test_subsets_are_even_and_of_their_seed(ilsvrc):
+    write_solution(ilsvrc, OF_VAL)
+    for name in CLASSES:
+        for number in range(4, 40):
+            write_image(ilsvrc / "Data" / "CLS-LOC" / "train" / name / f"{name}_{number}.JPEG")
+    taken = index_images(ilsvrc, subset_size=32, subset_seed=1)
+
+    assert taken.rows_of(TRAIN).groupby("label").size().to_list() == [11, 11, 10]
+    assert taken.rows_of(VAL).groupby("label").size().to_list() == [1, 1, 1]
+    assert taken.digest == index_images(ilsvrc, subset_size=32, subset_seed=1).digest
+    assert taken.digest != index_images(ilsvrc, subset_size=32, subset_seed=2).digest
+    with pytest.raises(UserError, match="subset_size wants"):
+        index_images(ilsvrc, subset_size=1000)
+    with pytest.raises(UserError, match="subset_size leaves 2 of the val images for 3 classes"):
+        index_images(ilsvrc, subset_size=20)
+
+
+def remove_class(root: Path) -> None:
+    for file in (root / "Data/CLS-LOC/train/n02").iterdir():
+        file.unlink()
+
+
+def shorten_class(root: Path) -> None:
+    for number in range(1, 4):
+        (root / f"Data/CLS-LOC/train/n02/n02_{number}.JPEG").unlink()
+
+
+def forget_file(root: Path) -> None:
+    (root / "Data/CLS-LOC/val" / f"{stem(3)}.JPEG").unlink()
+
+
+def forget_label(root: Path) -> None:
+    solution = root.parent / "LOC_val_solution.csv"
+    solution.write_text("".join(line for line in solution.read_text().splitlines(True) if stem(3) not in line))
+
+
+def unknown_class(root: Path) -> None:
+    write_solution(root, ("n09", *OF_VAL[1:]))
+
+
+def unmapped_class(root: Path) -> None:
+    (root.parent / "LOC_synset_mapping.txt").write_text("n01 a\nn03 b\n")
+
+
+def missing_class(root: Path) -> None:
+    (root.parent / "LOC_synset_mapping.txt").write_text("n01 a\nn02 b\nn03 c\nn04 d\n")
+
+
+def no_second_part(root: Path) -> None:
+    (root / "Data/CLS-LOC/val").rename(root / "Data/CLS-LOC/valley")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (remove_class, "half extracted: 1 of its 3 classes are short, n02 with 0 images"),
+        (shorten_class, "half extracted: 1 of its 3 classes are short, n02 with 1 images"),
+        (forget_file, r"1 of 6 labels in LOC_val_solution.csv are of files that are not in .*00000003"),
+        (forget_label, r"1 of 6 files in .* have no label in LOC_val_solution.csv, the first is .*00000003"),
+        (unknown_class, "LOC_val_solution.csv names 1 classes that train has not, the first is n09"),
+        (unmapped_class, "1 folders that LOC_synset_mapping.txt does not know, the first is n02"),
+        (missing_class, "lacks 1 of the 4 classes of LOC_synset_mapping.txt, the first is n04"),
+        (no_second_part, "lacks a second part beside train"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_sentence(ilsvrc, spoil, told):
+    write_solution(ilsvrc)
+    spoil(ilsvrc)
+    with pytest.raises(UserError, match=told):
+        index_images(ilsvrc)
+
+
+def test_folders_that_are_no_tree_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
+        index_images(tmp_path / "nowhere")
+    (tmp_path / "holiday").mkdir()
+    with pytest.raises(UserError, match="no known layout, since it holds holiday"):
+        index_images(tmp_path)
+
+
+def test_a_tree_that_changed_is_told_from_what_it_was(ilsvrc):
+    write_solution(ilsvrc)
+    before = index_images(ilsvrc)
+    train = ilsvrc / "Data" / "CLS-LOC" / "train"
+    (train / "n01" / "n01_0.JPEG").unlink()
+    write_image(train / "n02" / "n02_9.JPEG")
+    write_image(train / "n03" / "n03_3.JPEG", size=(40, 30))
+    told = compare_index(before, index_images(ilsvrc))
+
+    assert "1 missing (the first is Data/CLS-LOC/train/n01/n01_0.JPEG)" in told
+    assert "1 new (the first is Data/CLS-LOC/train/n02/n02_9.JPEG)" in told
+    assert "1 of another size (the first is Data/CLS-LOC/train/n03/n03_3.JPEG)" in told
+    assert compare_index(before, before) == "nothing"
+
+
+def test_tiny_imagenet_is_read_into_memory(tmp_path):
+    for name in ("n01", "n02"):
+        for i in range(3):
+            write_image(tmp_path / "train" / name / "images" / f"{name}_{i}.JPEG", size=(64, 64))
+        write_image(tmp_path / "val" / "images" / f"{name}.JPEG", size=(64, 64))
+    (tmp_path / "val" / "val_annotations.txt").write_text("n01.JPEG\tn01\nn02.JPEG\tn02\n")
+    raw = load_images("tiny_imagenet", tmp_path)
+
+    assert raw.train.images.shape == (6, 3, 64, 64) and raw.test.labels.tolist() == [0, 1]
+    with pytest.raises(UserError, match=r"does not hold tiny_imagenet: unpack http://cs231n"):
+        load_images("tiny_imagenet", tmp_path / "nothing")
+
+
+@pytest.mark.skipif(not (SHARED / "ilsvrc-mini.tar").exists(), reason="the shared folder with real images is not there")
+def test_a_real_tree_of_kaggle_has_running_numbers(tmp_path):
+    with tarfile.open(SHARED / "ilsvrc-mini.tar") as archive:
+        archive.extractall(tmp_path, filter="data")
+    with pytest.raises(UserError, match="counts from 1"):
+        index_images(tmp_path)
+    write_folders_of = tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    names = sorted(file.stem for file in write_folders_of.iterdir())
+    rows = [f"{name},n01440764 1 2 3 4" for name in names]
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]))
+
+    assert index_images(tmp_path).table.groupby("part").size().to_dict() == {"train": 25, "val": 7}
