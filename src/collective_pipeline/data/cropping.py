@@ -107,11 +107,14 @@ def _resample_group(images: Sequence[Tensor], boxes: Tensor, flips: Tensor, size
     # Channels between the two sides, so that no product has to be turned for the next one.
     parts_BHCW = torch.zeros(len(images), largest_H, 3, largest_W, device=device, dtype=dtype)
     about = zip(images, boxes.tolist(), pixels_a_cell.tolist(), cells.tolist(), strict=True)
+    places, parts = [], []
     for padded, (image, (top, left, height, width), pooled, (rows, columns)) in zip(parts_BHCW, about, strict=True):
         part = image[:, top : top + height, left : left + width]
         if max(pooled) > 1:
             part = F.avg_pool2d(part.to(dtype), pooled, ceil_mode=True, count_include_pad=False)
-        padded[:rows, :, :columns].copy_(part.transpose(0, 1))
+        places.append(padded[:rows, :, :columns])
+        parts.append(part.transpose(0, 1))
+    torch._foreach_copy_(places, parts)  # one call: other threads have Python to themselves meanwhile
 
     known = torch.cat([boxes[:, 2:], pixels_a_cell, flips[:, None]], dim=1).to(device, torch.float32)
     height_B, width_B, down_B, right_B, flip_B = known.unbind(dim=1)

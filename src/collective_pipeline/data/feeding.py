@@ -89,7 +89,7 @@ class Feed:
         self.crop = crop or Crop()
         self.num_threads = num_threads or os.cpu_count() or 1
         self.ahead = ahead
-        self.cpu_share = 1.0 if device.type == "cpu" else cpu_share
+        self.cpu_share = cpu_share if device.type == "cuda" else 1.0
         self.max_bad = max_bad
         self._reasons: dict[int, str] = {}
         self._counting = threading.Lock()
@@ -171,10 +171,11 @@ class Feed:
     def _decode(self, rows: Sequence[int], readers: ThreadPoolExecutor) -> list[Tensor | Problem]:
         """The first of a batch by the CPU, the others by the GPU at the same time."""
         num_on_cpu = round(self.cpu_share * len(rows))
+        # Reading comes first: it is soon done, and the GPU waits for it.
+        for_device = readers.map(self.source.read, _chunks(rows[num_on_cpu:]))
         on_cpu = readers.map(lambda some: decode(self.source.read(some), CPU), _chunks(rows[:num_on_cpu]))
-        files = [file for some in readers.map(self.source.read, _chunks(rows[num_on_cpu:])) for file in some]
-        on_device = decode(files, self.device) if files else []
-        return [*_to_device([image for some in on_cpu for image in some], self.device), *on_device]
+        on_device = decode(list(itertools.chain.from_iterable(for_device)), self.device)
+        return [*_to_device(list(itertools.chain.from_iterable(on_cpu)), self.device), *on_device]
 
     def _resample(self, images: Sequence[Tensor], boxes: Tensor, flips: Tensor, readers: ThreadPoolExecutor) -> Tensor:
         if self.device.type != "cpu":
@@ -236,7 +237,7 @@ def _to_device(images: Sequence[Tensor | Problem], device: torch.device) -> list
     if device.type == "cpu" or not good:
         return list(images)
     sizes = [image.numel() for image in good]
-    together = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    together = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
     torch.cat([image.flatten() for image in good], out=together)
     pieces = iter(together.to(device, non_blocking=True).split(sizes))
     return [next(pieces).view(image.shape) if isinstance(image, Tensor) else image for image in images]

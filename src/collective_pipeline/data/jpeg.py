@@ -43,8 +43,8 @@ def decode(files: Sequence[Encoded | Problem], device: torch.device) -> list[Ten
     is left alone. Many threads may call it: on the CPU they run side by side. On the GPU the decoder has a stream of
     its own that does not wait for the caller's: memory that the caller's stream has freed must be at rest.
     """
-    if device.type == "cpu":
-        return [_decode_on_host(file) for file in files]
+    if device.type != "cuda":
+        return [_to_device(_decode_on_host(file), device) for file in files]
     plain = [row for row, file in enumerate(files) if is_plain(file)]
     images = dict(zip(plain, _decode_on_gpu([_as_tensor(files[row]) for row in plain], device), strict=True))  # type: ignore[arg-type]
     decoded: list[Tensor | Problem] = []

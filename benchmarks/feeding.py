@@ -1,0 +1,214 @@
+"""How many images a second come from JPEG files to the device, and what of a network's speed is left when they do.
+
+    python benchmarks/feeding.py [--folder data/ilsvrc] [--images 20000] [--image-sizes 224 128 64] [--sides 256 400]
+    python benchmarks/feeding.py --train resnet50 [--steps 200] [--cpu-shares 0 0.25 0.5 1] [--no-alone]
+
+The files are those of `--folder` and below, repeated as often as it takes, or 300 made of noise, of 110 KB and 400 x
+500 pixels; the packed ones are made of them first. Decoding alone is of whole images, the feed crops them at random.
+With `--train` that network of torchvision, compiled, in bfloat16 with the channels last, trains on one batch again and
+again, then on what the feed gives, and again on the one batch: the ratio is to the mean of the two.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from collective_pipeline.data.decoding import list_image_files
+from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Feed
+from collective_pipeline.data.jpeg import decode, encode
+from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages, pack_images
+from collective_pipeline.training.runtime import choose_device
+from conditions import describe, make_parser
+
+NUM_CLASSES = 1000
+NUM_WARM_UP = 10  # steps that are not timed
+Batch = tuple[Tensor, Tensor]
+
+
+def main() -> None:
+    """Print the tables."""
+    options = parse()
+    device = choose_device(options.device)
+    print(describe(device))
+    with tempfile.TemporaryDirectory() as scratch:
+        files = find_files(options.folder or make_files(Path(scratch) / "files"))
+        sources: dict[str, EncodedImages] = {"as they are": files}
+        for side in options.sides:
+            started = time.perf_counter()
+            pack_images(files, Path(scratch) / str(side), side=side)
+            print(f"packed at {side} pixels: {len(files) / (time.perf_counter() - started):,.0f} images/s")
+            sources[f"packed at {side}"] = PackedImages.open(Path(scratch) / str(side))
+        if options.alone:
+            tell_alone(sources, options, device)
+        if options.train:
+            tell_training(sources, options, device)
+
+
+def parse() -> argparse.Namespace:
+    """What is asked for."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--folder", type=Path, help="of image files; made of noise if not given")
+    parser.add_argument("--images", type=int, default=2000, help="that are timed")
+    parser.add_argument("--image-sizes", type=int, nargs="+", default=[224, 128, 64])
+    parser.add_argument("--sides", type=int, nargs="*", default=[256, 400], help="of the packed images")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--threads", type=int, help="as many as there are cores if not given")
+    parser.add_argument("--ahead", type=int, default=4)
+    parser.add_argument("--cpu-shares", type=float, nargs="+", default=[0.0], help="of decoding, where there is a GPU")
+    parser.add_argument("--alone", action=argparse.BooleanOptionalAction, default=True, help="feed without a network")
+    parser.add_argument("--train", help="a network of torchvision: resnet50")
+    parser.add_argument("--steps", type=int, default=100, help="of training that are timed")
+    return parser.parse_args()
+
+
+def make_files(folder: Path, num_images: int = 300) -> Path:
+    """Photographs they are not, but they cost as much to decode."""
+    folder.mkdir()
+    for number in range(num_images):
+        rng = np.random.default_rng(number)
+        coarse = torch.tensor(rng.uniform(0, 255, (1, 3, 8, 10)))
+        image = F.interpolate(coarse, (400, 500), mode="bicubic")[0] + torch.tensor(rng.normal(0, 20, (3, 400, 500)))
+        (folder / f"{number}.jpeg").write_bytes(encode(image.clamp(0, 255).to(torch.uint8), 90))
+    return folder
+
+
+def find_files(folder: Path) -> FileImages:
+    """All images there, with labels that mean nothing."""
+    paths = [file.relative_to(folder).as_posix() for file in list_image_files(folder)]
+    return FileImages(folder, paths, torch.arange(len(paths)) % NUM_CLASSES)
+
+
+def tell_alone(sources: dict[str, EncodedImages], options: argparse.Namespace, device: torch.device) -> None:
+    """Images a second without a network."""
+    sizes = "".join(f"{f'{size} px':>10}" for size in options.image_sizes)
+    print(f"\n{'images/s':>16}{'KB a file':>11}{'CPU share':>11}{'decoding':>10}{sizes}")
+    for name, source in sources.items():
+        decoding = time_decoding(source, options, device)
+        kilobytes = sum(map(len, source.read(range(len(source))))) / len(source) / 1000  # type: ignore[arg-type]
+        for share in options.cpu_shares:
+            speeds = []
+            for size in options.image_sizes:
+                num_batches = NUM_WARM_UP + -(-options.images // options.batch_size)
+                batches = feed(source, size, share, options, num_batches)
+                seconds, num_images = time_batches(batches, lambda batch: None, device)
+                speeds.append(num_images / seconds)
+            row = "".join(f"{speed:>10,.0f}" for speed in speeds)
+            print(f"{name:>16}{kilobytes:>11.0f}{share:>11.2f}{decoding:>10,.0f}{row}", flush=True)
+
+
+def time_decoding(source: EncodedImages, options: argparse.Namespace, device: torch.device) -> float:
+    """Images a second, in lists of a batch on the GPU, by threads on the CPU; the files are in memory."""
+    size = options.batch_size if device.type == "cuda" else 8
+    rows = torch.arange(max(options.images, 2 * size)) % len(source)
+    lists = [source.read(some.tolist()) for some in rows.split(size)]
+    decode(lists[0], device)
+    with ThreadPoolExecutor(1 if device.type == "cuda" else options.threads) as pool:
+        synchronise(device)
+        started = time.perf_counter()
+        for _ in pool.map(decode, lists, repeat(device)):
+            pass
+        synchronise(device)
+    return len(rows) / (time.perf_counter() - started)
+
+
+def feed(
+    source: EncodedImages, size: int, share: float, options: argparse.Namespace, num_batches: int
+) -> Iterator[Batch]:
+    """So many batches in random order, with random parts."""
+    generator = torch.Generator().manual_seed(0)
+    shape = num_batches, options.batch_size
+    rows_KB = torch.randint(len(source), shape, generator=generator)
+    draws_KBD = torch.rand(*shape, NUM_CROP_DRAWS, generator=generator)
+    one = Feed(
+        source,
+        device=choose_device(options.device),
+        image_size=size,
+        num_threads=options.threads,
+        ahead=options.ahead,
+        cpu_share=share,
+    )
+    return one.batches(rows_KB, draws_KBD)
+
+
+def time_batches(batches: Iterable[Batch], use: Callable[[Batch], None], device: torch.device) -> tuple[float, int]:
+    """Seconds to use all batches but the first ones, and the number of their images."""
+    num_images, started = 0, 0.0
+    for step, batch in enumerate(batches, start=1):
+        use(batch)
+        if step == NUM_WARM_UP:
+            synchronise(device)
+            started = time.perf_counter()
+        elif step > NUM_WARM_UP:
+            num_images += len(batch[1])
+    synchronise(device)
+    return time.perf_counter() - started, num_images
+
+
+def tell_training(sources: dict[str, EncodedImages], options: argparse.Namespace, device: torch.device) -> None:
+    """Images a second of a network that trains, and what of its speed on ready batches that is."""
+    print(f"\n{options.train:>16}{'pixels':>8}{'CPU share':>11}{'ready':>10}{'fed':>10}{'ratio':>8}")
+    for size in options.image_sizes:
+        step = make_step(options.train, device)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (options.batch_size, 3, size, size), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(NUM_CLASSES, (options.batch_size,), generator=generator)
+        ready = images.to(device), labels.to(device)
+        num_batches = NUM_WARM_UP + options.steps
+
+        def speed(batches: Iterable[Batch], step: Callable[[Batch], None] = step) -> float:
+            seconds, num_images = time_batches(batches, step, device)
+            return num_images / seconds
+
+        before = speed(repeat(ready, num_batches))
+        for name, source in sources.items():
+            for share in options.cpu_shares:
+                fed = speed(feed(source, size, share, options, num_batches))
+                after = speed(repeat(ready, num_batches))
+                mean = (before + after) / 2
+                row = f"{name:>16}{size:>8}{share:>11.2f}{mean:>10,.0f}{fed:>10,.0f}{fed / mean:>8.3f}"
+                print(row, flush=True)
+                before = after
+
+
+def make_step(name: str, device: torch.device) -> Callable[[Batch], None]:
+    """One update of a new network; compiled on a GPU."""
+    torch.manual_seed(0)
+    network = torchvision.models.get_model(name, num_classes=NUM_CLASSES)
+    network = network.to(device, memory_format=torch.channels_last)
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=on_gpu)
+
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        x = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = network(x)
+        return F.cross_entropy(logits.float(), labels)
+
+    compiled = torch.compile(loss_of) if on_gpu else loss_of
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad()
+        compiled(*batch).backward()
+        optimizer.step()
+
+    return step
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()
