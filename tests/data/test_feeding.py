@@ -135,7 +135,7 @@ def test_bad_files_are_counted_and_named_once(tmp_path, caplog):
     assert [text.partition(": ")[0] for text in one.bad_files] == [source.name(row) for row in (1, 4, 9)]
     assert one.bad_files[2].endswith("b/9.JPEG: No such file or directory")
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(told) == 3 and f"{source.name(1)} is no image that can be read, and left out: image file is" in told[0]
+    assert len(told) == 3 and told[2].endswith(one.bad_files[2])
 
 
 def test_too_many_bad_files_stop_the_feed(tmp_path):

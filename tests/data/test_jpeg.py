@@ -72,6 +72,7 @@ def gpu(monkeypatch):
         return [torch.ops.image.decode_jpeg(file, mode, False) for file in files]
 
     monkeypatch.setattr(torch.ops.image, "decode_jpegs_cuda", decode_jpegs_cuda)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(jpeg, "_to_device", lambda image, device: image)
     return lists
 

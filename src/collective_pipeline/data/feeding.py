@@ -3,16 +3,18 @@
 Suffixes: K batches, B images of one, D draws.
 """
 
+import bisect
 import itertools
 import logging
 import os
-import threading
+import queue
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +54,7 @@ class _Made(NamedTuple):
 
     images: Tensor
     labels: Tensor
+    problems: dict[int, Problem]  # of rows of the source
     ready: torch.cuda.Event | None
 
 
@@ -91,19 +94,21 @@ class Feed:
         self.ahead = ahead
         self.cpu_share = cpu_share if device.type == "cuda" else 1.0
         self.max_bad = max_bad
-        self._reasons: dict[int, str] = {}
-        self._counting = threading.Lock()
-        self._of_thread = threading.local()
+        self._problems: dict[int, Problem] = {}
+        # The same ones for all epochs: memory that one stream has freed serves no other.
+        self._streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()
+        for _ in range(PRODUCERS if device.type == "cuda" else 0):
+            self._streams.put(torch.cuda.Stream(device))
 
     @property
     def num_bad(self) -> int:
         """Files so far that are no images."""
-        return len(self._reasons)
+        return len(self._problems)
 
     @property
     def bad_files(self) -> list[str]:
         """Their names and what is wrong with each, in the order of the source."""
-        return [f"{self.source.name(row)}: {reason}" for row, reason in sorted(self._reasons.items())]
+        return self._name(self._problems)
 
     def batches(self, rows_KB: Tensor, draws_KBD: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """For each row of `rows_KB`, in order: images uint8 `(B, 3, s, s)` and labels `(B,)` int64, on the device.
@@ -136,6 +141,7 @@ class Feed:
 
     def _take(self, made: _Made) -> tuple[Tensor, Tensor]:
         """A batch for the stream of who asks for it."""
+        self._count(made.problems)
         if made.ready is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(made.ready)
@@ -146,27 +152,36 @@ class Feed:
 
     def _make(self, rows_B: Tensor, draws_BD: Tensor | None, readers: ThreadPoolExecutor) -> _Made:
         if self.device.type != "cuda":
-            return _Made(*self._cut(rows_B, draws_BD, readers), ready=None)
-        if not hasattr(self._of_thread, "stream"):
-            self._of_thread.stream = torch.cuda.Stream(self.device)
-        stream: torch.cuda.Stream = self._of_thread.stream
-        # The GPU's decoder writes into memory that this thread's last batch left, and does not wait for its stream.
-        stream.synchronize()
-        with torch.cuda.stream(stream):
-            images, labels_B = self._cut(rows_B, draws_BD, readers)
-            return _Made(images, labels_B, stream.record_event())
+            return self._cut(rows_B, draws_BD, readers)
+        stream = self._streams.get()
+        try:
+            # The GPU's decoder writes into memory that this stream's last batch left, and does not wait for it.
+            stream.synchronize()
+            with torch.cuda.stream(stream):
+                return self._cut(rows_B, draws_BD, readers)._replace(ready=stream.record_event())
+        finally:
+            self._streams.put(stream)
 
-    def _cut(self, rows_B: Tensor, draws_BD: Tensor | None, readers: ThreadPoolExecutor) -> tuple[Tensor, Tensor]:
-        decoded, used = self._replace_bad(rows_B, self._decode(rows_B.tolist(), readers))
-        sizes = torch.tensor([image.shape[1:] for image in decoded])
+    def _cut(self, rows_B: Tensor, draws_BD: Tensor | None, readers: ThreadPoolExecutor) -> _Made:
+        decoded = self._decode(rows_B.tolist(), readers)
+        bad = zip(rows_B.tolist(), decoded, strict=True)
+        problems = {row: problem for row, problem in bad if isinstance(problem, Problem)}
+        good = [place for place, image in enumerate(decoded) if isinstance(image, Tensor)]
+        if not good:
+            raise UserError(f"no file of a batch of {len(rows_B)} is an image: {_list(self._name(problems))}")
+        used = _next_good(good, len(decoded))
+        images = [image for place in used if isinstance(image := decoded[place], Tensor)]
+        boxes, flips = self._choose_parts(torch.tensor([image.shape[1:] for image in images]), draws_BD)
+        cut = self._resample(images, boxes, flips, readers)
+        return _Made(cut, self.source.labels[rows_B[used]].to(self.device), problems, ready=None)
+
+    def _choose_parts(self, sizes: Tensor, draws_BD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A box of every image, and whether it is mirrored."""
         if draws_BD is None:
-            boxes, flips = centre_boxes(sizes, self.crop.centre), torch.zeros(len(sizes), dtype=torch.bool)
-        else:
-            draws_of_boxes = draws_BD[:, :NUM_BOX_DRAWS]
-            boxes = random_boxes(draws_of_boxes, sizes, scale=self.crop.scale, ratio=self.crop.ratio)
-            flips = draws_BD[:, NUM_BOX_DRAWS] < self.crop.flip
-        images = self._resample(decoded, boxes, flips, readers)
-        return images, self.source.labels[rows_B[used]].to(self.device)
+            return centre_boxes(sizes, self.crop.centre), torch.zeros(len(sizes), dtype=torch.bool)
+        draws_of_boxes = draws_BD[:, :NUM_BOX_DRAWS]
+        boxes = random_boxes(draws_of_boxes, sizes, scale=self.crop.scale, ratio=self.crop.ratio)
+        return boxes, draws_BD[:, NUM_BOX_DRAWS] < self.crop.flip
 
     def _decode(self, rows: Sequence[int], readers: ThreadPoolExecutor) -> list[Tensor | Problem]:
         """The first of a batch by the CPU, the others by the GPU at the same time."""
@@ -180,51 +195,38 @@ class Feed:
     def _resample(self, images: Sequence[Tensor], boxes: Tensor, flips: Tensor, readers: ThreadPoolExecutor) -> Tensor:
         if self.device.type != "cpu":
             return resample(images, boxes, flips, self.image_size)
-        parts = (
-            _chunks(images),
-            boxes.split(FILES_AT_ONCE),
-            flips.split(FILES_AT_ONCE),
-            itertools.repeat(self.image_size),
-        )
-        return torch.cat(list(readers.map(resample, *parts)))
+        parts = _chunks(images), boxes.split(FILES_AT_ONCE), flips.split(FILES_AT_ONCE)
+        batch = [part.numpy() for part in readers.map(resample, *parts, itertools.repeat(self.image_size))]
+        return torch.from_numpy(np.concatenate(batch))
 
-    def _replace_bad(self, rows_B: Tensor, decoded: Sequence[Tensor | Problem]) -> tuple[list[Tensor], list[int]]:
-        """An image for every place of a batch, and the place that it stood at.
+    def _count(self, problems: dict[int, Problem]) -> None:
+        """Name those that are new.
 
         Raises:
-            UserError: If there are too few.
+            UserError: If there are too many.
         """
-        for row, image in zip(rows_B.tolist(), decoded, strict=True):
-            if isinstance(image, Problem):
-                self._count(row, image)
-        good = [place for place, image in enumerate(decoded) if isinstance(image, Tensor)]
-        if not good:
-            raise UserError(f"no file of a batch of {len(rows_B)} is an image: {self._told()}")
-        following = iter(good)
-        place_of_next = next(following)
-        used = []
-        for place in range(len(decoded)):
-            while place_of_next < place:
-                # Behind the last good one, the first one follows.
-                place_of_next = next(following, good[0] + len(decoded))
-            used.append(place_of_next % len(decoded))
-        return [image for place in used if isinstance(image := decoded[place], Tensor)], used
-
-    def _count(self, row: int, problem: Problem) -> None:
-        with self._counting:
-            if row in self._reasons:
-                return
-            self._reasons[row] = problem.reason
-        logger.warning("%s is no image that can be read, and left out: %s", self.source.name(row), problem.reason)
+        new = {row: problem for row, problem in problems.items() if row not in self._problems}
+        self._problems |= new
+        for told in self._name(new):
+            logger.warning("A file is no image that can be read, and left out: %s", told)
         if self.num_bad > self.max_bad * len(self.source):
             raise UserError(
                 f"more than {100 * self.max_bad:g} % of the {len(self.source):,} image files cannot be read: put good "
-                f"ones in their place ({self._told()})"
+                f"ones in their place ({_list(self.bad_files)})"
             )
 
-    def _told(self) -> str:
-        told = self.bad_files
-        return "; ".join(told[:NUM_TOLD]) + (f"; and {len(told) - NUM_TOLD:,} more" if len(told) > NUM_TOLD else "")
+    def _name(self, problems: dict[int, Problem]) -> list[str]:
+        return [f"{self.source.name(row)}: {problem.reason}" for row, problem in sorted(problems.items())]
+
+
+def _next_good(good: Sequence[int], num_places: int) -> list[int]:
+    """For every place the next one that is good, itself if it is; behind the last one follows the first."""
+    after = [bisect.bisect_left(good, place) for place in range(num_places)]
+    return [good[position % len(good)] for position in after]
+
+
+def _list(told: Sequence[str]) -> str:
+    return "; ".join(told[:NUM_TOLD]) + (f"; and {len(told) - NUM_TOLD:,} more" if len(told) > NUM_TOLD else "")
 
 
 def _chunks(items: Sequence[Item]) -> list[Sequence[Item]]:
@@ -232,12 +234,13 @@ def _chunks(items: Sequence[Item]) -> list[Sequence[Item]]:
 
 
 def _to_device(images: Sequence[Tensor | Problem], device: torch.device) -> list[Tensor | Problem]:
-    """The same on the device, in one copy."""
-    good = [image for image in images if isinstance(image, Tensor)]
+    """The same on the device, in one copy; put together by NumPy, which leaves the other cores alone."""
+    good = [image.permute(1, 2, 0) for image in images if isinstance(image, Tensor)]  # as they lie in memory
     if device.type == "cpu" or not good:
         return list(images)
     sizes = [image.numel() for image in good]
     together = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    torch.cat([image.flatten() for image in good], out=together)
-    pieces = iter(together.to(device, non_blocking=True).split(sizes))
-    return [next(pieces).view(image.shape) if isinstance(image, Tensor) else image for image in images]
+    np.concatenate([image.numpy().reshape(-1) for image in good], out=together.numpy())
+    pieces = together.to(device, non_blocking=True).split(sizes)
+    moved = (piece.view(image.shape).permute(2, 0, 1) for piece, image in zip(pieces, good, strict=True))
+    return [next(moved) if isinstance(image, Tensor) else image for image in images]

@@ -56,7 +56,7 @@ def decode(files: Sequence[Encoded | Problem], device: torch.device) -> list[Ten
 
 def encode(image: Tensor, quality: int) -> bytes:
     """A JPEG file of a uint8 image `(3, H, W)`; quality is from 1 to 100."""
-    file: Tensor = torch.ops.image.encode_jpeg(image.contiguous(), quality)
+    file: Tensor = torch.ops.image.encode_jpeg(image, quality)
     return file.numpy().tobytes()
 
 
@@ -102,6 +102,7 @@ def _decode_on_gpu(files: list[Tensor], device: torch.device) -> list[Tensor | N
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # one of them fails them all: halves find it
+        torch.cuda.synchronize(device)  # what was begun may still write where memory is free now
         if len(files) == 1:
             return [None]
         half = len(files) // 2
