@@ -43,6 +43,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         files = find_files(options.folder or make_files(Path(scratch) / "files"))
         sources: dict[str, EncodedImages] = {"as they are": files}
+        first = FileImages(files.root, files.paths[:1], files.labels[:1])
+        pack_images(first, Path(scratch) / "warm up", side=32)
         for side in options.sides:
             started = time.perf_counter()
             pack_images(files, Path(scratch) / str(side), side=side)
@@ -183,6 +185,7 @@ def tell_training(sources: dict[str, EncodedImages], options: argparse.Namespace
 def make_step(name: str, device: torch.device) -> Callable[[Batch], None]:
     """One update of a new network; compiled on a GPU."""
     torch.manual_seed(0)
+    torch.compiler.reset()  # or it would compile the next size for all sizes
     network = torchvision.models.get_model(name, num_classes=NUM_CLASSES)
     network = network.to(device, memory_format=torch.channels_last)
     on_gpu = device.type == "cuda"
@@ -194,7 +197,7 @@ def make_step(name: str, device: torch.device) -> Callable[[Batch], None]:
             logits = network(x)
         return F.cross_entropy(logits.float(), labels)
 
-    compiled = torch.compile(loss_of) if on_gpu else loss_of
+    compiled = torch.compile(loss_of, dynamic=False) if on_gpu else loss_of
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()

@@ -62,6 +62,8 @@ class Feed:
     """Makes batches of encoded images ahead of their use, the same ones whatever the number of threads.
 
     A file that is no image is named in the log and counted; the next good image of its batch stands at its place.
+    On a GPU, batches are made on streams of their own, which allocate memory at any time: a CUDA graph that is recorded
+    while they do must be recorded with `capture_error_mode="thread_local"`.
 
     Args:
         source: Where the files and labels are.
@@ -69,7 +71,7 @@ class Feed:
         image_size: Side in pixels.
         crop: What is seen of an image.
         num_threads: That read files, and decode those of the CPU; as many as there are cores if not given.
-        ahead: Batches at most that are made or wait, without the one that was taken last.
+        ahead: Batches at most, and at least 1, that are made or wait, without the one that was taken last.
         cpu_share: Of every batch, decoded by the CPU though there is a GPU, which is then free for the network.
         max_bad: Share of the files of `source` that may be no images.
     """
