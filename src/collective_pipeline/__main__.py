@@ -6,12 +6,14 @@ from pathlib import Path
 from kedro.framework.cli.utils import find_run_command
 from kedro.framework.project import configure_project
 
+from collective_pipeline.startup import quieten
 from collective_pipeline.training.launch import is_launched
 from collective_pipeline.training.rank import follow
 
 if __name__ == "__main__" and is_launched() and os.environ["RANK"] != "0":
     follow()
 elif __name__ == "__main__":
+    quieten()
     package_name = Path(__file__).parent.name
     configure_project(package_name)
     find_run_command(package_name)()
