@@ -503,6 +503,12 @@ class ImageSpec(Config):
     mean: tuple[float, ...] = Field(description="of each channel of the training part, on [0, 1]")
     std: tuple[Positive, ...] = Field(description="likewise")
     class_names: tuple[str, ...]
+    centre: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the shorter side: the square in the middle that is seen; null: all of it",
+    )
 
 
 class Stage(Config):

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from collective_pipeline.config import UserError
+from collective_pipeline.config import ImageSpec, UserError
 from collective_pipeline.data.decoding import read_image
 from collective_pipeline.data.image_files import find_images
 
 GREY, COLOUR = (1, 4, 6), (3, 4, 6)  # channels, height, width
+SPEC = ImageSpec(shape=GREY, mean=(0.5,), std=(0.5,), class_names=("a", "b"))
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_a_folder_is_read_in_order_with_its_folders(tmp_path):
     for value, name in enumerate(["a.png", "b/a.bmp", "b/z.jpeg", "c.jpg"]):
         Image.new("L", (6, 4), 10 * value).save(tmp_path / name)
     (tmp_path / ".hidden.png").write_bytes(b"")
-    source = find_images(tmp_path, GREY)
+    source = find_images(tmp_path, SPEC)
 
     assert (source.kind, list(source.names)) == ("file", ["a.png", "b/a.bmp", "b/z.jpeg", "c.jpg"])
     assert all_of(source, 3).flatten(1)[:, 0].tolist() == [0, 10, 20, 30]
@@ -90,7 +91,7 @@ def test_what_is_changed_or_left_out_is_told_once(tmp_path, caplog):
         Image.new("RGB", (12, 9)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.webp").touch()
     with caplog.at_level(logging.INFO, "collective_pipeline"):
-        all_of(find_images(tmp_path, GREY), 2)
+        all_of(find_images(tmp_path, SPEC), 2)
 
     assert [record.getMessage().replace(str(tmp_path), "HERE") for record in caplog.records] == [
         "HERE: files that are no png, jpg or bmp are left out: 3 x .webp",
@@ -101,7 +102,7 @@ def test_what_is_changed_or_left_out_is_told_once(tmp_path, caplog):
 
 def test_one_image_will_do(tmp_path, pixels):
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    source = find_images(tmp_path / "a.png", GREY)
+    source = find_images(tmp_path / "a.png", SPEC)
 
     assert list(source.names) == ["a.png"] and all_of(source).shape == (1, *GREY)
 
@@ -113,7 +114,7 @@ def test_an_idx_file_is_read(tmp_path, packed):
     if packed:
         path = tmp_path / "images.gz"
         path.write_bytes(gzip.compress((tmp_path / "images").read_bytes()))
-    source = find_images(path, GREY)
+    source = find_images(path, SPEC)
 
     assert (source.kind, list(source.names), len(source)) == ("index", [0, 1, 2, 3, 4], 5)
     assert np.array_equal(all_of(source, 2)[:, 0].numpy(), images)
@@ -126,7 +127,7 @@ def test_a_damaged_image_is_named(tmp_path, content):
     Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8)).save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2] if content == "half" else content)
-    source = find_images(tmp_path, GREY)
+    source = find_images(tmp_path, SPEC)
 
     with pytest.raises(UserError, match=r"b\.png is not an image that can be read \(.*\): replace it, or remove it"):
         all_of(source)
@@ -153,7 +154,7 @@ def test_numbers_that_are_no_bytes_are_refused(tmp_path, pixels):
 )
 def test_what_holds_no_images_for_the_network_is_refused(tmp_path, make, sentence):
     with pytest.raises(UserError, match=sentence):
-        find_images(make(tmp_path), GREY)
+        find_images(make(tmp_path), SPEC)
 
 
 def test_a_truncated_idx_file_is_refused(tmp_path):
@@ -161,4 +162,14 @@ def test_a_truncated_idx_file_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
 
     with pytest.raises(UserError, match=r"is truncated .*: give an idx file of images"):
-        find_images(path, GREY)
+        find_images(path, SPEC)
+
+
+def test_a_network_that_sees_the_middle_is_given_the_middle(tmp_path):
+    """As it was validated: half of the shorter side, whatever the image's shape."""
+    pixels = np.zeros((40, 60), dtype=np.uint8)
+    pixels[10:30, 20:40] = 200
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    known = SPEC.model_copy(update={"shape": (1, 8, 8), "centre": 0.5})
+
+    assert (all_of(find_images(tmp_path, known)) == 200).all()

@@ -60,10 +60,11 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels.view(image.height, image.width, len(image.getbands())).permute(2, 0, 1).contiguous()
 
 
-def read_image(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Original]:
+def read_image(path: Path, shape: tuple[int, int, int], *, centre: float | None = None) -> tuple[Tensor, Original]:
     """The image as uint8 of this `shape`, channels, height and width, and what it was.
 
-    It is turned as its camera says, put on black where it is transparent, and stretched to the size.
+    It is turned as its camera says, put on black where it is transparent, and stretched to the size; or only the square
+    in its middle whose side is the share `centre` of the shorter side, as in validation.
 
     Raises:
         UserError: If the file cannot be read.
@@ -75,6 +76,10 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Origina
             original = Original(file.size, file.mode)
             ImageOps.exif_transpose(file, in_place=True)
             image = to_mode(file, MODES[channels])
+            if centre is not None:
+                side = max(1, round(centre * min(image.size)))
+                left, top = (image.width - side) // 2, (image.height - side) // 2
+                image = image.crop((left, top, left + side, top + side))
             if image.size != (width, height):
                 image = image.resize((width, height), Image.Resampling.BILINEAR)
             pixels = to_tensor(image)

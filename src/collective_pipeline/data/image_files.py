@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from collective_pipeline.config import UserError
+from collective_pipeline.config import ImageSpec, UserError
 from collective_pipeline.data.decoding import MODES, SUFFIXES, list_image_files, read_image
 from collective_pipeline.data.small_images import IDX_IMAGES, read_idx
 
@@ -43,23 +43,24 @@ class ImageSource:
             yield self.read(slice(start, start + size))
 
 
-def find_images(path: Path, shape: tuple[int, int, int]) -> ImageSource:
-    """The images at `path` for a network that reads this `shape`, channels, height and width.
+def find_images(path: Path, known: ImageSpec) -> ImageSource:
+    """The images at `path` for a network that reads what is `known`.
 
-    Image files are converted to that shape when they are read; an idx file must have it.
+    Image files are converted to its shape when they are read; an idx file must have it.
 
     Raises:
         UserError: If there is nothing at `path`, no image in it, or an idx file that is damaged or of another shape.
     """
+    shape = known.shape
     if not path.exists():
         raise UserError(f"there is no {path}: {ADVICE}")
     if path.is_dir():
         chosen = list_image_files(path)
         if not chosen:
             raise UserError(f"{path} holds no png, jpg or bmp file: {ADVICE}")
-        return ImageSource("file", [file.relative_to(path).as_posix() for file in chosen], _Reader(chosen, shape))
+        return ImageSource("file", [file.relative_to(path).as_posix() for file in chosen], _Reader(chosen, known))
     if path.suffix.lower() in SUFFIXES:
-        return ImageSource("file", [path.name], _Reader([path], shape))
+        return ImageSource("file", [path.name], _Reader([path], known))
     images = torch.tensor(read_idx(path, IDX_IMAGES, advice=ADVICE)).unsqueeze(1)
     if images.shape[1:] != shape:
         given, wanted = (" x ".join(map(str, one)) for one in (images.shape[1:], shape))
@@ -75,20 +76,21 @@ def find_images(path: Path, shape: tuple[int, int, int]) -> ImageSource:
 class _Reader:
     """Reads image files, several at once, and tells once of what it must change."""
 
-    def __init__(self, files: Sequence[Path], shape: tuple[int, int, int]) -> None:
+    def __init__(self, files: Sequence[Path], known: ImageSpec) -> None:
         self.files = files
-        self.shape = shape
+        self.known = known
         self.told: set[str] = set()
 
     def __call__(self, rows: slice) -> Tensor:
         files = self.files[rows]
-        channels, height, width = self.shape
+        channels, height, width = self.known.shape
         with ThreadPoolExecutor() as pool:
-            read = list(pool.map(lambda file: read_image(file, self.shape), files))
+            read = list(pool.map(lambda file: read_image(file, self.known.shape, centre=self.known.centre), files))
         for file, (_, original) in zip(files, read, strict=True):
             if original.size != (width, height):
                 was = f"{original.size[1]} x {original.size[0]}"
-                self._tell(f"images are resized to {height} x {width}", file, was)
+                part = "" if self.known.centre is None else ", of which the middle is seen"
+                self._tell(f"images are resized to {height} x {width}{part}", file, was)
             if original.mode != MODES[channels]:
                 self._tell(f"images are converted to {channels} channel(s)", file, f"mode {original.mode}")
         return torch.stack([image for image, _ in read])

@@ -193,7 +193,13 @@ class StreamedSplits:
     @property
     def image_spec(self) -> ImageSpec:
         """What a trained network must be given again, beside its weights."""
-        return ImageSpec(shape=self.image_shape, mean=self.mean, std=self.std, class_names=self.class_names)
+        return ImageSpec(
+            shape=self.image_shape,
+            mean=self.mean,
+            std=self.std,
+            class_names=self.class_names,
+            centre=self.test.crop.centre,
+        )
 
     def to(self, device: torch.device) -> Self:
         """Wanted on this device."""

@@ -59,7 +59,7 @@ def choose_checkpoint(settings: Parameters, saved: Path) -> Checkpoint:
 
 def list_images(settings: Parameters, checkpoint: Checkpoint) -> ImageSource:
     """The images that the parameter `images` names, relative to where the command is typed."""
-    return find_images(Path(settings.images or "").expanduser(), checkpoint.images.shape)
+    return find_images(Path(settings.images or "").expanduser(), checkpoint.images)
 
 
 def predict(images: ImageSource, checkpoint: Checkpoint, settings: Parameters, device: torch.device) -> pd.DataFrame:

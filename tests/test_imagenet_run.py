@@ -1,0 +1,142 @@
+"""`kedro run --pipeline imagenet` as a user types it, on a hundred image files of different sizes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from tests.test_run import as_params, kedro, runs_of
+
+from collective_pipeline.models.checkpoint import load_checkpoint
+
+REPORTING = "data/08_reporting/imagenet"
+CLASSES = ("red", "green", "blue")
+
+
+def write_tree(root: Path) -> Path:
+    """A class is a colour in noise; every file has a size of its own."""
+    generator = np.random.default_rng(0)
+    for part, number in (("train", 40), ("val", 5)):
+        for channel, name in enumerate(CLASSES):
+            (root / part / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = generator.integers(0, 120, (60 + i, 70 + 2 * i, 3), dtype=np.uint8)
+                pixels[..., channel] += 100
+                Image.fromarray(pixels).save(root / part / name / f"{i}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory) -> dict:
+    return {
+        "imagenet.folder": str(write_tree(tmp_path_factory.mktemp("tree"))),
+        "imagenet.val_fraction": 0.1,
+        "imagenet.augmentation.colour_probability": 0.3,
+        "imagenet.augmentation.move_probability": 0.5,
+        "imagenet.augmentation.cutout_probability": 0.5,
+        "imagenet.training.mixup_alpha": 0.2,
+        "imagenet.training.cutmix_alpha": 1.0,
+        "imagenet.drop_path": 0.1,
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, new_project, params):
+    """A run of the debug environment; the folder and what was printed."""
+    project = new_project(tmp_path_factory.mktemp("imagenet"))
+    result = kedro(project, "run", "--pipeline", "imagenet", "--env", "debug", "--params", as_params(params))
+    assert result.exit_code == 0, result.output
+    return project, result
+
+
+def checkpoint_of(project: Path) -> Path:
+    return next(project.glob("data/06_models/imagenet_network/best.safetensors/*/best.safetensors"))
+
+
+def test_what_was_found_is_told_before_training(trained):
+    project, _ = trained
+    found = pd.read_csv(project / REPORTING / "images.csv").set_index("part")
+
+    assert found["images"].to_dict() == {"train": 120, "val": 15} and set(found["classes"]) == {3}
+    assert set(found["labels"]) == {"names of folders"}
+    assert (project / "data/05_model_input/imagenet/index.parquet").exists()
+
+
+def test_the_network_is_trained_stage_by_stage_and_tested(trained):
+    project, result = trained
+    history = pd.read_parquet(project / "data/07_model_output/imagenet_network/history.parquet")
+    runs = pd.read_csv(project / REPORTING / "runs.csv")
+
+    assert list(history["phase"]) == ["48px", "64px"]
+    assert list(runs["best_epoch"]) == [2]  # epochs of smaller images are not chosen
+    assert "resnet18 with" in result.stdout and (project / REPORTING / "report.html").exists()
+    assert json.loads((project / REPORTING / "results.json").read_text())["resnet18"]["total_epochs"] == 2
+    arms = runs_of(project)
+    assert set(arms["status"]) == {"FINISHED"} and "resnet18" in set(arms["tags.model_type"])
+
+
+def test_the_checkpoint_takes_its_preprocessing_along(trained, params):
+    """The middle of an image of any size, as in validation."""
+    project, _ = trained
+    checkpoint = load_checkpoint(checkpoint_of(project))
+    images = Path(params["imagenet.folder"]) / "val" / "red"
+    given = as_params({"images": images, "checkpoint": checkpoint_of(project)})
+    result = kedro(project, "run", "--pipeline", "predict", "--params", given)
+
+    assert checkpoint.images.shape == (3, 64, 64) and checkpoint.images.centre == 0.875
+    assert checkpoint.images.class_names == tuple(sorted(CLASSES))
+    assert result.exit_code == 0, result.output
+    predictions = pd.read_csv(project / "data/07_model_output/predict/predictions.csv")
+    assert len(predictions) == 5 and set(predictions["prediction"]) <= set(CLASSES)
+
+
+def test_a_packed_copy_gives_the_same_images_where_they_are_small(trained, tmp_path_factory, new_project, params):
+    """At a side that none of them exceeds, files are kept as they are: the same training, from one file."""
+    project = new_project(tmp_path_factory.mktemp("packed"))
+    given = as_params({**params, "imagenet.pack_side": 200})
+    result = kedro(project, "run", "--pipeline", "imagenet", "--env", "debug", "--params", given)
+
+    assert result.exit_code == 0, result.output
+    columns = ["test_accuracy", "test_loss", "val_accuracy"]
+    packed, plain = (pd.read_csv(one / REPORTING / "runs.csv")[columns] for one in (project, trained[0]))
+    pd.testing.assert_frame_equal(packed, plain)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"imagenet.folder": "nowhere"}, "there is no folder nowhere"),
+        ({"imagenet.model": "vgg11"}, "choose from resnet18"),
+        ({"imagenet.training.epochs": 3}, "stages have 2 epochs together and epochs=3"),
+        ({"imagenet.training.batch_size": 128}, "choose a smaller training.batch_size"),
+        ({"imagenet.subset_size": 10}, "subset_size leaves 1 of the val images"),
+        ({"imagenet.training.cutout": 4}, "use imagenet.augmentation"),
+        ({"num_gpus": 0}, "num_gpus"),
+        ({"training.epochs": 3}, "use `imagenet.training.epochs`"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(trained, params, given, told):
+    given = as_params({**params, **given})
+    result = kedro(trained[0], "run", "--pipeline", "imagenet", "--env", "debug", "--params", given)
+
+    assert result.exit_code == 1
+    assert told in result.output and "Traceback" not in result.output
+
+
+def test_a_file_that_is_no_image_is_named_and_stops_the_run_beyond_the_limit(
+    tmp_path, tmp_path_factory, new_project, params
+):
+    tree = write_tree(tmp_path / "tree")
+    (tree / "train" / "red" / "0.jpg").write_bytes(b"no image")
+    (tree / "train" / "red" / "1.jpg").write_bytes((tree / "train" / "red" / "1.jpg").read_bytes()[:300])
+    project = new_project(tmp_path_factory.mktemp("bad"))
+    given = {**params, "imagenet.folder": str(tree)}
+    refused = kedro(project, "run", "--pipeline", "imagenet", "--env", "debug", "--params", as_params(given))
+    borne = as_params({**given, "imagenet.max_bad": 0.05})
+    result = kedro(project, "run", "--pipeline", "imagenet", "--env", "debug", "--params", borne)
+
+    assert refused.exit_code == 1 and "Traceback" not in refused.output
+    assert "0.jpg" in refused.output or "1.jpg" in refused.output
+    assert result.exit_code == 0, result.output
