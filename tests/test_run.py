@@ -27,7 +27,7 @@ from collective_pipeline.config import MODEL_TYPES, UserError
 from collective_pipeline.data.small_images import IDX_FILES, IDX_IMAGES, IDX_LABELS, read_idx
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS
 from collective_pipeline.evaluation.experts import CLASS_COLUMNS, SAMPLE_COLUMNS, SEED_COLUMNS, UNIT_COLUMNS
-from collective_pipeline.evaluation.gpu import GPU_COLUMNS
+from collective_pipeline.evaluation.gpu import COST_COLUMNS, GPU_COLUMNS
 from collective_pipeline.evaluation.predict import Predictor
 from collective_pipeline.models.checkpoint import load_checkpoint
 from collective_pipeline.startup import quieten
@@ -556,7 +556,15 @@ def stop_at(patch: pytest.MonkeyPatch, model_type: str, epoch_number: int) -> No
 
 def results_of(project: Path) -> dict[str, pd.DataFrame]:
     """All tables and histories, without what a clock says."""
-    clocks = ["train_seconds", "samples_per_second", "latency_ms", "seconds", *GPU_COLUMNS]
+    clocks = [
+        "train_seconds",
+        "samples_per_second",
+        "latency_ms",
+        "seconds",
+        "gpu_seconds",
+        *GPU_COLUMNS,
+        *COST_COLUMNS,
+    ]
     tables = {path.name: pd.read_csv(path) for path in (project / "data/08_reporting/phase1").glob("*.csv")}
     histories = {arm: pd.read_parquet(project / f"data/07_model_output/{arm}/history.parquet") for arm in MODEL_TYPES}
     return {name: table.drop(columns=clocks, errors="ignore") for name, table in (tables | histories).items()}

@@ -1092,6 +1092,9 @@ class Parameters(Config):
     dataset: DatasetName = "mnist"
     resume: bool = Field(False, description="go on from where an interrupted run was saved")
     device: str = "auto"
+    price_per_gpu_hour: Positive | None = Field(
+        None, description="money for an hour of one GPU, in any currency: tables are in the same; null: not known"
+    )
     seeds: Seeds = tuple(range(42, 52))
     images: str | None = Field(
         None, min_length=1, description="predict: a folder of images, one image, or an idx file, from where one types"

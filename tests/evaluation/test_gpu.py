@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from collective_pipeline.evaluation.gpu import GPU_COLUMNS, hints
+from collective_pipeline.evaluation.gpu import COST_COLUMNS, GPU_COLUMNS, add_costs, describe_costs, hints
 
 
 def arms(**figures) -> pd.DataFrame:
@@ -57,3 +57,22 @@ def test_advice_says_what_changes_the_training():
     for told in hints(arms(gpu_utilization_mean=[10.0] * 2, gpu_memory_mb_peak=[10.0] * 2)):
         assert "change no result" in told or "changes no result" in told
         assert "training.batch_size" in told and "changes the training" in told
+
+
+def trainings(gpu_hours: list[float], price: float | None = None, joules: float = np.nan) -> pd.DataFrame:
+    return add_costs(pd.DataFrame({"joules": [joules] * len(gpu_hours)}), pd.Series(gpu_hours), price)
+
+
+def test_what_it_cost_is_told_as_far_as_it_is_known_of_all():
+    told = describe_costs(trainings([1.5, 0.5], price=2.5, joules=1.8e6))
+    assert (
+        told
+        == "The 2 trainings that were tested took 2.00 GPU-hours and 1.00 kWh, which cost 5.00 at 2.50 per GPU-hour."
+    )
+    assert describe_costs(trainings([0.01234])) == "The training that was tested took 0.0123 GPU-hours."
+    assert describe_costs(trainings([1.5, np.nan], price=2.5)) == ""
+
+
+def test_without_a_price_or_a_gpu_the_columns_are_empty():
+    assert trainings([1.5])[["gpu_hours"]].notna().all(axis=None) and trainings([1.5])["cost"].isna().all()
+    assert trainings([np.nan], price=2.0)[list(COST_COLUMNS)].isna().all(axis=None)

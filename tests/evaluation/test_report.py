@@ -16,7 +16,7 @@ from collective_pipeline.config import MODEL_TYPES, ComparisonConfig
 from collective_pipeline.data.splits import Images
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS, compare_arms
 from collective_pipeline.evaluation.experts import CLASS_COLUMNS, SAMPLE_COLUMNS, UNIT_COLUMNS, ExpertAnalysis
-from collective_pipeline.evaluation.gpu import GPU_COLUMNS
+from collective_pipeline.evaluation.gpu import COST_COLUMNS, GPU_COLUMNS
 from collective_pipeline.evaluation.report import write_report
 
 FACTS = {"Command": {"command": "kedro run --pipeline phase1"}, "Machine": {"device": "cpu"}}
@@ -172,7 +172,7 @@ def test_the_gpu_is_on_the_page_only_where_there_was_one():
     results = pd.DataFrame(
         {
             **dict.fromkeys(RUN_COLUMNS, 1.0),
-            **dict.fromkeys(GPU_COLUMNS, np.nan),
+            **dict.fromkeys((*GPU_COLUMNS, *COST_COLUMNS), np.nan),
             "model_type": ["collective", "shallow"],
             "seed": 1,
             "params": 560_000,
@@ -185,10 +185,13 @@ def test_the_gpu_is_on_the_page_only_where_there_was_one():
     config = ComparisonConfig(resamples=200)
     without = Page(make_report(results=results, comparison=compare_arms(results, config), history=history))
     assert "GPU" not in without.texts and not without.all("li")
+    assert not {"What it cost.", "GPU-hours", "GPU-hours per seed"} & set(without.texts)
 
-    known = results.assign(gpu_utilization_mean=12.0, joules=1234.0)
+    known = results.assign(gpu_utilization_mean=12.0, joules=1234.0, gpu_hours=0.5, cost=1.25)
     page = Page(make_report(results=known, comparison=compare_arms(known, config), history=history))
     assert "GPU" in page.texts and "1,234" in page.texts and len(page.all("li")) == 1
+    assert {"What it cost.", "GPU-hours", "GPU-hours per seed", "Cost per seed", "1.25"} <= set(page.texts)
+    assert "Energy (kWh)" not in page.texts
     assert not any(text == "nan" for text in page.texts)
 
 

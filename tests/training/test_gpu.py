@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from collective_pipeline.config import Parameters
-from collective_pipeline.evaluation.gpu import USAGE_COLUMNS
+from collective_pipeline.evaluation.gpu import COST_COLUMNS, USAGE_COLUMNS
+from collective_pipeline.evaluation.results import tabulate
 from collective_pipeline.pipelines.arm.nodes import evaluate
 from collective_pipeline.training import gpu, interrupt, train
 from collective_pipeline.training.gpu import Meter, Usage
@@ -48,8 +49,9 @@ def test_all_figures_of_the_card_that_the_run_uses(driver):
         "gpu_temperature_celsius_mean": 55,
         "gpu_temperature_celsius_peak": 55,
         "joules": 3000,
+        "gpu_seconds": 10,
     }
-    assert tuple(measure(driver)) == USAGE_COLUMNS
+    assert tuple(measure(driver)) == (*USAGE_COLUMNS, "gpu_seconds")
 
 
 def test_means_are_over_time_and_over_the_arm_s_time_only(driver):
@@ -66,7 +68,7 @@ def test_means_are_over_time_and_over_the_arm_s_time_only(driver):
 
 
 @pytest.mark.parametrize("refused", [(), (ENERGY,)], ids=["counted by the card", "integrated from its power"])
-def test_joules_of_arms_side_by_side_sum_to_the_card_s(driver, refused):
+def test_joules_and_seconds_of_arms_side_by_side_sum_to_the_card_s(driver, refused):
     driver.now, driver.refused = 0.0, dict.fromkeys(refused, NOT_SUPPORTED)
     with Meter(CUDA, Usage()) as long:
         driver.now = 4.0
@@ -75,6 +77,7 @@ def test_joules_of_arms_side_by_side_sum_to_the_card_s(driver, refused):
         driver.now = 10.0
     assert short.usage.joules == pytest.approx(2 * 300 / 2)
     assert long.usage.joules == pytest.approx(8 * 300 + 2 * 300 / 2)
+    assert (short.usage.gpu_seconds, long.usage.gpu_seconds) == pytest.approx((2 / 2, 8 + 2 / 2))
     driver.now = 20.0  # the card is left alone meanwhile
     assert measure(driver, 1)["joules"] == pytest.approx(300)
 
@@ -94,7 +97,8 @@ def test_what_was_not_known_all_the_time_is_left_out(dark):
 def test_a_laptop_that_does_not_tell_its_power_tells_the_rest(driver):
     names = ("nvmlDeviceGetPowerUsage", "nvmlDeviceGetEnforcedPowerLimit", ENERGY)
     driver.refused = dict.fromkeys(names, NOT_SUPPORTED)
-    assert set(measure(driver)) == {name for name in USAGE_COLUMNS if "power" not in name and name != "joules"}
+    told = {name for name in (*USAGE_COLUMNS, "gpu_seconds") if "power" not in name and name != "joules"}
+    assert set(measure(driver)) == told
 
 
 def test_a_part_of_a_card_tells_its_memory(driver):
@@ -102,13 +106,14 @@ def test_a_part_of_a_card_tells_its_memory(driver):
     driver.visible = "MIG-b"
     names = ("UtilizationRates", "PowerUsage", "EnforcedPowerLimit", "Temperature", "TotalEnergyConsumption")
     driver.refused = {f"nvmlDeviceGet{name}": NOT_SUPPORTED for name in names}
-    assert set(measure(driver)) == {"gpu_memory_mb_mean", "gpu_memory_mb_peak", "gpu_memory_mb_total"}
+    memory = {"gpu_memory_mb_mean", "gpu_memory_mb_peak", "gpu_memory_mb_total"}
+    assert set(measure(driver)) == memory | {"gpu_seconds"}
 
 
 @pytest.mark.parametrize("query", ["nvmlInit", "nvmlDeviceGetHandleByUUID"])
-def test_without_the_driver_s_library_all_is_empty_and_told_once(driver, caplog, query):
+def test_without_the_driver_s_library_all_but_the_time_is_empty_and_told_once(driver, caplog, query):
     driver.refused = {query: pynvml.NVML_ERROR_LIBRARY_NOT_FOUND}
-    assert measure(driver) == measure(driver) == {}
+    assert measure(driver) == measure(driver) == {"gpu_seconds": 10}
     (message,) = caplog.messages
     assert "NVML Shared Library Not Found" in message and "stay empty" in message
 
@@ -120,7 +125,7 @@ def test_a_card_that_is_lost_leaves_nothing_half_known(driver):
         assert meter.read().figures
         driver.refused = {name: LOST for name in vars(pynvml) if name.startswith("nvmlDeviceGet")}
         driver.now = 9.0
-    assert meter.usage.figures == {}
+    assert meter.usage.figures == {"gpu_seconds": 9}
 
 
 def test_where_there_is_no_gpu_no_driver_is_asked(driver):
@@ -157,13 +162,33 @@ def test_tables_hold_what_training_used(driver, arm, splits, training):
     images = results["samples_per_second"] * history["seconds"].max()
     assert results["images_per_joule"].to_numpy() == pytest.approx((images / joules.iloc[-1]).to_numpy())
     assert set(results["gpu_utilization_mean"]) == {40} and set(results["gpu_power_watts_limit"]) == {700}
+    assert 3600 * results["gpu_hours"].sum() == pytest.approx(history["gpu_seconds"].max(), abs=1e-3)
+    assert 3.6e6 * results["energy_kwh"].to_numpy() == pytest.approx(results["joules"].to_numpy())
+    assert results["cost"].isna().all()
+
+
+def test_cost_is_gpu_hours_times_their_price_of_every_gpu(driver, arm, splits, training):
+    checkpoint, fit = train_arm(
+        arm, splits, training, seeds=(1, 2), device=CPU, callbacks=[ten_seconds_an_epoch(driver)]
+    )
+    history, test = pd.DataFrame(fit.history), {"accuracy": [90.0, 91.0]}
+
+    def table(**about):
+        return tabulate(checkpoint, history, test, training, num_images=len(splits.train), **about)
+
+    one, four = table(price_per_gpu_hour=3.6), table(price_per_gpu_hour=3.6, num_gpus=4)
+    seconds = 10 * (training.epochs - 1) / 2
+    assert one["gpu_hours"].tolist() == pytest.approx([seconds / 3600] * 2)
+    assert one["cost"].tolist() == pytest.approx([seconds / 1000] * 2)
+    for name in (*COST_COLUMNS, "joules"):
+        assert four[name].tolist() == pytest.approx((4 * one[name]).tolist())
 
 
 def test_without_a_gpu_the_columns_are_empty(arm, splits, training):
-    settings = Parameters(seeds=(1, 2), training=training, device="cpu")
+    settings = Parameters(seeds=(1, 2), training=training, device="cpu", price_per_gpu_hour=2.0)
     checkpoint, fit = train_arm(arm, splits, training, seeds=settings.seeds, device=CPU)
     results = evaluate(checkpoint, pd.DataFrame(fit.history), splits, settings, CPU)
-    assert results[[*USAGE_COLUMNS, "images_per_joule"]].isna().all(axis=None)
+    assert results[[*USAGE_COLUMNS, "images_per_joule", *COST_COLUMNS]].isna().all(axis=None)
 
 
 def ten_seconds_an_epoch(driver):

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from collective_pipeline.config import Stage, TrainingConfig
 from collective_pipeline.training import progress
 from collective_pipeline.training.loop import Epoch
-from collective_pipeline.training.progress import Progress, duration
+from collective_pipeline.training.progress import Progress, duration, measure_pace, weigh_epochs
 
 
 @pytest.fixture
@@ -159,6 +160,52 @@ def test_seeds_that_stopped_or_diverged_do_not_count(clock, told):
 
     assert early.mean("val_accuracy") == 98.0 and early.mean("train_loss") == pytest.approx(0.8)
     assert "98.00 %" in told.text and told.text.strip().endswith("done in 10 s")
+
+
+STAGES = (Stage(epochs=2, image_size=64, batch_size=50), Stage(epochs=1), Stage(epochs=1, image_size=256))
+
+
+def test_the_work_of_an_epoch_is_the_pixels_of_its_images():
+    """Those of whole batches alone; an epoch at twice the side has four times as many."""
+    plan = TrainingConfig(epochs=4, batch_size=40, stages=STAGES)
+    assert weigh_epochs(plan, num_images=100, image_size=128) == pytest.approx([0.25, 0.25, 0.8, 3.2])
+    assert weigh_epochs(TrainingConfig(epochs=2, batch_size=50), num_images=100, image_size=28) == [1.0, 1.0]
+
+
+def test_the_pace_counts_work_not_epochs():
+    weights = [1.0, 1.0, 4.0]
+    assert measure_pace(weights, (0, 0.0), (0.25, 10.0)) == pytest.approx(40)
+    assert measure_pace(weights, (1, 50.0), (2.5, 140.0)) == pytest.approx(90 / 3)
+    assert measure_pace(weights, (0, 0.0), (3, 120.0)) * sum(weights) == pytest.approx(120)
+
+
+def test_two_minutes_within_the_first_epoch_tell_the_whole_plan(clock, told):
+    """By the pace of the second one, since the first has compiled; once, and with what it will cost."""
+    report = Progress(
+        "resnet50", num_epochs=3, num_arms=1, device_type="cuda", weights=[1.0, 1.0, 4.0], price_per_hour=2.0
+    )
+    for number in report.watch(range(1, 1001)):
+        clock["wall"] += 10 if number <= 6 else 3.6
+    report(epoch(1, 4000.0, num_epochs=3))
+
+    (line,) = (line for line in told.messages if "take about" in line and "At this pace" not in line)
+    assert line.endswith("at the pace of its updates all 3 epochs take about 6.0 h and cost 12.00")
+
+
+def test_time_left_counts_stages_that_are_still_to_come_by_their_pixels(clock, told):
+    """At the pace of the stage that trains, without its first epoch once there is another."""
+    report = Progress("resnet50", num_epochs=6, num_arms=1, device_type="cuda", weights=[1.0] * 3 + [4.0] * 3)
+    for number, seconds in ((1, 30.0), (2, 40.0), (3, 50.0), (4, 150.0), (5, 210.0)):
+        clock["wall"] += 60
+        report(epoch(number, seconds, num_epochs=6))
+
+    assert [" ".join(line.split()).partition("97.00 % ")[2] for line in told.messages] == [
+        "30.0 s/epoch 7 min 00 s left",
+        "10.0 s/epoch 2 min 10 s left",
+        "10.0 s/epoch 2 min 00 s left",
+        "100.0 s/epoch 3 min 20 s left",
+        "60.0 s/epoch 60 s left",
+    ]
 
 
 def test_durations_read_well():

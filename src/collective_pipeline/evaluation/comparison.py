@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from collective_pipeline.config import ComparisonConfig
-from collective_pipeline.evaluation.gpu import GPU_COLUMNS
+from collective_pipeline.evaluation.gpu import COST_COLUMNS, GPU_COLUMNS
 
 RUN_COLUMNS = (
     "model_type",
@@ -35,8 +35,9 @@ RUN_COLUMNS = (
     "diverged",
     "joules",
     "images_per_joule",
+    *COST_COLUMNS,
 )
-COMPARISON_COLUMNS = (
+_ARM_COLUMNS = (
     "model_type",
     "num_seeds",
     "params",
@@ -59,17 +60,19 @@ COMPARISON_COLUMNS = (
     "probability_of_improvement",
     *GPU_COLUMNS,
 )
+COMPARISON_COLUMNS = (*_ARM_COLUMNS, *COST_COLUMNS)
 # What an arm costs, and the factor below which two costs count as equal. Two arms of one size miss it by up to 0.1 %
 # each (`baselines.tolerance`): what differs by less than both together is how well they were matched, no saving.
 MATCHED = 1.001 / 0.999
 COSTS = {"params": MATCHED, "macs": MATCHED, "latency_ms": 1.0, "train_seconds": 1.0}
 SIZE_COLUMNS = (
     "target_params",
-    *COMPARISON_COLUMNS,
+    *_ARM_COLUMNS,
     "test_loss_mean",
     "test_loss_ci_low",
     "test_loss_ci_high",
     *(f"on_front_{cost}" for cost in COSTS),
+    *COST_COLUMNS,
 )
 OVERALL_COLUMNS = (
     "model_type",
@@ -207,7 +210,7 @@ def _compare(results: pd.DataFrame, config: ComparisonConfig, reference: str) ->
             "latency_ms": arms["latency_ms"].mean(),
             "train_seconds": arms["train_seconds"].mean(),
             "num_diverged": arms["diverged"].sum().astype(int),
-            **arms[list(GPU_COLUMNS)].mean(),
+            **arms[[*GPU_COLUMNS, *COST_COLUMNS]].mean(),
         },
         index=accuracy.columns,
     )

@@ -1,5 +1,6 @@
-"""What a GPU did while the arms trained: the tables' columns, and what could be done better."""
+"""What a GPU did while the arms trained, and what that cost: the tables' columns, and what could be done better."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,9 @@ USAGE_COLUMNS = (
     "joules",
 )
 GPU_COLUMNS = (*USAGE_COLUMNS, "images_per_joule")
+# Behind all others.
+COST_COLUMNS = ("gpu_hours", "energy_kwh", "cost")
+JOULES_PER_KWH = 3.6e6
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,39 @@ RULES = (
         "small to fill it. More seeds or arms at once, or a larger network, use more of it.",
     ),
 )
+
+
+def add_costs(results: pd.DataFrame, gpu_hours: pd.Series | float, price_per_gpu_hour: float | None) -> pd.DataFrame:
+    """`results` with `COST_COLUMNS`: empty where there was no GPU, or where its price is not known.
+
+    Args:
+        results: With `joules`, a row for each training.
+        gpu_hours: Of each, NaN without a GPU.
+        price_per_gpu_hour: In any currency; None: not known.
+    """
+    price = math.nan if price_per_gpu_hour is None else price_per_gpu_hour
+    results = results.assign(gpu_hours=gpu_hours, energy_kwh=results["joules"] / JOULES_PER_KWH)
+    return results.assign(cost=results["gpu_hours"] * price)
+
+
+def describe_costs(runs: pd.DataFrame) -> str:
+    """What trainings cost together, in a sentence that leaves out what is not known of all; nothing without a GPU.
+
+    Args:
+        runs: With `COST_COLUMNS`, a row for each training.
+    """
+    if runs.empty or runs["gpu_hours"].isna().any():
+        return ""
+    hours, kwh, cost = (runs[name].sum(skipna=False) for name in COST_COLUMNS)
+    trainings = "training that was" if len(runs) == 1 else f"{len(runs):,} trainings that were"
+    energy = "" if math.isnan(kwh) else f" and {amount(kwh)} kWh"
+    money = "" if math.isnan(cost) else f", which cost {amount(cost)} at {amount(cost / hours)} per GPU-hour"
+    return f"The {trainings} tested took {amount(hours)} GPU-hours{energy}{money}."
+
+
+def amount(value: float) -> str:
+    """Hundredths as of money, of less than one three digits; nothing for NaN."""
+    return "" if math.isnan(value) else f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def hints(comparison: pd.DataFrame) -> list[str]:

@@ -24,7 +24,7 @@ from collective_pipeline.evaluation.figures import (
     plot_samples,
     plot_training_curves,
 )
-from collective_pipeline.evaluation.gpu import GPU_COLUMNS, hints
+from collective_pipeline.evaluation.gpu import GPU_COLUMNS, amount, describe_costs, hints
 from collective_pipeline.evaluation.latency import SKIPPING_COLUMNS
 
 Columns = Mapping[str, Callable[[Any], str]]
@@ -79,7 +79,8 @@ def write_report(
         images: Those that `experts` was made with.
         skipping: `latency.SKIPPING_COLUMNS`, if gates can be skipped.
     """
-    details = [make_table("Every run, one row per arm and seed", RUNS, results, RUN_COLUMNS, "runs.csv")]
+    runs = {**RUNS, **without_empty(SPENT, results)}
+    details = [make_table("Every run, one row per arm and seed", runs, results, RUN_COLUMNS, "runs.csv")]
     figures = list(_figures(results, comparison, history, reference, compared=_is_compared(comparison)))
     if experts is not None and images is not None and not experts.units.empty:
         details += _expert_tables(experts)
@@ -98,6 +99,7 @@ def write_report(
         key_figures=_key_figures(comparison, reference) if compared else _key_figures_of_best(comparison),
         heading="Comparison" if compared else "Result",
         tables=tables,
+        costs=describe_costs(results),
         gpu=gpu_table(GPU, comparison, COMPARISON_COLUMNS),
         hints=hints(comparison),
         notes=notes,
@@ -150,6 +152,7 @@ def render(
     key_figures: Mapping[str, tuple[str, str]],
     heading: str,
     tables: Sequence[Table],
+    costs: str,
     gpu: Table | None,
     hints: Sequence[str],
     notes: Sequence[str],
@@ -166,6 +169,7 @@ def render(
         key_figures: Name to value and note.
         heading: Of the tables.
         tables: What the answer rests on.
+        costs: What it cost, in a sentence, if that is known.
         gpu: What the card did, if there was one.
         hints: What could be better there.
         notes: How to read them.
@@ -187,6 +191,7 @@ def render(
         key_figures=key_figures,
         heading=heading,
         tables=tables,
+        costs=costs,
         gpu=gpu,
         hints=hints,
         notes=notes,
@@ -241,6 +246,12 @@ COST: Columns = {
     EXECUTED: lambda arm: number(",.0f", arm.executed_macs),
     "Latency (ms)": lambda arm: number(".3g", arm.latency_ms),
     "Training time per seed (s)": lambda arm: number(",.1f", arm.train_seconds),
+}
+# Only where they are known.
+SPENT: Columns = {
+    "GPU-hours": lambda row: amount(row.gpu_hours),
+    "Energy (kWh)": lambda row: amount(row.energy_kwh),
+    "Cost": lambda row: amount(row.cost),
 }
 GPU: Columns = {
     "Arm": lambda arm: arm.model_type,
@@ -308,10 +319,15 @@ def make_table(caption: str, columns: Columns, data: pd.DataFrame, csv_columns: 
     )
 
 
-def _without_empty(columns: Columns, data: pd.DataFrame) -> Columns:
+def without_empty(columns: Columns, data: pd.DataFrame) -> Columns:
     """Those that say something of any row."""
     rows = list(data.itertuples())
     return {name: tell for name, tell in columns.items() if any(tell(row) for row in rows)}
+
+
+def spent_per_seed(comparison: pd.DataFrame) -> Columns:
+    """What is known of GPU-hours, energy and money of an arm, which are means over its seeds."""
+    return {f"{name} per seed": tell for name, tell in without_empty(SPENT, comparison).items()}
 
 
 def gpu_table(columns: Columns, comparison: pd.DataFrame, csv_columns: Iterable[str]) -> Table | None:
@@ -326,6 +342,7 @@ def _comparison_tables(comparison: pd.DataFrame, reference: str, compared: bool)
     caption = f"Accuracy, and difference to the {reference}" if compared else "Accuracy"
     # Without gates a second column of the same numbers would only make people look for a difference.
     cost = {name: tell for name, tell in COST.items() if name != EXECUTED or _has_shut_gates(comparison)}
+    cost |= spent_per_seed(comparison)
     return [
         make_table(caption, columns, comparison, COMPARISON_COLUMNS, "comparison.csv"),
         make_table("Parameter efficiency and cost", cost, comparison, COMPARISON_COLUMNS, "comparison.csv"),
@@ -412,7 +429,7 @@ def _figures(
 def _expert_tables(experts: ExpertAnalysis) -> Iterable[Table]:
     yield make_table(
         "Experts, members and gated layers, one row per seed and unit",
-        _without_empty(UNITS, experts.units),
+        without_empty(UNITS, experts.units),
         experts.units,
         UNIT_COLUMNS,
         "expert_analysis.csv",
@@ -421,7 +438,7 @@ def _expert_tables(experts: ExpertAnalysis) -> Iterable[Table]:
     if experts.seeds["oracle_accuracy"].notna().any():
         yield make_table(
             "Experts and members together, one row per seed",
-            _without_empty(UNITS_BY_SEED, experts.seeds),
+            without_empty(UNITS_BY_SEED, experts.seeds),
             experts.seeds,
             SEED_COLUMNS,
             "expert_analysis_by_seed.csv",

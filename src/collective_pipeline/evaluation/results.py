@@ -11,7 +11,7 @@ import pandas as pd
 from collective_pipeline.config import TrainingConfig
 from collective_pipeline.evaluation.comparison import efficiency
 from collective_pipeline.evaluation.cost import count_macs
-from collective_pipeline.evaluation.gpu import GPU_COLUMNS, USAGE_COLUMNS
+from collective_pipeline.evaluation.gpu import COST_COLUMNS, GPU_COLUMNS, USAGE_COLUMNS, add_costs
 from collective_pipeline.models.checkpoint import Checkpoint
 
 OF_CLASS = "test_accuracy_of_"  # before the name of a class
@@ -25,6 +25,8 @@ def tabulate(
     *,
     num_images: int,
     executed_macs: Sequence[float] | None = None,
+    price_per_gpu_hour: float | None = None,
+    num_gpus: int = 1,
 ) -> pd.DataFrame:
     """`comparison.RUN_COLUMNS`, `gpu.GPU_COLUMNS` and what `summarise_runs` needs beside them, a row for each seed.
 
@@ -37,6 +39,9 @@ def tabulate(
         config: How it was trained.
         num_images: Of the training set.
         executed_macs: Of a test image with each seed, where gates close some; by default all that there are.
+        price_per_gpu_hour: In any currency; None: not known.
+        num_gpus: That trained it together. The history tells of the first; the others were at work as it was, and time
+            and energy are counted for each.
     """
     arm, seeds = checkpoint.arm, checkpoint.seeds
     last = history.groupby("seed").tail(1).set_index("seed").loc[list(seeds)]
@@ -67,9 +72,11 @@ def tabulate(
     chosen = history[["seed", "epoch", "val_accuracy"]].rename(columns={"epoch": "best_epoch"})
     results = results.merge(chosen, on=["seed", "best_epoch"], how="left")
     # Of all the training; nothing where there was no GPU, or where it told nothing.
-    usage = history.sort_values("seconds").reindex(columns=list(USAGE_COLUMNS)).iloc[-1]
-    joules = usage["joules"] or np.nan
-    return results.assign(**{**usage, "joules": joules / len(seeds), "images_per_joule": images / joules})
+    *names, spent = (*USAGE_COLUMNS, "gpu_seconds")
+    usage = history.sort_values("seconds").reindex(columns=[*names, spent]).iloc[-1]
+    joules = num_gpus * (usage["joules"] or np.nan)
+    results = results.assign(**{**usage[names], "joules": joules / len(seeds), "images_per_joule": images / joules})
+    return add_costs(results, num_gpus * usage[spent] / 3600 / len(seeds), price_per_gpu_hour)
 
 
 def summarise_runs(results: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -139,5 +146,8 @@ def final_metrics(results: pd.DataFrame) -> dict[str, float]:
         "final/executed_macs": float(results["executed_macs"].mean()),
         "final/train_seconds": float(results["train_seconds"].mean()),
         **{f"final/{name}": float(value) for name, value in efficiency(accuracy, params).items()},
-        **{f"final/{name}": float(value) for name, value in results[list(GPU_COLUMNS)].mean().dropna().items()},
+        **{
+            f"final/{name}": float(value)
+            for name, value in results[[*GPU_COLUMNS, *COST_COLUMNS]].mean().dropna().items()
+        },
     }

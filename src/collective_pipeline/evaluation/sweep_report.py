@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from collective_pipeline.evaluation.comparison import COSTS, MATCHED, OVERALL_COLUMNS, RUN_COLUMNS, SIZE_COLUMNS
-from collective_pipeline.evaluation.gpu import hints
+from collective_pipeline.evaluation.gpu import describe_costs, hints
 from collective_pipeline.evaluation.report import (
     ACCURACY,
     COST,
@@ -15,6 +15,7 @@ from collective_pipeline.evaluation.report import (
     INTERVALS,
     P_VALUES,
     RUNS,
+    SPENT,
     TEST_SET,
     Columns,
     Figure,
@@ -26,6 +27,8 @@ from collective_pipeline.evaluation.report import (
     number,
     render,
     span,
+    spent_per_seed,
+    without_empty,
 )
 from collective_pipeline.evaluation.sweep_figures import (
     plot_accuracy_by_size,
@@ -107,6 +110,7 @@ def write_sweep_report(
         key_figures=_key_figures(runs, comparison, trials, reference),
         heading="Comparison",
         tables=by_size if searched or not compared else [overall_table],
+        costs=describe_costs(runs),
         gpu=gpu_table({**_first("Arm", GPU), **SIZE, **_rest("Arm", GPU)}, comparison, SIZE_COLUMNS),
         hints=hints(comparison),
         notes=_notes(comparison, reference, compared, searched),
@@ -143,7 +147,7 @@ def _tables(comparison: pd.DataFrame, compared: bool, searched: bool) -> list[Ta
     if compared:
         columns |= {**DIFFERENCE, **IMPROVEMENT}
     caption = "The best of the search, trained anew" if searched else "Accuracy and differences at each size"
-    cost = {**_first("Arm", COST), **SIZE, **_rest("Arm", COST), **FRONTS}
+    cost = {**_first("Arm", COST), **SIZE, **_rest("Arm", COST), **spent_per_seed(comparison), **FRONTS}
     return [
         make_table(caption, columns, comparison, SIZE_COLUMNS, "comparison.csv"),
         make_table("Efficiency and cost", cost, comparison, SIZE_COLUMNS, "comparison.csv"),
@@ -236,7 +240,7 @@ def _figures(
 
 
 def _details(runs: pd.DataFrame, trials: pd.DataFrame, importance: pd.DataFrame) -> Iterable[Table]:
-    by_run: dict[str, Any] = {**_first("Arm", RUNS), **SIZE, **_rest("Arm", RUNS)}
+    by_run: dict[str, Any] = {**_first("Arm", RUNS), **SIZE, **_rest("Arm", RUNS), **without_empty(SPENT, runs)}
     yield make_table("Every training that was tested", by_run, runs, RUN_COLUMNS, "runs.csv")
     if not trials.empty:
         yield make_table("Every trial of the search", TRIALS, trials, trials.columns, "trials.csv")

@@ -104,9 +104,12 @@ def _flat(dataset: DatasetName) -> tuple[int, int]:
     return math.prod(shape), num_classes
 
 
-MATCHED = ("dataset", "seeds", "resume", "device", "data", "collective", "baselines", "training", "comparison")
+MATCHED = (
+    "dataset", "seeds", "resume", "device", "price_per_gpu_hour", "data", "collective", "baselines", "training",
+    "comparison",
+)  # fmt: skip
 # Of experiments that have a data set, seeds, a training and a reference of their own.
-SHARED = ("resume", "device", "data", "comparison.confidence", "comparison.resamples")
+SHARED = ("resume", "device", "price_per_gpu_hour", "data", "comparison.confidence", "comparison.resamples")
 PREDICT = ("images", "model_type", "dataset", "checkpoint", "checkpoint_seed", "device")
 
 # The one that `kedro run` alone runs.

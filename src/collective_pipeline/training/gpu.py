@@ -1,7 +1,8 @@
 """What a GPU does while arms train on it: utilisation, memory, power, temperature and energy, as its driver tells.
 
 The figures are those of the whole card, other programs on it included. Arms of this process that train on it at the
-same time see the same ones; the card's energy is divided evenly among them, so that their joules sum to the card's.
+same time see the same ones; the card's energy and time are divided evenly among them, so that their joules and seconds
+sum to the card's.
 """
 
 import logging
@@ -39,12 +40,14 @@ class Usage:
         mean: Of each of `QUERIES`, weighted by time.
         peak: The highest reading of each.
         joules: One arm's part of the card's energy; None if it is not known for all of the time.
+        gpu_seconds: One arm's part of the card's time, whatever its driver tells; 0 where there is no card.
     """
 
     seconds: float = 0.0
     mean: dict[str, float] = field(default_factory=dict)
     peak: dict[str, float] = field(default_factory=dict)
     joules: float | None = None
+    gpu_seconds: float = 0.0
 
     def __add__(self, other: "Usage") -> "Usage":
         """Of both times together."""
@@ -57,6 +60,7 @@ class Usage:
             {n: (self.seconds * self.mean[n] + other.seconds * other.mean[n]) / seconds for n in names},
             {n: max(self.peak[n], other.peak[n]) for n in names},
             None if self.joules is None or other.joules is None else self.joules + other.joules,
+            self.gpu_seconds + other.gpu_seconds,
         )
 
     @property
@@ -70,6 +74,8 @@ class Usage:
                 named |= {f"gpu_{name}_mean": mean, f"gpu_{name}_peak": self.peak[name]}
         if self.joules is not None:
             named["joules"] = self.joules
+        if self.gpu_seconds:
+            named["gpu_seconds"] = self.gpu_seconds
         return {name: round(value, 3) for name, value in named.items()}
 
 
@@ -104,10 +110,14 @@ class Meter:
 
 
 class _Card:
-    """A card, and the meters of the arms that train on it; with no handle, one that tells nothing."""
+    """A card, and the meters of the arms that train on it; with no handle, one that tells nothing.
 
-    def __init__(self, handle: Any | None) -> None:
+    Its time counts even then, unless it `is_gpu` not at all.
+    """
+
+    def __init__(self, handle: Any | None, *, is_gpu: bool) -> None:
         self.handle = handle
+        self.is_gpu = is_gpu
         self.lock = threading.Lock()
         self.meters: list[Meter] = []
         self.ended = threading.Event()
@@ -143,7 +153,8 @@ class _Card:
                 joules = energy - self.last_energy
             for meter in self.meters:
                 share = None if joules is None else joules / len(self.meters)
-                meter.usage += Usage(seconds, values, values, share)
+                own_seconds = seconds / len(self.meters) if self.is_gpu else 0.0
+                meter.usage += Usage(seconds, values, values, share, own_seconds)
             self.last_time, self.last_energy = now, energy
 
     def _watch(self, ended: threading.Event) -> None:
@@ -174,12 +185,12 @@ _finding = threading.Lock()
 def _card_of(device: torch.device) -> _Card:
     """The one of this device, shared by all arms."""
     if device.type != "cuda":
-        return _Card(None)
+        return _Card(None, is_gpu=False)
     # CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER give cards other numbers than the driver's.
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     with _finding:
         if uuid not in _cards:
-            _cards[uuid] = _Card(_find(uuid))
+            _cards[uuid] = _Card(_find(uuid), is_gpu=True)
         return _cards[uuid]
 
 

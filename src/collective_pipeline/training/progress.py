@@ -2,11 +2,11 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from collective_pipeline.config import DEBUG
+from collective_pipeline.config import DEBUG, TrainingConfig
 from collective_pipeline.training.loop import Epoch
 
 logger = logging.getLogger(__name__)
@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 5.0
 LONG_SECONDS = 15 * 60
 LONG_EPOCH_SECONDS = 60.0
+# When the time of the whole plan is told, if its first epoch is not over. The pace is that of the second minute: the
+# first one has compiled and recorded.
+FORECAST_SECONDS = 120.0
 # Of the cores that torch's threads are to have, they have about 0.95 on a quiet machine. Where others take a part of
 # them, the threads wait for each other at every small operation, and training is 10 to 40 times slower.
 QUIET_SHARE = 0.75
@@ -30,35 +33,57 @@ class Progress:
         device_type: On a `cpu`, a comparison that takes long names the quick test.
         num_parts: How often `num_epochs` are trained, where seeds train in turn.
         brief: No line after the first epoch and the last: for one of very many short trainings.
+        weights: The work of each epoch, as `weigh_epochs` finds it; None: all are alike.
+        price_per_hour: Of what GPUs the arm has for itself: a half of one's if it shares one with another arm. None:
+            not known, or no GPU.
     """
 
     def __init__(
-        self, arm: str, *, num_epochs: int, num_arms: int, device_type: str, brief: bool = False, num_parts: int = 1
+        self,
+        arm: str,
+        *,
+        num_epochs: int,
+        num_arms: int,
+        device_type: str,
+        brief: bool = False,
+        num_parts: int = 1,
+        weights: Sequence[float] | None = None,
+        price_per_hour: float | None = None,
     ) -> None:
         self.brief = brief
         self.arm = arm
         self.num_epochs = num_epochs
         self.num_arms = num_arms
         self.num_parts = num_parts
+        self.weights = [1.0] * num_epochs if weights is None else list(weights)
+        self.price_per_hour = price_per_hour
         self.device_type = device_type
         self.last_line = time.perf_counter()
         self.epochs_done = 0
         self.started: tuple[float, float] | None = None
         self.share_is_known = False
         self.length_is_known = False
-        self.first: Epoch | None = None
+        self.is_forecast = brief
+        self.last: Epoch | None = None
+        self.stage_began = (0, 0.0)
+        self.first: Epoch | None = None  # that is told, of the stage
 
     def watch(self, stops: Iterable[int]) -> Iterator[int]:
         """The numbers of updates of an epoch that are done at each stop, with a line now and then if it is long."""
         numbers = list(stops)
         started = time.perf_counter()
+        mark = (numbers[0] - 1, 0.0) if numbers else (0, 0.0)
         for number in numbers:
             yield number
             if self.started is None and number >= WARM_UP_STEPS:
                 self.started = time.perf_counter(), time.process_time()
             elapsed = time.perf_counter() - started
-            if elapsed > LONG_EPOCH_SECONDS and not self.length_is_known:
-                self._warn_if_long(self.num_parts * elapsed * numbers[-1] / (number - numbers[0] + 1))
+            if elapsed <= LONG_EPOCH_SECONDS:
+                mark = number, elapsed
+            elif not self.length_is_known:
+                self._warn_if_long(self._expect((number - numbers[0] + 1) / numbers[-1], elapsed))
+            if elapsed > FORECAST_SECONDS and not self.is_forecast:
+                self._forecast(self._expect((number - mark[0]) / numbers[-1], elapsed - mark[1]))
             if self._is_due(4 * SECONDS_BETWEEN_LINES):
                 self._log(f"epoch {self.epochs_done + 1}: {100 * number / numbers[-1]:.0f} % of its steps")
                 self._warn_if_busy()
@@ -66,13 +91,15 @@ class Progress:
     def __call__(self, epoch: Epoch) -> None:
         """Tell what this epoch gave, and after the first what all of it will take."""
         self.epochs_done = 0 if epoch.finished else epoch.number  # then the next seeds begin
+        self._note_stage(epoch)
         if epoch.restored:
             if epoch.finished and not epoch.partial and not self.brief:
                 self._log(f"epoch {epoch.number}/{epoch.num_epochs}  is done")
             return
-        per_epoch = self._pace(epoch)
+        pace = self._pace(epoch)
         group, num_groups = epoch.group
-        left = per_epoch * (epoch.num_epochs * (num_groups - group + 1) - epoch.number)
+        whole = sum(self.weights)
+        left = pace * (whole * (num_groups - group + 1) - sum(self.weights[: epoch.number]))
         is_end = epoch.number == 1 or epoch.finished
         if self._is_due(4 * SECONDS_BETWEEN_LINES) if self.brief else is_end or self._is_due(SECONDS_BETWEEN_LINES):
             score = (
@@ -81,26 +108,52 @@ class Progress:
                 else f"{epoch.phase}, loss {epoch.mean('train_loss'):.4f}"
             )
             time_left = f"done in {duration(epoch.seconds)}" if epoch.finished else f"{duration(left)} left"
+            per_epoch = pace * self.weights[epoch.number - 1]
             of_seeds = f"seeds, part {group}/{num_groups}  " if epoch.partial else ""
             self._log(
                 f"{of_seeds}epoch {epoch.number}/{epoch.num_epochs}  {score}  {per_epoch:.1f} s/epoch  {time_left}"
             )
         self._warn_if_busy()
         if not self.length_is_known and (self.device_type != "cuda" or epoch.number > 1):
-            self._warn_if_long(per_epoch * num_groups)
+            self._warn_if_long(pace * whole * num_groups)
+        if not self.is_forecast and epoch.seconds > FORECAST_SECONDS and self.price_per_hour is not None:
+            self._forecast(pace * whole * num_groups)
+        self.is_forecast = True  # from now on every line has the time left
+
+    def _note_stage(self, epoch: Epoch) -> None:
+        """Where the stage of this epoch began; every group of seeds begins anew."""
+        if self.last is None or epoch.number <= self.last.number:
+            self.first, self.stage_began = None, (0, 0.0)
+        elif self.weights[epoch.number - 1] != self.weights[self.last.number - 1]:
+            self.first, self.stage_began = None, (self.last.number, self.last.seconds)
+        self.last = epoch
 
     def _pace(self, epoch: Epoch) -> float:
-        """Seconds an epoch, without the first one that is told: on a GPU it also compiles and records."""
-        if self.first is None or epoch.number <= self.first.number:  # or it is of other seeds than the one before
-            self.first = epoch
-        if epoch.number == self.first.number:
-            return epoch.seconds / epoch.number
-        return (epoch.seconds - self.first.seconds) / (epoch.number - self.first.number)
+        """That of the stage, for all that is still to come.
 
-    def _warn_if_long(self, per_epoch: float) -> None:
-        """Tell once, as soon as it can be known."""
+        Its first epoch that is told counts only as long as there is no other: on a GPU it also compiles and records.
+        """
+        since = self.stage_began if self.first is None else (self.first.number, self.first.seconds)
+        self.first = self.first or epoch
+        return measure_pace(self.weights, since, (epoch.number, epoch.seconds))
+
+    def _expect(self, share: float, seconds: float) -> float:
+        """Seconds of the whole plan, all its parts, if this share of the epoch that is running took so long."""
+        pace = measure_pace(self.weights, (self.epochs_done, 0.0), (self.epochs_done + share, seconds))
+        return self.num_parts * pace * sum(self.weights)
+
+    def _forecast(self, seconds: float) -> None:
+        """Tell once what the whole plan takes."""
+        self.is_forecast = True
+        plan = f"all {self.num_epochs} epochs" + (f" of {self.num_parts} seeds in turn" if self.num_parts > 1 else "")
+        cost = ""
+        if self.price_per_hour is not None:
+            cost = f" and cost {seconds / 3600 * self.price_per_hour:,.2f}"
+        self._log(f"at the pace of its updates {plan} take about {duration(seconds)}{cost}")
+
+    def _warn_if_long(self, seconds: float) -> None:
+        """Tell once, as soon as it can be known, if all of it takes so long."""
         self.length_is_known = True
-        seconds = per_epoch * self.num_epochs
         if seconds * self.num_arms < LONG_SECONDS:
             return
         # Of this arm alone: the others may be far faster or slower.
@@ -137,6 +190,38 @@ class Progress:
     def _log(self, text: str) -> None:
         self.last_line = time.perf_counter()
         logger.info("%-16s  %s", self.arm, text)
+
+
+def weigh_epochs(config: TrainingConfig, *, num_images: int, image_size: int) -> list[float]:
+    """How much work each epoch is: the pixels of its images, in units of those of `num_images` as they are.
+
+    Args:
+        config: With the stages of the plan, each with its batches and the size of its images.
+        num_images: Of the training part.
+        image_size: Pixels of a side where a stage names none.
+    """
+    weights = []
+    for stage in config.plan():
+        batch_size = stage.batch_size or config.batch_size
+        seen = num_images // batch_size * batch_size / num_images
+        weights += [seen * ((stage.image_size or image_size) / image_size) ** 2] * stage.epochs
+    return weights
+
+
+def measure_pace(weights: Sequence[float], since: tuple[float, float], now: tuple[float, float]) -> float:
+    """Seconds that an epoch of weight 1 takes, as between two moments; the whole plan takes `sum(weights)` times that.
+
+    Args:
+        weights: The work of each epoch.
+        since: Epochs done, parts of one included, and seconds that they took.
+        now: Likewise, later.
+    """
+    return (now[1] - since[1]) / (_work(weights, now[0]) - _work(weights, since[0]))
+
+
+def _work(weights: Sequence[float], epochs: float) -> float:
+    whole = int(epochs)
+    return sum(weights[:whole]) + (epochs - whole) * sum(weights[whole : whole + 1])
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ import pandas as pd
 from optuna.trial import TrialState
 
 from collective_pipeline.config import Arm, Parameters
+from collective_pipeline.evaluation.gpu import add_costs
 from collective_pipeline.tuning.study import Study, Unit
 from collective_pipeline.tuning.work import list_finals, list_units
 
@@ -55,7 +56,8 @@ def collect_runs(study: Study, settings: Parameters) -> tuple[pd.DataFrame, dict
     # JSON has no NaN, and a column without any number would be of objects.
     for name in runs.columns.difference(list(text)):
         runs[name] = pd.to_numeric(runs[name])
-    return runs, arms
+    # At today's price, whatever it was when they were trained.
+    return add_costs(runs, runs["gpu_hours"], settings.price_per_gpu_hour), arms
 
 
 def _name_finals(study: Study, settings: Parameters) -> dict[Unit, str]:

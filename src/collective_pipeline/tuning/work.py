@@ -398,7 +398,14 @@ class Worker:
             return
         test = score(checkpoint, splits.test, splits, settings.training, device=self.device)
         history = pd.DataFrame(fit.history)
-        rows = tabulate(checkpoint, history, test, settings.training, num_images=len(splits.train))
+        rows = tabulate(
+            checkpoint,
+            history,
+            test,
+            settings.training,
+            num_images=len(splits.train),
+            price_per_gpu_hour=settings.price_per_gpu_hour,
+        )
         claim.trial.set_user_attr("arm", arm.model_dump(mode="json"))
         claim.trial.set_user_attr("rows", _as_json(rows))
         if not any(fit.best_epochs):  # its rows say so, and the comparison reports it

@@ -23,6 +23,7 @@ from collective_pipeline.config import (
 from collective_pipeline.data.batches import check_batches
 from collective_pipeline.data.class_groups import GROUPS, ClassGroups, resolve_groups, restrict
 from collective_pipeline.data.splits import Splits
+from collective_pipeline.evaluation.gpu import add_costs
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.merging import check_submodels, merge
 from collective_pipeline.models.mixture import Mixture
@@ -271,13 +272,16 @@ def evaluate_mixture(
     device: torch.device,
     sub_model_history: pd.DataFrame,
 ) -> pd.DataFrame:
-    """As any arm; its seconds and joules are those of its sub-models as well, its images a second its own."""
+    """As any arm; its time, energy and cost are those of its sub-models as well, its images a second its own."""
     results = evaluate(checkpoint, history, splits, settings, device)
-    costs = sub_model_history.reindex(columns=["model_type", "seconds", "joules"]).groupby("model_type").max().sum()
+    spends = ["seconds", "joules", "gpu_seconds"]
+    costs = sub_model_history.reindex(columns=["model_type", *spends]).groupby("model_type").max().sum()
     spent = costs.astype(float) / len(checkpoint.seeds)
-    return results.assign(
+    results = results.assign(
         train_seconds=results["train_seconds"] + spent["seconds"], joules=results["joules"] + spent["joules"]
     )
+    gpu_hours = results["gpu_hours"] + spent["gpu_seconds"] / 3600
+    return add_costs(results, gpu_hours, settings.price_per_gpu_hour)
 
 
 def _digest(sub_models: Sequence[Checkpoint]) -> str:
