@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Nothing of a run goes anywhere but to this machine.
 export DO_NOT_TRACK := 1
 
-.PHONY: help install run test test-slow lint types format viz ui notebook bench requirements clean
+.PHONY: help install run test test-slow lint types format viz ui demo notebook bench requirements clean
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ viz: install  ## Show the pipeline with its figures in a browser
 
 ui: install  ## Show the tracked runs in a browser
 	$(BIN)/kedro mlflow ui
+
+demo: install  ## Serve the best checkpoint: drop an image in a browser, see what it is
+	$(BIN)/kedro run --pipeline demo
 
 # JupyterLab is laid over .venv, which stays as pinned, and finds the kernel and Plotly's extension there.
 notebook: install  ## Open the notebook about phase 1 in a browser; fetches JupyterLab the first time

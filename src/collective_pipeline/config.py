@@ -1085,6 +1085,13 @@ class ImageNetConfig(Config):
         return size
 
 
+class DemoConfig(Config):
+    """`kedro run --pipeline demo`: where the page is served."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="this machine alone; 0.0.0.0: whoever reaches it")
+    port: int = Field(7860, ge=0, le=65_535, description="0: any that is free")
+
+
 class Parameters(Config):
     """All parameters of a run, as `conf/` and `--params` give them."""
 
@@ -1099,8 +1106,12 @@ class Parameters(Config):
     images: str | None = Field(
         None, min_length=1, description="predict: a folder of images, one image, or an idx file, from where one types"
     )
-    checkpoint: str | None = Field(None, min_length=1, description="predict: a file; null: the newest of the arm")
-    checkpoint_seed: int | None = Field(None, ge=0, description="predict: this seed alone; null: the mean of all")
+    checkpoint: str | None = Field(
+        None, min_length=1, description="predict: a file; null: the newest of the arm, demo: the best"
+    )
+    checkpoint_seed: int | None = Field(
+        None, ge=0, description="predict and demo: this seed alone; null: the mean of all"
+    )
     data: DataConfig = DataConfig()
     collective: CollectiveConfig = CollectiveConfig()
     baselines: BaselineConfig = BaselineConfig()
@@ -1111,6 +1122,7 @@ class Parameters(Config):
     merged_moe: MergedMoeConfig = MergedMoeConfig()
     tiny_imagenet: TinyImagenetConfig = TinyImagenetConfig()
     imagenet: ImageNetConfig = ImageNetConfig()
+    demo: DemoConfig = DemoConfig()
     num_gpus: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
         1, description="imagenet: processes that train together, one for each GPU; auto: all there are"
     )

@@ -11,6 +11,7 @@ from collective_pipeline.pipelines import (
     comparison,
     data,
     deepmoe,
+    demo,
     imagenet,
     merged_moe,
     predict,
@@ -44,7 +45,7 @@ def register_pipelines() -> dict[str, Pipeline]:
     `deepmoe` compares a network with gated channels to the one without and to a narrower one, `merged_moe` a mixture
     of experts to three networks of its size, one of them a collective on images, `tiny_imagenet` a plain
     residual network to the same with each of some techniques. `imagenet` trains one on files of any size, on one GPU
-    or several. `predict` only uses what was trained.
+    or several. `predict` and `demo` only use what was trained.
     """
     images = data.create_pipeline()
     phase1 = make_experiment("phase1", images, MODEL_TYPES, arm.matched(MODEL_TYPES), analysed=["collective"])
@@ -70,5 +71,6 @@ def register_pipelines() -> dict[str, Pipeline]:
         + comparison.create_pipeline("imagenet", arms=[imagenet.ARM], analysed=[imagenet.ARM]),
         "sweep": images + sweep.create_pipeline("sweep"),
         "predict": predict.create_pipeline(),
+        "demo": demo.create_pipeline(),
     }
     return {"__default__": pipelines[DEFAULT], **pipelines}

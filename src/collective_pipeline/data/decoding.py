@@ -12,10 +12,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from collective_pipeline.config import UserError
+from collective_pipeline.data.cropping import centre_boxes
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+# By PIL's names, whatever a file is called; others may start programs.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 MODES = {1: "L", 3: "RGB"}  # PIL's names for as many channels
 
 
@@ -61,33 +64,48 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def read_image(path: Path, shape: tuple[int, int, int], *, centre: float | None = None) -> tuple[Tensor, Original]:
-    """The image as uint8 of this `shape`, channels, height and width, and what it was.
-
-    It is turned as its camera says, put on black where it is transparent, and stretched to the size; or only the square
-    in its middle whose side is the share `centre` of the shorter side, as in validation.
+    """The image of a file, as `decode_image` has it.
 
     Raises:
         UserError: If the file cannot be read.
     """
-    channels, height, width = shape
     try:
         # Read at once: PIL's many small reads of the file itself take half as long again.
-        with Image.open(io.BytesIO(path.read_bytes())) as file:
+        return decode_image(path.read_bytes(), shape, centre=centre)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not an image that can be read ({error}): replace it, or remove it from the folder"
+        ) from error
+
+
+def decode_image(data: bytes, shape: tuple[int, int, int], *, centre: float | None = None) -> tuple[Tensor, Original]:
+    """The image as uint8 of this `shape`, channels, height and width, and what it was.
+
+    It is turned as its camera says, put on black where it is transparent, and stretched to the size; or with `centre`
+    only the square in its middle, whose side is this share of the shorter one.
+
+    Raises:
+        ValueError: If it cannot be read, with PIL's reason.
+    """
+    channels, height, width = shape
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             original = Original(file.size, file.mode)
             ImageOps.exif_transpose(file, in_place=True)
             image = to_mode(file, MODES[channels])
-            if centre is not None:
-                side = max(1, round(centre * min(image.size)))
-                left, top = (image.width - side) // 2, (image.height - side) // 2
-                image = image.crop((left, top, left + side, top + side))
+            if centre is not None:  # as in training, where nothing outside of the square has a part in it
+                image = image.crop(_middle(image, centre))
             if image.size != (width, height):
                 image = image.resize((width, height), Image.Resampling.BILINEAR)
-            pixels = to_tensor(image)
+            return to_tensor(image), original
     except Exception as error:  # damaged images raise almost anything
-        raise UserError(
-            f"{path} is not an image that can be read ({reason_of(error)}): replace it, or remove it from the folder"
-        ) from error
-    return pixels, original
+        raise ValueError(reason_of(error)) from error
+
+
+def _middle(image: Image.Image, share: float) -> tuple[int, int, int, int]:
+    """As PIL wants it: left, upper, right, lower."""
+    ((top, left, height, width),) = centre_boxes(torch.tensor([[image.height, image.width]]), share).tolist()
+    return left, top, left + width, top + height
 
 
 def reason_of(error: Exception) -> str:

@@ -12,9 +12,9 @@ Suffixes: S seeds, B images, G gates, K classes, N units.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeGuard
 
 import pandas as pd
 import torch
@@ -131,6 +131,37 @@ def describe_at_work(
     return found.classes, found.samples
 
 
+class GateReader:
+    """How far each gated layer or expert of a network opens for an image, of one seed: for a look at single images.
+
+    Args:
+        checkpoint: What was trained.
+        seed: One with good weights.
+        device: Where to compute.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, seed: int, device: torch.device) -> None:
+        self.normalise = Normalise(checkpoint.images, device)
+        self.device = device
+        self.model = checkpoint.of_seeds([seed]).build().to(device)
+
+    @property
+    def kind(self) -> Literal["layer", "expert"] | None:
+        """What opens; None where nothing does, and nothing is to be read."""
+        return "layer" if _is_gated(self.model) else "expert" if _is_mixture(self.model) else None
+
+    @torch.inference_mode()
+    def __call__(self, image: Tensor) -> dict[str, float]:
+        """By the units' names, the percent of its gates that a layer opens, or an expert's weight in percent.
+
+        Args:
+            image: uint8 `(C, H, W)`, of the shape that the network reads.
+        """
+        _, parts = self.model(self.normalise(image[None].to(self.device)).unsqueeze(0))
+        gates_N = 100 * _gates_of(self.model, parts)[0, :, 0]
+        return dict(zip(_name_units(self.model, len(gates_N)), gates_N.tolist(), strict=True))
+
+
 def mutual_information(joint_AK: Tensor) -> Tensor:
     """In bits between the two last dimensions, `(...)`.
 
@@ -228,13 +259,31 @@ def _look_into(
     if subject is None:
         return None
     model = subject.model
-    if isinstance(model, ImageClassifier) and model.gating is not None:
+    if _is_gated(model):
         return subject, _observe_layers(model, subject)
-    if isinstance(model, Mixture) and isinstance(model.gate, SoftmaxGate):
+    if _is_mixture(model):
         return subject, _observe_experts(model, subject)
     if isinstance(model, WithMembers):
         return subject, _observe_members(model, subject)
     return None
+
+
+def _is_gated(model: nn.Module) -> TypeGuard[ImageClassifier]:
+    return isinstance(model, ImageClassifier) and model.gating is not None
+
+
+def _is_mixture(model: nn.Module) -> TypeGuard[Mixture]:
+    return isinstance(model, Mixture) and isinstance(model.gate, SoftmaxGate)
+
+
+def _gates_of(model: nn.Module, parts: Mapping[str, Tensor]) -> Tensor:
+    """Which part of its gates each layer opens, or the weight of each expert, `(S, N, B)`."""
+    shares_SBN = open_shares(parts["gates"], model.gated_channels) if _is_gated(model) else parts["gates"]
+    return shares_SBN.transpose(1, 2)
+
+
+def _name_units(model: nn.Module, number: int) -> tuple[str, ...]:
+    return tuple(f"{'layer' if _is_gated(model) else 'expert'} {n}" for n in range(1, number + 1))
 
 
 def _observe_layers(model: ImageClassifier, subject: _Subject) -> _Findings:
@@ -242,13 +291,13 @@ def _observe_layers(model: ImageClassifier, subject: _Subject) -> _Findings:
     for x, labels_B in subject.batches():
         logits_SBK, parts = model(x)
         answers.append(logits_SBK.argmax(dim=-1))
-        shares.append(open_shares(parts["gates"], model.gated_channels).transpose(1, 2))
+        shares.append(_gates_of(model, parts))
         sums.append(_sum_by_class((parts["gates"] > 0).double(), labels_B, len(subject.class_names)))
     information_SG = _gate_information(torch.stack(sums).sum(dim=0), subject.count_K)
     layers = information_SG.split(model.gated_channels, dim=1)
     gates_SNB = torch.cat(shares, dim=2)
     return _Findings(
-        units=tuple(f"layer {number}" for number in range(1, len(layers) + 1)),
+        units=_name_units(model, len(layers)),
         num_gates=model.gated_channels,
         answers_SB=torch.cat(answers, dim=1),
         gates_SNB=gates_SNB,
@@ -263,12 +312,12 @@ def _observe_experts(model: Mixture, subject: _Subject) -> _Findings:
     for x, labels_B in subject.batches():
         logits_SBK, parts = model(x)
         answers.append(logits_SBK.argmax(dim=-1))
-        gates.append(parts["gates"].transpose(1, 2))
+        gates.append(_gates_of(model, parts))
         alone.append(model.expert_logits(x).softmax(dim=-1).max(dim=-1))
         sums.append(_sum_by_class(parts["gates"].double(), labels_B, len(subject.class_names)))
     gates_SNB = torch.cat(gates, dim=2)
     return _Findings(
-        units=tuple(f"expert {number}" for number in range(1, gates_SNB.shape[1] + 1)),
+        units=_name_units(model, gates_SNB.shape[1]),
         num_gates=(1,) * gates_SNB.shape[1],
         answers_SB=torch.cat(answers, dim=1),
         gates_SNB=gates_SNB,

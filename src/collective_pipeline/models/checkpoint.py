@@ -1,8 +1,9 @@
 """Trained weights on disk, with all that is needed to build their network again: tensors and text, never code."""
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -69,30 +70,51 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: If the file is missing, damaged or not one of ours.
     """
-    try:
+    with _plain_errors(path):
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        checkpoint = replace(read_header(path), weights=weights)
+        with torch.device("meta"):
+            expected = build_arm(checkpoint.arm, num_seeds=len(checkpoint.seeds)).state_dict()
+        if {name: tensor.shape for name, tensor in weights.items()} != {n: t.shape for n, t in expected.items()}:
+            raise ValueError("its tensors are not those of the network that it names")
+    return checkpoint
+
+
+def read_header(path: Path) -> Checkpoint:
+    """All of the checkpoint at `path` but its weights.
+
+    Raises:
+        UserError: If the file is missing, damaged or not one of ours.
+    """
+    with _plain_errors(path):
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         checkpoint = Checkpoint(
             arm=Arm.model_validate_json(about["arm"]),
             dataset=about["dataset"],
             images=ImageSpec.model_validate_json(about["images"]),
             seeds=tuple(json.loads(about["seeds"])),
             best_epochs=tuple(json.loads(about["best_epochs"])),
-            weights=weights,
+            weights={},
         )
         _check_images(checkpoint)
-        with torch.device("meta"):
-            expected = build_arm(checkpoint.arm, num_seeds=len(checkpoint.seeds)).state_dict()
-        if {name: tensor.shape for name, tensor in weights.items()} != {n: t.shape for n, t in expected.items()}:
-            raise ValueError("its tensors are not those of the network that it names")
+    return checkpoint
+
+
+@contextlib.contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """Whatever is wrong with the file, in a sentence."""
+    try:
+        yield
+    except UserError:
+        raise
     except KeyError as error:
         raise UserError(
             f"{path} is not a checkpoint of this version of the project: its header lacks {error}; train again"
         ) from error
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint of this project that can be read: {error}") from error
-    return checkpoint
 
 
 def _check_images(checkpoint: Checkpoint) -> None:

@@ -133,6 +133,7 @@ EXPERIMENTS = {
         ),
     ),
     "predict": Experiment(PREDICT, lambda settings: 0),
+    "demo": Experiment(("demo", "checkpoint", "checkpoint_seed", "device"), lambda settings: 0),
 }
 
 

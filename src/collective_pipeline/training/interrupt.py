@@ -62,7 +62,7 @@ def listen(*, patient: bool = False) -> Iterator[None]:
 
     def notice(number: int, frame: FrameType | None) -> None:
         _received.append(signal.Signals(number))
-        logger.warning("%s: the run stops at the next step; training saves its state.", _received[-1].name)
+        logger.warning("%s: the run stops at the next step; what trains saves its state.", _received[-1].name)
         if not patient:
             restore()
 
