@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from collective_pipeline.config import Arm
-from collective_pipeline.data.batches import Normalise
-from collective_pipeline.data.splits import Images
+from collective_pipeline.data.batches import ImageSource, Normalise
 from collective_pipeline.models.build import DRAWN, build_arm
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.convolution import Blur, Conv2d
@@ -119,7 +118,7 @@ def executed_macs(layers: Sequence[LayerMacs], open_L: Tensor) -> Tensor:
     return total
 
 
-def measure_executed_macs(checkpoint: Checkpoint, images: Images, device: torch.device) -> list[float]:
+def measure_executed_macs(checkpoint: Checkpoint, images: ImageSource, device: torch.device) -> list[float]:
     """The mean over images of what each seed's closed gates leave of the multiply-accumulates; without gates, all.
 
     Args:
@@ -134,7 +133,7 @@ def measure_executed_macs(checkpoint: Checkpoint, images: Images, device: torch.
     normalise = Normalise(checkpoint.images, device)
     total_S = torch.zeros(len(checkpoint.seeds), dtype=torch.float64, device=device)
     with torch.inference_mode():
-        for chunk in images.images.split(BATCH_SIZE):
+        for chunk, _ in images.chunks(BATCH_SIZE):
             x_BMHW = model.to_maps(normalise(chunk.to(device)).unsqueeze(0))
             gates_SBG = model.gating(x_BMHW)[0].squeeze(1)
             open_SBL = open_shares(gates_SBG, model.gated_channels).double()

@@ -26,7 +26,7 @@ from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.launch import JOB, RESULT, STOPPED
 from collective_pipeline.training.loop import Callback, Fit
-from collective_pipeline.training.progress import Progress
+from collective_pipeline.training.progress import Progress, weigh_epochs
 from collective_pipeline.training.ranks import Ranks
 from collective_pipeline.training.snapshots import Snapshots
 from collective_pipeline.training.tracking import Curves, join_run
@@ -88,8 +88,15 @@ def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]
     snapshots = job.snapshots(device, ranks.number)
     callbacks: list[Callback] = []
     if ranks.is_first:
+        splits, price = job.splits, job.settings.price_per_gpu_hour
         progress = Progress(
-            job.arm.model_type, num_epochs=job.settings.training.epochs, num_arms=1, device_type=device.type
+            job.arm.model_type,
+            num_epochs=job.training.epochs,
+            num_arms=1,
+            device_type=device.type,
+            num_parts=len(job.settings.seeds),
+            weights=weigh_epochs(job.training, num_images=len(splits.train), image_size=splits.image_shape[-1]),
+            price_per_hour=None if price is None or device.type != "cuda" else price * ranks.number,
         )
         callbacks = [progress, Curves()]
     return train_arm(

@@ -12,6 +12,7 @@ from torch import nn
 
 from collective_pipeline.config import Arm, ModelType, Parameters
 from collective_pipeline.data.splits import Splits
+from collective_pipeline.data.streaming import StreamedSplits
 from collective_pipeline.evaluation.cost import measure_executed_macs
 from collective_pipeline.evaluation.experts import describe_at_work
 from collective_pipeline.evaluation.figures import plot_experts, plot_samples
@@ -135,9 +136,14 @@ def log_experts(epoch: int, checkpoint: Checkpoint, *, splits: Splits, seed: int
 
 
 def evaluate(
-    checkpoint: Checkpoint, history: pd.DataFrame, splits: Splits, settings: Parameters, device: torch.device
+    checkpoint: Checkpoint,
+    history: pd.DataFrame,
+    splits: Splits | StreamedSplits,
+    settings: Parameters,
+    device: torch.device,
+    num_gpus: int = 1,
 ) -> pd.DataFrame:
-    """Read the test set, once, with the chosen weights; one row for each seed."""
+    """Read the test set, once, with the chosen weights; one row for each seed, with the cost of all GPUs."""
     test = score(checkpoint, splits.test, splits, settings.training, device=device)
     executed = measure_executed_macs(checkpoint, splits.test, device)
     return tabulate(
@@ -148,4 +154,5 @@ def evaluate(
         num_images=len(splits.train),
         executed_macs=executed,
         price_per_gpu_hour=settings.price_per_gpu_hour,
+        num_gpus=num_gpus,
     )
