@@ -13,7 +13,8 @@ def test_every_pipeline_says_what_it_reads_and_every_parameter_is_read():
     unread = [name for name in leaves if not any(one.is_reader_of(name) for one in EXPERIMENTS.values())]
 
     assert EXPERIMENTS.keys() == register_pipelines().keys() - {"__default__"}
-    assert unread == []
+    # Some have no part in a pipeline whose other training parameters have: it refuses them.
+    assert set(unread) <= {name for one in EXPERIMENTS.values() for name in one.ignores}
     assert {read for one in EXPERIMENTS.values() for read in one.reads} <= set(names)
 
 
