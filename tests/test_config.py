@@ -18,6 +18,7 @@ from collective_pipeline.config import (
     MlpArchitecture,
     Parameters,
     Range,
+    Stage,
     UserError,
     check_parameters,
     flatten,
@@ -346,6 +347,52 @@ def test_widths_that_leave_nothing_are_refused(changes, named):
     """The knob to turn is named."""
     with pytest.raises(UserError, match=f"collective: {named}"):
         check_parameters({"collective": changes})
+
+
+STAGES = [{"epochs": 2, "image_size": 8}, {"epochs": 3, "image_size": 16}]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"training": {"stages": STAGES, "epochs": 5}}, "stages are for the residual networks of imagenet and tiny"),
+        ({"deepmoe": {"training": {"stages": STAGES, "epochs": 5}}}, "deepmoe.training: stages are for the residual"),
+        ({"tiny_imagenet": {"training": {"stages": STAGES, "epochs": 5}}}, "stages are for the residual networks"),
+        ({"tiny_imagenet": {"stages": STAGES}}, "5 epochs together and training.epochs=40: all arms are trained equa"),
+        ({"tiny_imagenet": {"stages": [{"epochs": 40}]}}, "give each its image_size"),
+        (
+            {"tiny_imagenet": {"training": {"epochs": 40, "mixup_alpha": 0.2}}},
+            "plain network has none: set tiny_imagenet.mixup_alpha",
+        ),
+        ({"tiny_imagenet": {"model": "vgg11"}}, "choose from resnet18, resnet34, resnet50"),
+        ({"imagenet": {"training": {"stages": STAGES}}}, "stages have 5 epochs together and epochs=200"),
+        ({"imagenet": {"training": {"stages": [{"epochs": 5}], "epochs": 5}}}, "each with its image_size"),
+        ({"imagenet": {"training": {"stages": [*STAGES, {"epochs": 1}], "epochs": 6}}}, "to all of them, or to none"),
+        ({"training": {"strategy": "layerwise_autoencoding", "stages": STAGES, "epochs": 5}}, "leave stages empty"),
+        ({"tiny_imagenet": {"stages": [{"epochs": 0, "image_size": 8}]}}, "tiny_imagenet.stages.0.epochs=0"),
+        ({"tiny_imagenet": {"stages": [{"epochs": 40, "image_siz": 8}]}}, "stages.0.image_siz"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused_in_one_sentence(given, told):
+    with pytest.raises(UserError) as error:
+        check_parameters(given)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_plan_gives_every_stage_its_batches():
+    """And tells how many images are trained on, whole batches alone, as far as training got."""
+    training = PHASE1.imagenet.training.model_copy(
+        update={
+            "epochs": 5,
+            "batch_size": 4,
+            "stages": (Stage(epochs=2, image_size=8, batch_size=30), Stage(epochs=3, image_size=16)),
+        }
+    )
+
+    assert [stage.batch_size for stage in training.plan()] == [30, 4]
+    assert [training.count_images(70, epochs) for epochs in (0, 1, 3, 5)] == [0, 60, 2 * 60 + 68, 2 * 60 + 3 * 68]
+    assert PHASE1.training.plan() == (Stage(epochs=200, batch_size=256),)
+    assert PHASE1.training.count_images(1000, 2) == 2 * 768
 
 
 @pytest.mark.parametrize(("epochs", "warmup_epochs"), [(5, 5), (5, 7.5), (1, 1)])

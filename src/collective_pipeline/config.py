@@ -586,6 +586,8 @@ class TrainingConfig(Config):
             raise ValueError(
                 f"stages have {planned} epochs together and epochs={self.epochs}: give each as many as the others leave"
             )
+        if len({stage.image_size is None for stage in self.stages}) > 1:
+            raise ValueError("stages: some have an image_size and others none: give it to all of them, or to none")
         if self.stages and self.strategy != "end_to_end":
             raise ValueError(f"strategy={self.strategy} has phases of its own: leave stages empty, or it at end_to_end")
         return self
@@ -951,6 +953,8 @@ class TinyImagenetConfig(Config):
                 f"stages have {planned} epochs together and training.epochs={self.training.epochs}: all arms are "
                 "trained equally long, so give the same"
             )
+        if not all(stage.image_size for stage in self.stages):
+            raise ValueError("stages are those of progressive_resizing: give each its image_size")
         if self.training.strategy != "end_to_end":
             raise ValueError("training.strategy: only a collective has members to pretrain; leave it at end_to_end")
         on = [name for name in ("mixup_alpha", "cutmix_alpha", "ema_decay", "label_smoothing") if self._is_on(name)]

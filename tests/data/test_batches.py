@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from collective_pipeline.config import DATASETS, UserError
-from collective_pipeline.data.batches import Batches, Normalise
+from collective_pipeline.config import DATASETS, ImageSpec, Stage, UserError
+from collective_pipeline.data.augment import mix
+from collective_pipeline.data.batches import Batches, MixedLabels, Normalise, resize
 from collective_pipeline.data.splits import Images, RawImages, make_splits
 
 NUM_CLASSES, PER_CLASS = 4, 25
@@ -253,3 +254,79 @@ def test_cutout_is_the_seeds_own_and_leaves_the_rest_as_it_was(splits, strength)
 
     assert torch.equal(alone[0], beside[1])
     assert ((alone == 0).sum(dim=-1) >= 4).all() and plain.shape == alone.shape
+
+
+MIXING = {"mixup_alpha": 0.4, "cutmix_alpha": 1.0}
+
+
+def mixed_of(splits, seeds, *, strength=0.0, **changes):
+    return Batches(splits, seeds, batch_size=BATCH_SIZE, augmentation_strength=strength, **MIXING | changes)
+
+
+@pytest.mark.parametrize("image_size", [None, 12])
+def test_mixed_batches_are_those_without_mixing_mixed_afterwards(splits, image_size):
+    """The same order, images and labels; every seed's share is told, and every step of an epoch has its own."""
+    plain, mixed = (
+        Batches(splits, [7, 8], batch_size=BATCH_SIZE, augmentation_strength=1.0, image_size=image_size, **changes)
+        for changes in ({}, MIXING)
+    )
+    shares = []
+    for step, ((x, y), (x_mixed, labels)) in enumerate(zip(plain.epoch(1), mixed.epoch(1), strict=True)):
+        expected = mix(x.unflatten(-1, plain.seen_shape), y, mixed.mixes_KSD[step])
+        assert isinstance(labels, MixedLabels) and torch.equal(labels.labels_SB, y)
+        torch.testing.assert_close(x_mixed, expected.images.flatten(2), rtol=0, atol=0)
+        assert torch.equal(labels.others_SB, expected.other_labels) and torch.equal(labels.share_S, expected.share)
+        shares += labels.share_S.tolist()
+    assert len(set(shares)) > 0.7 * len(shares) and all(0 <= share <= 1 for share in shares)
+
+
+@pytest.mark.parametrize("seeds", [[7, 8], [8, 7], [1, 2, 7, 3]])
+def test_mixing_is_the_seeds_own(splits, seeds):
+    """Whoever trains beside it, whichever epoch came before, and afresh in every epoch."""
+    alone, among = mixed_of(splits, [7], strength=1.0), mixed_of(splits, seeds, strength=1.0)
+    place = seeds.index(7)
+    drawn = []
+    for number in (2, 1):
+        for (x, y), (x_among, y_among) in zip(alone.epoch(number), among.epoch(number), strict=True):
+            torch.testing.assert_close(x_among[place], x[0])
+            for part in ("labels_SB", "others_SB", "share_S"):
+                assert torch.equal(getattr(y_among, part)[place], getattr(y, part)[0])
+        drawn.append(alone.mixes_KSD.clone())
+    assert not torch.equal(*drawn)
+
+
+def test_a_stage_changes_what_it_names_and_no_more(splits):
+    """Its own batches and sizes, mixing where it is on; the stage that names nothing has the batches there were."""
+    batches = mixed_of(splits, [7, 8])
+    same = batches.for_stage(Stage(epochs=1))
+    small = batches.for_stage(Stage(epochs=1, batch_size=9, image_size=10, mixing=False))
+
+    assert batches.for_stage(None) is batches
+    for (x, y), (x_same, y_same) in zip(batches.epoch(1), same.epoch(1), strict=True):
+        assert torch.equal(x, x_same) and torch.equal(y.share_S, y_same.share_S)
+    steps = list(small.epoch(1))
+    assert len(steps) == len(small) == 10
+    assert all(x.shape == (2, 9, 100) and y.shape == (2, 9) for x, y in steps)
+
+
+@pytest.mark.parametrize("side", [5, 8, 12])
+def test_images_of_another_size_are_the_same_images(numbered, side):
+    """Resized before they are normalised, as those that are evaluated are."""
+    batches = Batches(numbered, [7], batch_size=BATCH_SIZE, augmentation_strength=0.0, image_size=side)
+    spec = ImageSpec(shape=(1, side, side), class_names=numbered.class_names, mean=numbered.mean, std=numbered.std)
+    expected = Normalise(spec, torch.device("cpu"))(numbered.train.images)
+    for x, y in batches.epoch(1):
+        torch.testing.assert_close(x, expected[y])
+    flat = resize(torch.full((2, 3, 4, 4), 7.0), (9, 9))
+    torch.testing.assert_close(flat, torch.full((2, 3, 9, 9), 7.0))
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_random_crops_come_at_the_size_of_the_batches(strength):
+    """Of a data set whose recipe crops: finite, and with a cutout of as large a part as without resizing."""
+    splits = splits_of("tiny_imagenet", channels=3)
+    batches = Batches(splits, [7], batch_size=BATCH_SIZE, augmentation_strength=strength, cutout=4, image_size=16)
+    for x, _ in batches.epoch(1):
+        assert x.shape == (1, BATCH_SIZE, 3 * 16 * 16) and x.isfinite().all()
+        left_out = (x.unflatten(-1, batches.seen_shape) == 0).all(dim=2).sum(dim=(-1, -2))
+        assert left_out.min() >= 4 * 4 and left_out.max() <= 8 * 8 + 4

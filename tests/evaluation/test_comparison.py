@@ -14,7 +14,7 @@ from collective_pipeline.evaluation.comparison import (
     holm,
 )
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS
-from collective_pipeline.evaluation.verdict import answer, seeds_needed
+from collective_pipeline.evaluation.verdict import answer, answer_worth, seeds_needed
 
 CONFIG = ComparisonConfig(resamples=1000)
 DIFFERENCES = ["difference_to_reference", "difference_ci_low", "difference_ci_high", "p_value_holm"]
@@ -306,3 +306,43 @@ def test_an_arm_without_any_result_is_said(arm):
     assert comparison.set_index("model_type").loc[arm, "num_seeds"] == 0
     assert "There is no result of deep." in told if arm == "deep" else told.startswith("There is no result: collective")
     assert f"The loss of 10 of {arm}'s seeds diverged" in told
+
+
+def worth(gains: dict[str, list[float]], *, num_seeds: int) -> str:
+    """What is said of changes that gain these points, seed by seed in turn, on 50 %."""
+    base = [50.0 + 0.1 * (s % 3) for s in range(num_seeds)]
+    results = {"plain": base} | {
+        arm: [own + points[s % len(points)] for s, own in enumerate(base)] for arm, points in gains.items()
+    }
+    return answer_worth(compare_arms(runs(results), CONFIG, reference="plain"), CONFIG, reference="plain")
+
+
+def test_what_changes_are_worth_is_told_with_those_that_help_hurt_and_are_unclear():
+    """The best first, seen from the change; the tests decide who is named where."""
+    told = worth({"ema": [-2.0, -1.0], "blur": [4.0, 3.0], "mixup": [1.0, -1.0]}, num_seeds=8)
+
+    assert told.startswith(
+        "Of 3 changes to the plain network, blur is worth the most: +3.50 percentage points on 50.09 %"
+    )
+    assert "(95 % interval of this one difference +3." in told
+    assert told.endswith(
+        "By more than chance between 8 seeds explains, blur helps; ema hurts; for mixup no difference was found, which "
+        "does not show that they are worth nothing."
+    )
+
+
+def test_with_few_seeds_what_changes_are_worth_is_no_verdict():
+    """What was seen is told as what it is; one seed gives no interval either."""
+    gains = {"ema": [-2.0], "blur": [4.0], "mixup": [0.0]}
+
+    assert worth(gains, num_seeds=2).endswith(
+        "With 2 seeds it cannot be told what is more than chance, which takes at least 7: blur seems to help; ema "
+        "seems to hurt; mixup seems to change nothing."
+    )
+    assert "(one seed gives no interval)" in worth(gains, num_seeds=1)
+
+
+def test_changes_that_make_no_difference_are_all_told_so():
+    told = worth({"blur": [1.0, -1.0], "mixup": [1.0, -1.0]}, num_seeds=8)
+
+    assert "With 8 seeds, for blur and mixup no difference was found, which does not show that they are" in told

@@ -50,12 +50,13 @@ def test_no_room_at_all_names_the_network(training):
 def test_the_estimate_grows_with_what_takes_memory(splits, model_type):
     """With the weights and the batch; phase 1 takes some tens of megabytes a seed, as measured on a GPU."""
     arm = match_arm(model_type, PHASE1.collective, PHASE1.baselines, in_dim=splits.in_dim, num_classes=10)
-    need, config = estimate_need(arm, splits, PHASE1.training), PHASE1.training
+    config, num_images = PHASE1.training, len(splits.train)
+    need = estimate_need(arm, config, num_images=num_images)
 
     assert need.fixed > 5 * 4 * arm.params
     assert 0.05e9 < need.of(config) < 0.3e9
     assert need.of(change(config, batch_size=2560)) > need.of(config)
-    assert estimate_need(arm, splits, change(config, ema_decay=0.9)).fixed > need.fixed
+    assert estimate_need(arm, change(config, ema_decay=0.9), num_images=num_images).fixed > need.fixed
 
 
 GATES = GateConfig(embedding_dim=8)
@@ -69,13 +70,39 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("architecture", NETWORKS.values(), ids=NETWORKS)
-def test_the_estimate_covers_what_the_backward_pass_keeps(splits, training, architecture):
+def test_the_estimate_covers_what_the_backward_pass_keeps(training, architecture):
     """Of every image of a batch, and is not far above it."""
     arm = make_image_arm("resnet18", architecture, num_classes=10)
     kept = {num_images: bytes_kept(build_arm(arm), torch.randn(1, num_images, arm.in_dim)) for num_images in (2, 4)}
     per_image = (kept[4] - kept[2]) / 2
 
-    assert per_image < estimate_need(arm, splits, training).per_image < 2.5 * per_image
+    assert per_image < estimate_need(arm, training, num_images=0).per_image < 2.5 * per_image
+
+
+def test_the_stage_that_needs_most_decides(training):
+    """Four times the pixels need four times the memory of an image; the batch sizes are the stages' own."""
+    network = ResNetArchitecture(image_shape=(3, 32, 32), blocks=(1,), width=8)
+    arm = make_image_arm("resnet18", network, num_classes=10)
+    config = change(training, eval_batch_size=1)
+    need = estimate_need(arm, config, num_images=0)
+
+    def in_stages(*stages):
+        return need.of(change(config, stages=[{"epochs": 4 // len(stages), **stage} for stage in stages])) - need.fixed
+
+    assert in_stages({}) == in_stages({"image_size": 32}) == need.of(config) - need.fixed
+    assert in_stages({"image_size": 64, "batch_size": 8}, {"image_size": 32}) == in_stages({"image_size": 32})
+    assert in_stages({"image_size": 64}, {"image_size": 32}) == 4 * in_stages({"image_size": 32})
+
+
+def test_a_stage_that_does_not_fit_is_named_with_the_batch_that_would(training):
+    """Not the batch size of the other stages."""
+    need = Need(fixed=1000, per_image=10, per_eval_image=1, side=32)
+    stages = [{"epochs": 2, "image_size": 32}, {"epochs": 2, "image_size": 64, "batch_size": 500}]
+    config = change(training, stages=stages, batch_size=64, eval_batch_size=64)
+    with pytest.raises(UserError, match=r"training\.stages: a batch_size of 175 at 64 pixels would fit$"):
+        groups_that_fit([1], need, config, free=10_000)
+    fitting = [stages[0], stages[1] | {"batch_size": 175}]
+    assert groups_that_fit([1], need, change(config, stages=fitting), free=10_000) == [[1]]
 
 
 def bytes_kept(model, x):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from collective_pipeline.config import ImageSpec, Stage, UserError
 from collective_pipeline.data.augment import (
+    NUM_CROP_DRAWS,
     NUM_CUTOUT_DRAWS,
     NUM_DRAWS,
     NUM_MIX_DRAWS,
@@ -286,7 +287,8 @@ class Batches:
         if not self.recipe.crop_area or not self.strength:
             return augment(images, draws, self.recipe, self.strength)
         least = 1 - (1 - self.recipe.crop_area) * min(self.strength, 1.0)
-        return random_resized_crop(images, draws, size=self.seen_shape[1], scale=(least, 1.0), flip=self.recipe.flip)
+        crops = draws[:, :NUM_CROP_DRAWS]
+        return random_resized_crop(images, crops, size=self.seen_shape[1], scale=(least, 1.0), flip=self.recipe.flip)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Labels]]:
         """All batches of one epoch."""

@@ -1,7 +1,7 @@
 """What a comparison says, in sentences for someone who knows no statistics."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,11 +12,74 @@ from collective_pipeline.config import BASELINES, ComparisonConfig
 def answer(comparison: pd.DataFrame, config: ComparisonConfig, *, reference: str = "collective") -> str:
     """Whether `reference` is better than the other arms, in one sentence for someone who knows no statistics."""
     arms = comparison.set_index("model_type")
-    verdict = _answer(arms, config, reference)
+    return f"{_answer(arms, config, reference)}{_diverged(arms)}"
+
+
+def answer_worth(comparison: pd.DataFrame, config: ComparisonConfig, *, reference: str) -> str:
+    """What each arm's one change to `reference` is worth: the best with its interval, and which help, hurt, or neither.
+
+    The sentences are for someone who knows no statistics, as those of `answer`.
+    """
+    arms = comparison.set_index("model_type")
+    failed = arms.index[arms["num_seeds"] == 0].tolist()
+    changed = arms.drop(index=[reference, *failed], errors="ignore")
+    if reference not in arms.index or reference in failed or changed.empty:
+        return answer(comparison, config, reference=reference)
+    changed = changed.sort_values("difference_to_reference", ascending=False, kind="stable")
+    best = changed.iloc[0]
+    low, high = best["difference_ci_low"], best["difference_ci_high"]
+    interval = (
+        "one seed gives no interval"
+        if np.isnan(low)
+        else f"{_percent(config)} interval of this one difference {low:+z.2f} to {high:+z.2f}"
+    )
+    own, num_seeds = arms.loc[[reference]].iloc[0], int(arms.drop(index=failed)["num_seeds"].min())
+    told = (
+        f"Of {len(changed)} changes to the {reference} network, {best.name} is worth the most: "
+        f"{best['difference_to_reference']:+z.2f} percentage points on {own['test_accuracy_mean']:.2f} % test accuracy "
+        f"({interval}). {_sort_out(changed, config, num_seeds)}"
+    )
+    nothing = f" There is no result of {_join(failed)}." if failed else ""
+    return f"{told}{nothing}{_diverged(arms)}"
+
+
+def _sort_out(changed: pd.DataFrame, config: ComparisonConfig, num_seeds: int) -> str:
+    """Which changes help and which hurt, as far as the tests allow to say it."""
+    gains, alpha = changed["difference_to_reference"], 1 - config.confidence
+    needed = seeds_needed(len(changed), alpha)
+    ways = {"help": gains > 0, "hurt": gains < 0, "change nothing": gains == 0}
+    if num_seeds < needed:
+        observed = _list({f"seem to {way}": changed.index[which].tolist() for way, which in ways.items()})
+        return (
+            f"With {_seeds(num_seeds)} it cannot be told what is more than chance, which takes at least {needed}: "
+            f"{observed}."
+        )
+    sure = changed["p_value_holm"] <= alpha
+    found = _list({way: changed.index[which & sure].tolist() for way, which in ways.items()})
+    unclear = changed.index[~sure].tolist()
+    left = f"for {_join(unclear)} no difference was found, which does not show that they are worth nothing"
+    if not found:
+        return f"With {num_seeds} seeds, {left}."
+    sentence = f"By more than chance between {num_seeds} seeds explains, {found}"
+    return f"{sentence}; {left}." if unclear else f"{sentence}."
+
+
+def _list(who_does: Mapping[str, Sequence[str]]) -> str:
+    """Names with the verb of each group, without groups that are empty."""
+
+    def inflect(verb: str, count: int) -> str:
+        first, _, others = verb.partition(" ")
+        return f"{first}s {others}".rstrip() if count == 1 else verb
+
+    return "; ".join(f"{_join(names)} {inflect(verb, len(names))}" for verb, names in who_does.items() if names)
+
+
+def _diverged(arms: pd.DataFrame) -> str:
+    """A sentence about losses that were no longer finite, with the space before it; nothing if there are none."""
     diverged = [f"{number} of {name}'s" for name, number in arms["num_diverged"].items() if number]
     if not diverged:
-        return verdict
-    return f"{verdict} The loss of {_join(diverged)} seeds diverged: their last good weights count, if there are any."
+        return ""
+    return f" The loss of {_join(diverged)} seeds diverged: their last good weights count, if there are any."
 
 
 def answer_search(comparison: pd.DataFrame, config: ComparisonConfig, *, reference: str = "collective") -> str:

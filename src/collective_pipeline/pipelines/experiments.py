@@ -162,5 +162,6 @@ def _sentence(name: str, pipelines: list[str]) -> str:
     # What is called so in the pipeline's own section; or without the section of another pipeline.
     own = [found for tail in (name, name.partition(".")[2]) for found in known if f".{found}".endswith(f".{tail}")]
     readers = [other for other, experiment in EXPERIMENTS.items() if experiment.is_reader_of(name)]
-    advice = f"use `{own[0]}`" if own else f"it is a parameter of --pipeline {', '.join(readers)}"
+    elsewhere = f"it is a parameter of --pipeline {', '.join(readers)}" if readers else "nothing reads it: leave it out"
+    advice = f"use `{own[0]}`" if own else elsewhere
     return f"`{name}` is not read by --pipeline {','.join(pipelines)}: {advice}"

@@ -159,16 +159,19 @@ class Fit:
             if is_better:
                 self.best_accuracies[s], self.best_epochs[s] = accuracies[s], epoch.number
 
-    def stop(self, epoch: Epoch, *, patience: int | None, metric: Literal["accuracy", "loss"], since: int) -> None:
+    def stop(
+        self, epoch: Epoch, *, patience: int | None, metric: Literal["accuracy", "loss"] | None, since: int
+    ) -> None:
         """Stop the seeds that diverged, or whose `metric` was no better for `patience` epochs after epoch `since`.
 
+        Without a metric the epoch is compared to none, neither now nor later.
         And those all of whose gates were shut throughout `EPOCHS_SHUT` epochs: few open again after that.
         """
         for s, loss in enumerate(epoch.metrics["train_loss"]):
             self.diverged[s] |= self.running[s] and not math.isfinite(loss)
             if metric == "accuracy":
                 self.waited_since[s] = self.best_epochs[s]
-            elif "val_loss" in epoch.metrics:
+            elif metric == "loss" and "val_loss" in epoch.metrics:
                 self._note_loss(s, epoch.metrics["val_loss"][s], epoch.number)
             waited = epoch.number - max(self.waited_since[s], since)
             self.running[s] &= not self.diverged[s] and not self.is_shut(s) and (patience is None or waited < patience)
@@ -309,7 +312,7 @@ class _Fitting:
         self.started = time.perf_counter() - self.place.seconds
         if self.place.finished:
             return self.result
-        spans = _lay_out(self.phases, self.batches, self.config)
+        self.spans = spans = _lay_out(self.phases, self.batches, self.config)
         with Meter(self.batches.device, self.place.usage) as self.meter:
             for index, (phase, span) in enumerate(zip(self.phases, spans, strict=True)):
                 if index >= self.place.phase:
@@ -342,23 +345,27 @@ class _Fitting:
                 if done < training.num_updates:
                     self._pause(_Place(index, number - 1, done), training)
             first_update = 0
-            self._end_epoch(number, phase, training, since=before)
+            self._end_epoch(number, index, training)
             finished = self.result.epochs[-1].finished
             self._pause(_Place(index, number, finished=finished), training)
         training.bits.release()
 
-    def _end_epoch(self, number: int, phase: Phase, training: "_PhaseTraining", *, since: int) -> None:
-        result, config = self.result, self.config
+    def _end_epoch(self, number: int, index: int, training: "_PhaseTraining") -> None:
+        result, config, phase = self.result, self.config, self.phases[index]
         metrics, rate = to_host(training.metrics()), training.learning_rate(number)
         seconds = time.perf_counter() - self.started
         epoch = Epoch(number, config.epochs, phase.name, metrics, tuple(result.running), rate, seconds)
         result.record(epoch)
         if phase.selects:
             result.select(epoch, training.validated)
-        # Phases that are one training have one patience, those before another training none.
-        since = 0 if phase.goes_on else since
-        patience = config.early_stopping_patience if phase.goes_on or phase is self.phases[-1] else None
-        result.stop(epoch, patience=patience, metric=config.early_stopping_metric, since=since)
+        # What is not chosen among is not waited for; nor is it before another training.
+        waits = phase.selects and (phase.goes_on or phase is self.phases[-1])
+        result.stop(
+            epoch,
+            patience=config.early_stopping_patience if waits else None,
+            metric=config.early_stopping_metric if phase.selects else None,
+            since=self._patient_since(index),
+        )
         finished = number == config.epochs or not any(result.running)
         usage = self.meter.read() if finished else self.meter.usage
         result.epochs[-1] = replace(epoch, finished=finished, usage=usage)
@@ -366,6 +373,12 @@ class _Fitting:
         interval = config.expert_analysis_interval
         if self.look is not None and phase.selects and interval and number % interval == 0:
             self._show(self.look, result.epochs[-1], training.validated)
+
+    def _patient_since(self, index: int) -> int:
+        """The epoch before the first that this phase's are compared to: phases of one training have one patience."""
+        while index and self.phases[index].goes_on and self.phases[index - 1].selects:
+            index -= 1
+        return self.spans[index].epochs_before
 
     def _show(self, look: Look, epoch: Epoch, network: nn.Module) -> None:
         """A copy of the network's weights: whatever is done with it, training is as it was."""

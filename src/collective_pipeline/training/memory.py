@@ -32,12 +32,13 @@ class Need:
 
     def of(self, config: TrainingConfig) -> int:
         """All of it; training and validation do not happen at the same time."""
-        training = max(self.per_image * self._scale(stage) * (stage.batch_size or 0) for stage in config.plan())
+        training = max(self.of_image(stage) * (stage.batch_size or 0) for stage in config.plan())
         return self.fixed + max(round(training), self.per_eval_image * config.eval_batch_size)
 
-    def _scale(self, stage: Stage) -> float:
-        """Pixels of an image in this stage / of one at the size that was counted."""
-        return (stage.image_size / self.side) ** 2 if stage.image_size and self.side else 1.0
+    def of_image(self, stage: Stage) -> float:
+        """Of a training batch in this stage, whose images may have another size than those that were counted."""
+        scale = (stage.image_size / self.side) ** 2 if stage.image_size and self.side else 1.0
+        return self.per_image * scale
 
 
 def estimate_need(arm: Arm, config: TrainingConfig, *, num_images: int) -> Need:
@@ -100,6 +101,13 @@ def advise(need: Need, config: TrainingConfig, *, free: int) -> str:
     if room < 2 * max(need.per_image, need.per_eval_image):
         return f"{told}: choose a smaller network (collective.*, baselines.target_params), or another device"
     fitting = {"batch_size": room // need.per_image, "eval_batch_size": room // need.per_eval_image}
+    if config.stages:
+        del fitting["batch_size"]
     changes = [f"training.{name}={size}" for name, size in fitting.items() if size < getattr(config, name)]
+    changes += [
+        f"training.stages: a batch_size of {size:.0f} at {stage.image_size or need.side} pixels"
+        for stage in config.plan()
+        if config.stages and (size := room // need.of_image(stage)) < (stage.batch_size or 0)
+    ]
     # The estimate may say that it fits where it did not.
     return f"{told}: {' and '.join(changes) or f'training.batch_size={max(2, config.batch_size // 2)}'} would fit"

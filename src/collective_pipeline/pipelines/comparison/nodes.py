@@ -12,7 +12,7 @@ import torch
 from plotly.graph_objects import Figure
 
 from collective_pipeline import __version__
-from collective_pipeline.config import Arm, Parameters, flatten, hide_password
+from collective_pipeline.config import TECHNIQUES, Arm, Parameters, flatten, hide_password
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.evaluation.comparison import RUN_COLUMNS, compare_arms
 from collective_pipeline.evaluation.experts import ExpertAnalysis, describe_experts
@@ -20,7 +20,7 @@ from collective_pipeline.evaluation.figures import plot_samples
 from collective_pipeline.evaluation.latency import measure_latency, measure_skipping
 from collective_pipeline.evaluation.report import write_report
 from collective_pipeline.evaluation.results import summarise_runs
-from collective_pipeline.evaluation.verdict import answer
+from collective_pipeline.evaluation.verdict import answer, answer_worth
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.runtime import describe_device
 
@@ -35,11 +35,13 @@ def compare(
     settings: Parameters, latency: dict[str, float], *results: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """All runs, one row for each arm, and the answer with the figures that it rests on."""
-    runs, reference = pd.concat(results, ignore_index=True), settings.comparison.reference
+    runs = pd.concat(results, ignore_index=True)
+    reference: str = settings.comparison.reference
     timed = runs.assign(latency_ms=runs["model_type"].map(latency))
     comparison = compare_arms(timed, settings.comparison, reference=reference)
+    tell = answer_worth if reference in TECHNIQUES else answer
     summary = {
-        "answer": answer(comparison, settings.comparison, reference=reference),
+        "answer": tell(comparison, settings.comparison, reference=reference),
         "reference": reference,
         "test_accuracy": {
             str(name): round(mean, 3) for name, mean in comparison.set_index("model_type")["test_accuracy_mean"].items()
@@ -121,6 +123,8 @@ def report(
 
 
 def _question(reference: str) -> str:
+    if reference in TECHNIQUES:
+        return "What is each technique worth?"
     return "Does a collective use its parameters better?" if reference == "collective" else f"Is {reference} better?"
 
 

@@ -68,6 +68,10 @@ def _make_arm(
         drop_path=config.drop_path if has("stochastic_depth") else 0.0,
         head="conv" if has("conv_head") else "linear",
     )
+    # Images of an earlier stage may be too small where those of the last one are not.
+    for smaller in sorted({stage.image_size or side for stage in config.training_of(technique).stages} - {side}):
+        at_first = architecture.model_copy(update={"image_shape": (channels, smaller, smaller)})
+        make_image_arm(technique, at_first, num_classes=num_classes)
     return make_image_arm(technique, architecture, num_classes=num_classes)
 
 
