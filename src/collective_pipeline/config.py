@@ -1096,6 +1096,24 @@ class DemoConfig(Config):
     port: int = Field(7860, ge=0, le=65_535, description="0: any that is free")
 
 
+class LrFinderConfig(Config):
+    """`kedro run --pipeline lr_finder`: the first updates of an experiment's first arm, at ever higher rates."""
+
+    of: Literal["single", "deepmoe", "tiny_imagenet"] = Field(
+        "tiny_imagenet", description="the experiment; its own parameters say what is trained, on what and how"
+    )
+    lowest: Positive = Field(1e-7, description="learning rate of the first update")
+    highest: Positive = Field(1.0, description="of the last one; each is the same factor above the one before")
+    updates: int = Field(300, ge=20, le=100_000, description="fewer are done where the loss explodes")
+    seed: int = Field(42, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _check_ends(self) -> Self:
+        if self.lowest >= self.highest:
+            raise ValueError(f"lowest={self.lowest:g} is not below highest={self.highest:g}")
+        return self
+
+
 class Parameters(Config):
     """All parameters of a run, as `conf/` and `--params` give them."""
 
@@ -1127,6 +1145,7 @@ class Parameters(Config):
     tiny_imagenet: TinyImagenetConfig = TinyImagenetConfig()
     imagenet: ImageNetConfig = ImageNetConfig()
     demo: DemoConfig = DemoConfig()
+    lr_finder: LrFinderConfig = LrFinderConfig()
     num_gpus: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
         1, description="imagenet: processes that train together, one for each GPU; auto: all there are"
     )
@@ -1230,6 +1249,7 @@ DEBUG = Parameters(
             }
         ),
     ),
+    lr_finder=LrFinderConfig(updates=60),
 )
 
 

@@ -277,20 +277,25 @@ class TellAnswer:
                 mlflow.log_artifacts(str(report.parent), "reporting")
             summary = catalog.load(f"{box}.summary")
             click.echo(f"\n{summary['answer']}\n")
-            click.echo(format_comparison(catalog.load(f"{box}.comparison"), reference=summary["reference"]))
-            runs = catalog.load(f"{box}.runs")
-            training = runs.groupby(["model_type", "target_params"])["train_seconds"].sum()
-            # Arms that trained side by side took as long as the slowest; those of a study, as long as they took.
-            seconds = training.sum() if training.sum() < since_start else training.max()
-            known = box != "sweep" and seconds < since_start  # or it went on, or others have worked as well
-            share = f", {duration(seconds)} of them training" if known else ""
-            click.echo(f"\n{duration(since_start)} in all{share}")
+            if f"{box}.comparison" in pipeline.all_outputs():
+                click.echo(format_comparison(catalog.load(f"{box}.comparison"), reference=summary["reference"]))
+            click.echo(f"\n{duration(since_start)} in all{_share_of_training(box, pipeline, catalog, since_start)}")
             click.echo(f"Report: {_relative(report)}\n")
             if "models" in summary:
                 files = [f"  {name}: {', '.join(paths)}" for name, paths in summary["models"].items()]
                 click.echo("\n".join(["Best models:", *files, f"To use one: {summary['use']}\n"]))
         for name in (name for name in pipeline.all_outputs() if name.endswith(".predictions")):
             click.echo(f"Predictions: {_relative(Path(_filepath(catalog, name) or ''))}")
+
+
+def _share_of_training(box: str, pipeline: Pipeline, catalog: DataCatalog, since_start: float) -> str:
+    """How long the runs of this experiment trained, if it has runs and all of them were in this process."""
+    if box == "sweep" or f"{box}.runs" not in pipeline.all_outputs():  # others may have worked on a sweep as well
+        return ""
+    training = catalog.load(f"{box}.runs").groupby(["model_type", "target_params"])["train_seconds"].sum()
+    # Arms that trained side by side took as long as the slowest.
+    seconds = training.sum() if training.sum() < since_start else training.max()
+    return f", {duration(seconds)} of them training" if seconds < since_start else ""
 
 
 def format_comparison(comparison: pd.DataFrame, *, reference: str) -> str:
@@ -352,9 +357,9 @@ class _Stopped(click.ClickException):
 
 
 def command_to_go_on(arguments: Sequence[str]) -> str:
-    """What was typed, with `resume=true` among its parameters; a sweep goes on by itself, a prediction begins anew."""
+    """What was typed, with `resume=true` among its parameters; a sweep goes on by itself, what is short begins anew."""
     arguments = list(arguments)
-    if not any({"sweep", "predict"} & set(argument.split("=", 1)) for argument in arguments):
+    if not any({"sweep", "predict", "lr_finder"} & set(argument.split("=", 1)) for argument in arguments):
         for place, argument in enumerate(arguments):
             if argument == "--params" and place + 1 < len(arguments):
                 arguments[place + 1] += ",resume=true"

@@ -13,6 +13,7 @@ from collective_pipeline.pipelines import (
     deepmoe,
     demo,
     imagenet,
+    lr_finder,
     merged_moe,
     predict,
     sweep,
@@ -45,7 +46,7 @@ def register_pipelines() -> dict[str, Pipeline]:
     `deepmoe` compares a network with gated channels to the one without and to a narrower one, `merged_moe` a mixture
     of experts to three networks of its size, one of them a collective on images, `tiny_imagenet` a plain
     residual network to the same with each of some techniques. `imagenet` trains one on files of any size, on one GPU
-    or several. `predict` and `demo` only use what was trained.
+    or several. `lr_finder` looks for the learning rate of one of these, `predict` and `demo` only use what was trained.
     """
     images = data.create_pipeline()
     phase1 = make_experiment("phase1", images, MODEL_TYPES, arm.matched(MODEL_TYPES), analysed=["collective"])
@@ -70,6 +71,7 @@ def register_pipelines() -> dict[str, Pipeline]:
         "imagenet": imagenet.create_pipeline()
         + comparison.create_pipeline("imagenet", arms=[imagenet.ARM], analysed=[imagenet.ARM]),
         "sweep": images + sweep.create_pipeline("sweep"),
+        "lr_finder": lr_finder.create_pipeline("lr_finder"),
         "predict": predict.create_pipeline(),
         "demo": demo.create_pipeline(),
     }

@@ -34,7 +34,7 @@ def test_every_pipeline_says_what_it_reads_and_every_parameter_is_read():
         ("sweep", "merged_moe.seeds", "use `seeds`"),
         ("deepmoe", "comparison.reference", "it is a parameter of --pipeline single, phase1, sweep"),
         ("sweep", "training.expert_analysis_interval", "it is a parameter of --pipeline single, phase1"),
-        ("phase1", "model_type", "it is a parameter of --pipeline single, predict"),
+        ("phase1", "model_type", "it is a parameter of --pipeline single, lr_finder, predict"),
         ("single", "sweep.space.training.batch_size", "it is a parameter of --pipeline sweep"),
         ("tiny_imagenet", "training.mixup_alpha", "use `tiny_imagenet.training.mixup_alpha`"),
         ("tiny_imagenet", "deepmoe.width", "use `tiny_imagenet.width`"),

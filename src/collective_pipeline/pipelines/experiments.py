@@ -110,6 +110,13 @@ MATCHED = (
 )  # fmt: skip
 # Of experiments that have a data set, seeds, a training and a reference of their own.
 SHARED = ("resume", "device", "price_per_gpu_hour", "data", "comparison.confidence", "comparison.resamples")
+# What only matters to a training that ends.
+UNUSED_BY_FINDER = (
+    "epochs", "learning_rate", "schedule", "warmup_epochs", "milestones", "decay_factor", "lr_decay", "ema_decay",
+    "early_stopping_patience", "early_stopping_metric", "expert_analysis_interval",
+)  # fmt: skip
+SUBJECTS = ("deepmoe", "tiny_imagenet")
+FINDER = ("lr_finder", "device", "data", "model_type", "dataset", "collective", "baselines", "training", *SUBJECTS)
 PREDICT = ("images", "model_type", "dataset", "checkpoint", "checkpoint_seed", "device")
 
 # The one that `kedro run` alone runs.
@@ -130,6 +137,14 @@ EXPERIMENTS = {
         ignores=(
             "data.val_fraction",
             *(f"imagenet.training.{name}" for name in ("augmentation_strength", "cutout", "expert_analysis_interval")),
+        ),
+    ),
+    "lr_finder": Experiment(
+        FINDER,
+        lambda settings: 0,
+        ignores=(
+            *(f"{section}.seeds" for section in SUBJECTS),
+            *(f"{name}training.{unused}" for name in ("", *(f"{s}." for s in SUBJECTS)) for unused in UNUSED_BY_FINDER),
         ),
     ),
     "predict": Experiment(PREDICT, lambda settings: 0),

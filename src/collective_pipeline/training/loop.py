@@ -5,7 +5,7 @@ All seeds of an arm train side by side: `S` is the first dimension of weights, b
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -463,6 +463,36 @@ def _make_schedule(
         num_updates=sum(epochs * updates for epochs, updates in parts),
         warmup_updates=round(warmup_updates),
     )
+
+
+def try_rates(
+    phase: Phase, batches: BatchSource, validation: ImageSource, config: TrainingConfig, rates: Tensor
+) -> Iterator[float]:
+    """Train the beginning of a phase, one update at each of these learning rates, and give the loss of each.
+
+    Args:
+        phase: As for `fit`; its own number of epochs and the configured schedule do not matter here.
+        batches: The training images of one seed.
+        validation: Not looked at.
+        config: As for `fit`.
+        rates: `(updates,)`.
+    """
+    own = batches.for_stage(phase.stage)
+    per_epoch = count_updates(own, config)
+    span = _Span(own, epochs_before=0, steps_before=0, schedule=rates, start=0)
+    training = _PhaseTraining(replace(phase, epochs=-(-len(rates) // per_epoch)), span, validation, config)
+    try:
+        for number in range(len(rates)):
+            epoch, update = divmod(number, per_epoch)
+            if update == 0:
+                training.begin(epoch + 1, goes_on=False)
+            for total in training.totals.values():
+                total.zero_()
+            training.update(update, update + 1)
+            num_batches = min(training.batches_per_update, len(own) - update * training.batches_per_update)
+            yield float(training.totals["loss"]) / num_batches
+    finally:
+        training.bits.release()
 
 
 def count_updates(batches: BatchSource, config: TrainingConfig) -> int:

@@ -239,6 +239,22 @@ def log_figure(figure: Figure, path: str) -> None:
         logger.warning("MLflow did not take %s: %s", path, error)
 
 
+def log_series(series: Mapping[str, Sequence[float]]) -> None:
+    """Numbers one after another, as curves of the active run if there is one; what is not finite is left out."""
+    run = mlflow.active_run()
+    if run is None:
+        return
+    now = round(1000 * time.time())
+    metrics = [
+        Metric(name, value, now, step)
+        for name, values in series.items()
+        for step, value in enumerate(values, start=1)
+        if math.isfinite(value)
+    ]
+    for start in range(0, len(metrics), 1000):  # as many as MLflow takes at once
+        mlflow.MlflowClient().log_batch(run.info.run_id, metrics=metrics[start : start + 1000])
+
+
 def set_up_system_metrics() -> None:
     """Of this process's runs from now on, a value every two seconds."""
     mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_SECONDS)

@@ -34,7 +34,7 @@ from collective_pipeline.training.memory import Need, advise, estimate_need, fre
 from collective_pipeline.training.ranks import ALONE, Ranks
 from collective_pipeline.training.runtime import choose_device, describe_device, set_matmul_precision, side_stream
 from collective_pipeline.training.snapshots import Snapshot, Snapshots
-from collective_pipeline.training.strategies import plan_phases
+from collective_pipeline.training.strategies import Phase, plan_phases
 
 logger = logging.getLogger(__name__)
 
@@ -215,15 +215,10 @@ class _ArmTraining:
         config = self.config
         with side_stream(self.device, depth=count_products(self.arm)):
             splits = self.splits.to(self.device)
-            model = build_arm(self.arm, num_seeds=len(seeds))
-            initialise(model, [make_generator(seed, "weights") for seed in seeds])
+            model = draw_network(self.arm, seeds)
             if self.prepare is not None:
                 self.prepare(model, seeds)
-            phases = plan_phases(self.arm, model, config, num_seeds=len(seeds))
-            for phase in phases:
-                if phase.new is not None:
-                    initialise(phase.new, [make_generator(seed, f"weights/{phase.name}") for seed in seeds])
-                phase.network.to(self.device)
+            phases = draw_phases(self.arm, model, seeds, config, self.device)
             batches = make_batches(splits, seeds, config)
             result = fit(
                 phases, batches, splits.val, config,
@@ -247,6 +242,25 @@ class _ArmTraining:
         """Every callback."""
         for callback in self.callbacks:
             callback(epoch)
+
+
+def draw_network(arm: Arm, seeds: Sequence[int]) -> nn.Module:
+    """The arm's network for all seeds, each seed's weights drawn from it alone."""
+    model = build_arm(arm, num_seeds=len(seeds))
+    initialise(model, [make_generator(seed, "weights") for seed in seeds])
+    return model
+
+
+def draw_phases(
+    arm: Arm, model: nn.Module, seeds: Sequence[int], config: TrainingConfig, device: torch.device
+) -> list[Phase]:
+    """The phases of its training, on the device, with the weights drawn of what they bring along."""
+    phases = plan_phases(arm, model, config, num_seeds=len(seeds))
+    for phase in phases:
+        if phase.new is not None:
+            initialise(phase.new, [make_generator(seed, f"weights/{phase.name}") for seed in seeds])
+        phase.network.to(device)
+    return phases
 
 
 def make_batches(splits: Splits | StreamedSplits, seeds: Sequence[int], config: TrainingConfig) -> BatchSource:

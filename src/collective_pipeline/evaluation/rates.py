@@ -1,0 +1,162 @@
+"""What losses at ever higher learning rates say: a rate to try, a figure, and a page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
+
+from collective_pipeline.evaluation.figures import COLORS, finish
+from collective_pipeline.evaluation.report import Columns, make_figure, make_table, render
+
+RATE_COLUMNS = ("rate", "loss", "smoothed")
+# Of all updates, those on either side that a loss is averaged with, the nearer the more.
+REACH = 0.03
+
+
+def tabulate_rates(rates: Sequence[float], losses: Sequence[float], *, planned: int) -> pd.DataFrame:
+    """`RATE_COLUMNS`, a row for each update; `planned` is how many there were to be, which sets how much is smoothed.
+
+    The mean reaches to both sides, so that a fall is not told later than it was. Losses that are not finite have none.
+    """
+    loss = np.asarray(losses, dtype=float)
+    reach = max(1, round(REACH * planned))
+    weights = np.bartlett(2 * reach + 3)[1:-1]
+    known = np.isfinite(loss)
+    total = _convolve(np.where(known, loss, 0.0), weights)
+    smoothed = np.where(known, total / np.maximum(_convolve(known.astype(float), weights), 1e-12), np.nan)
+    return pd.DataFrame({"rate": list(rates), "loss": loss, "smoothed": smoothed})
+
+
+def _convolve(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    reach = len(weights) // 2
+    return np.convolve(np.pad(values, reach), weights, mode="valid")
+
+
+def suggest_rate(table: pd.DataFrame) -> dict[str, float | None]:
+    """`suggested_rate`, where the smoothed loss falls fastest along the logarithm of the rate, and that of its lowest.
+
+    None where it never falls.
+    """
+    known = table.dropna()
+    lowest = int(known["smoothed"].to_numpy().argmin()) if len(known) else 0
+    falling = known.iloc[: lowest + 1]
+    if len(falling) < 2:
+        return {"suggested_rate": None, "rate_of_lowest_loss": None, "lowest_loss": None}
+    slopes = np.gradient(falling["smoothed"].to_numpy(), np.log(falling["rate"].to_numpy()))
+    return {
+        "suggested_rate": float(falling["rate"].iloc[int(slopes.argmin())]),
+        "rate_of_lowest_loss": float(falling["rate"].iloc[-1]),
+        "lowest_loss": float(falling["smoothed"].iloc[-1]),
+    }
+
+
+def answer_rates(found: Mapping[str, float | None], table: pd.DataFrame, *, name: str, planned: int) -> str:
+    """One sentence or two."""
+    first, last = table["rate"].iloc[0], table["rate"].iloc[-1]
+    if found["suggested_rate"] is None:
+        return (
+            f"The loss of {name} does not fall at any rate from {first:.1e} to {last:.1e}: give lr_finder a lower "
+            "lowest or a higher highest."
+        )
+    told = (
+        f"The loss of {name} falls fastest at a learning rate of {found['suggested_rate']:.1e} and is lowest at "
+        f"{found['rate_of_lowest_loss']:.1e}."
+    )
+    if len(table) < planned:
+        return f"{told} Beyond {last:.1e} it explodes."
+    if found["rate_of_lowest_loss"] == last:
+        return f"{told} It still falls at the highest rate that was tried: lr_finder.highest may be higher."
+    return told
+
+
+def plot_rates(table: pd.DataFrame, found: Mapping[str, Any]) -> go.Figure:
+    """Loss against rate, both as measured and smoothed, with the suggestion."""
+    figure = go.Figure()
+    for column, name, color, width in (("loss", "Each update", COLORS[6], 1), ("smoothed", "Smoothed", COLORS[1], 3)):
+        figure.add_scatter(
+            x=table["rate"].tolist(),
+            y=[None if pd.isna(value) else value for value in table[column].tolist()],
+            name=name,
+            mode="lines",
+            line={"color": color, "width": width},
+            hovertemplate="rate %{x:.2e}: loss %{y:.4f}<extra></extra>",
+        )
+    for key, name, color in (
+        ("suggested_rate", "Falls fastest", COLORS[0]),
+        ("rate_of_lowest_loss", "Lowest", COLORS[3]),
+    ):
+        if found[key] is not None:
+            at = table[table["rate"] == found[key]]
+            figure.add_scatter(
+                x=at["rate"].tolist(),
+                y=at["smoothed"].tolist(),
+                name=name,
+                mode="markers",
+                marker={"color": color, "size": 13, "symbol": "diamond"},
+                hovertemplate=f"{name}: rate %{{x:.2e}}, loss %{{y:.4f}}<extra></extra>",
+            )
+    figure.update_xaxes(type="log", exponentformat="power")
+    # An explosion would flatten all that is of interest.
+    ends = table["smoothed"].min(), 1.2 * table["smoothed"].head(max(1, len(table) // 4)).max()
+    figure.update_yaxes(range=[ends[0] - 0.1 * (ends[1] - ends[0]), ends[1] + 0.1 * (ends[1] - ends[0])])
+    return finish(figure, "Loss against the learning rate", "Learning rate", "Training loss", height=480)
+
+
+FOUND: Columns = {
+    "Rate": lambda row: row.what,
+    "Learning rate": lambda row: f"{row.rate:.2e}",
+    "Loss, smoothed": lambda row: f"{row.smoothed:.4f}",
+}
+UPDATES: Columns = {
+    "Update": lambda row: f"{row.Index + 1}",
+    "Learning rate": lambda row: f"{row.rate:.3e}",
+    "Loss": lambda row: f"{row.loss:.4f}",
+    "Smoothed": lambda row: "" if pd.isna(row.smoothed) else f"{row.smoothed:.4f}",
+}
+NOTES = (
+    "Every update has a higher rate than the one before, by the same factor; nothing is scored but the loss of its "
+    "training batches, which are those of the experiment.",
+    "Where the loss falls fastest a rate is high enough to learn and far from too high. With schedule=one_cycle it may "
+    "be the highest of the cycle, and rates up to a third of that of the lowest loss are worth a try too.",
+)
+
+
+def write_rate_report(
+    *, title: str, table: pd.DataFrame, found: Mapping[str, Any], facts: Mapping[str, Mapping[str, str]]
+) -> str:
+    """The page as HTML; `found` has the answer beside what `suggest_rate` gives."""
+    named = {"Falls fastest": found["suggested_rate"], "Lowest": found["rate_of_lowest_loss"]}
+    rates = pd.DataFrame(
+        [
+            {"what": what, **table[table["rate"] == rate].iloc[0].to_dict()}
+            for what, rate in named.items()
+            if rate is not None
+        ],
+        columns=["what", *RATE_COLUMNS],
+    )
+    figure = make_figure(
+        plot_rates(table, found), "On a logarithmic axis; each update is one point.", table, "lr_finder.csv"
+    )
+    return render(
+        title=title,
+        answer=found["answer"],
+        key_figures={what: (f"{rate:.1e}", "learning rate") for what, rate in named.items() if rate is not None},
+        heading="Rates",
+        tables=[
+            make_table(
+                "Where the loss falls fastest, and where it is lowest",
+                FOUND,
+                rates,
+                ("what", *RATE_COLUMNS),
+                "rates.csv",
+            )
+        ],
+        gpu=None,
+        hints=(),
+        notes=NOTES,
+        figures=[figure],
+        details=[make_table("Every update", UPDATES, table, RATE_COLUMNS, "lr_finder.csv")],
+        facts=facts,
+    )
