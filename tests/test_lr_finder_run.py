@@ -5,6 +5,7 @@ import json
 import mlflow
 import pandas as pd
 import pytest
+from tests.test_imagenet_run import write_tree
 from tests.test_run import kedro
 
 REPORTING = "data/08_reporting/lr_finder"
@@ -17,17 +18,24 @@ def project(tmp_path_factory, new_project):
     return new_project(tmp_path_factory.mktemp("lr_finder"))
 
 
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """The parameters of a few image files."""
+    return f",imagenet.folder={write_tree(tmp_path_factory.mktemp('tree'))},imagenet.val_fraction=0.1,imagenet.width=4"
+
+
 @pytest.mark.parametrize(
     ("of", "name", "parameter"),
     [
         ("tiny_imagenet", "plain", "tiny_imagenet.training.learning_rate"),
         ("deepmoe", "resnet18_moe", "deepmoe.training.learning_rate"),
         ("single,model_type=shallow", "shallow", "training.learning_rate"),
+        ("imagenet", "resnet18", "imagenet.training.learning_rate"),
     ],
 )
-def test_a_rate_is_found_for_the_first_arm_of_each(project, of, name, parameter):
+def test_a_rate_is_found_for_the_first_arm_of_each(project, tree, of, name, parameter):
     """Files, answer and MLflow; nothing of what is trained otherwise."""
-    result = kedro(project, *COMMAND, f"{TINY},lr_finder.of={of}")
+    result = kedro(project, *COMMAND, f"{TINY},lr_finder.of={of}{tree if of == 'imagenet' else ''}")
     assert result.exit_code == 0, result.output
     table = pd.read_csv(project / REPORTING / "lr_finder.csv")
     summary = json.loads((project / REPORTING / "summary.json").read_text())

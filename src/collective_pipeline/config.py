@@ -1099,7 +1099,7 @@ class DemoConfig(Config):
 class LrFinderConfig(Config):
     """`kedro run --pipeline lr_finder`: the first updates of an experiment's first arm, at ever higher rates."""
 
-    of: Literal["single", "deepmoe", "tiny_imagenet"] = Field(
+    of: Literal["single", "deepmoe", "tiny_imagenet", "imagenet"] = Field(
         "tiny_imagenet", description="the experiment; its own parameters say what is trained, on what and how"
     )
     lowest: Positive = Field(1e-7, description="learning rate of the first update")

@@ -115,7 +115,7 @@ UNUSED_BY_FINDER = (
     "epochs", "learning_rate", "schedule", "warmup_epochs", "milestones", "decay_factor", "lr_decay", "ema_decay",
     "early_stopping_patience", "early_stopping_metric", "expert_analysis_interval",
 )  # fmt: skip
-SUBJECTS = ("deepmoe", "tiny_imagenet")
+SUBJECTS = ("deepmoe", "tiny_imagenet", "imagenet")
 FINDER = ("lr_finder", "device", "data", "model_type", "dataset", "collective", "baselines", "training", *SUBJECTS)
 PREDICT = ("images", "model_type", "dataset", "checkpoint", "checkpoint_seed", "device")
 
@@ -144,6 +144,8 @@ EXPERIMENTS = {
         lambda settings: 0,
         ignores=(
             *(f"{section}.seeds" for section in SUBJECTS),
+            *(f"imagenet.{name}" for name in ("pack_side", "pack_quality", "rate_scaling", "sync_norm")),
+            *(f"imagenet.training.{name}" for name in ("augmentation_strength", "cutout")),
             *(f"{name}training.{unused}" for name in ("", *(f"{s}." for s in SUBJECTS)) for unused in UNUSED_BY_FINDER),
         ),
     ),

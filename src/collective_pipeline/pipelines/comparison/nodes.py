@@ -14,6 +14,7 @@ from plotly.graph_objects import Figure
 from collective_pipeline import __version__
 from collective_pipeline.config import TECHNIQUES, Arm, Parameters, flatten, hide_password
 from collective_pipeline.data.splits import Splits
+from collective_pipeline.data.streaming import StreamedSplits
 from collective_pipeline.evaluation.comparison import RUN_COLUMNS, compare_arms
 from collective_pipeline.evaluation.experts import ExpertAnalysis, describe_experts
 from collective_pipeline.evaluation.figures import plot_samples
@@ -128,7 +129,9 @@ def _question(reference: str) -> str:
     return "Does a collective use its parameters better?" if reference == "collective" else f"Is {reference} better?"
 
 
-def describe_run(settings: Parameters, splits: Splits, device: torch.device) -> dict[str, dict[str, str]]:
+def describe_run(
+    settings: Parameters, splits: Splits | StreamedSplits, device: torch.device
+) -> dict[str, dict[str, str]]:
     """Everything that is needed to run it again, by section and name."""
     return {
         "Run": {

@@ -11,8 +11,9 @@ import torch
 from collective_pipeline.config import Arm, Parameters, check_parameters
 from collective_pipeline.data.small_images import load_images
 from collective_pipeline.data.splits import Splits
+from collective_pipeline.data.streaming import StreamedSplits
 from collective_pipeline.evaluation.rates import answer_rates, suggest_rate, tabulate_rates, write_rate_report
-from collective_pipeline.pipelines import deepmoe, tiny_imagenet
+from collective_pipeline.pipelines import deepmoe, imagenet, tiny_imagenet
 from collective_pipeline.pipelines.comparison.nodes import describe_run
 from collective_pipeline.pipelines.data.nodes import read_settings as read_single
 from collective_pipeline.pipelines.data.nodes import split_images
@@ -26,6 +27,13 @@ def load_small_images(folder: Path, settings: Parameters) -> Splits:
     return split_images(load_images(settings.dataset, folder / settings.dataset), settings)
 
 
+def open_image_files(folder: Path, settings: Parameters) -> StreamedSplits:
+    """Of the tree that `imagenet.folder` names, wherever that is; the files themselves, packed or not."""
+    files = settings.model_copy(update={"imagenet": settings.imagenet.model_copy(update={"pack_side": None})})
+    index, _ = imagenet.nodes.index_files(files, None)
+    return imagenet.nodes.open_images(files, index, folder)
+
+
 @dataclass(frozen=True)
 class Subject:
     """An experiment, as far as its first arm needs it.
@@ -37,8 +45,8 @@ class Subject:
     """
 
     read: Callable[[dict[str, Any]], tuple[Parameters, torch.device]]
-    make: Callable[[Parameters, Splits], list[Arm]]
-    load: Callable[[Path, Parameters], Splits] = load_small_images
+    make: Callable[[Parameters, Any], list[Arm]]
+    load: Callable[[Path, Parameters], Splits | StreamedSplits] = load_small_images
 
 
 # By the values of `lr_finder.of`.
@@ -46,6 +54,11 @@ SUBJECTS = {
     "single": Subject(read_single, lambda settings, splits: [match_to_splits(settings, splits)]),
     "deepmoe": Subject(deepmoe.nodes.read_settings, deepmoe.nodes.make_arms),
     "tiny_imagenet": Subject(tiny_imagenet.nodes.read_settings, tiny_imagenet.nodes.make_arms),
+    "imagenet": Subject(
+        imagenet.nodes.read_settings,
+        lambda settings, splits: [imagenet.nodes.make_network(settings, splits)],
+        open_image_files,
+    ),
 }
 
 
@@ -54,17 +67,19 @@ def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]
     return SUBJECTS[check_parameters(parameters).lr_finder.of].read(parameters)
 
 
-def load_splits(folder: Path, settings: Parameters) -> Splits:
+def load_splits(folder: Path, settings: Parameters) -> Splits | StreamedSplits:
     """The experiment's images."""
     return SUBJECTS[settings.lr_finder.of].load(folder, settings)
 
 
-def make_arm(settings: Parameters, splits: Splits) -> Arm:
+def make_arm(settings: Parameters, splits: Splits | StreamedSplits) -> Arm:
     """The experiment's first arm."""
     return SUBJECTS[settings.lr_finder.of].make(settings, splits)[0]
 
 
-def find(arm: Arm, splits: Splits, settings: Parameters, device: torch.device) -> tuple[pd.DataFrame, dict[str, Any]]:
+def find(
+    arm: Arm, splits: Splits | StreamedSplits, settings: Parameters, device: torch.device
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The loss at every rate, and what it says."""
     finder = settings.lr_finder
     rates, losses = find_rates(arm, splits, settings.training, finder, device=device)
@@ -77,7 +92,11 @@ def find(arm: Arm, splits: Splits, settings: Parameters, device: torch.device) -
 
 
 def report(
-    settings: Parameters, splits: Splits, device: torch.device, table: pd.DataFrame, summary: dict[str, Any]
+    settings: Parameters,
+    splits: Splits | StreamedSplits,
+    device: torch.device,
+    table: pd.DataFrame,
+    summary: dict[str, Any],
 ) -> str:
     """The page that says which rate to try."""
     return write_rate_report(
