@@ -153,6 +153,7 @@ def write_rate_report(
                 "rates.csv",
             )
         ],
+        costs="",
         gpu=None,
         hints=(),
         notes=NOTES,
