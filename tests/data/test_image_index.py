@@ -69,6 +69,11 @@ def write_mapped_ground_truth(root: Path) -> None:
     (data / "map_clsloc.txt").write_text("\n".join(f"{wnid} {number} a_thing" for wnid, number in DEVKIT.items()))
 
 
+def write_ground_truth_beside(root: Path) -> None:
+    write_ground_truth(root)
+    (root / "ILSVRC2012_devkit_t12").rename(root.parent / "ILSVRC2012_devkit_t12")
+
+
 def write_folders(root: Path) -> None:
     val = root / "Data" / "CLS-LOC" / "val"
     for number, name in enumerate(OF_VAL, start=1):
@@ -76,7 +81,14 @@ def write_folders(root: Path) -> None:
         (val / f"{stem(number)}.JPEG").rename(val / name / f"{stem(number)}.JPEG")
 
 
-SOURCES = [write_solution, write_xml, write_ground_truth, write_mapped_ground_truth, write_folders]
+SOURCES = [
+    write_solution,
+    write_xml,
+    write_ground_truth,
+    write_mapped_ground_truth,
+    write_ground_truth_beside,
+    write_folders,
+]
 
 
 @pytest.mark.parametrize("write", SOURCES)
@@ -126,12 +138,40 @@ def test_plain_folders_and_tiny_imagenet(tmp_path):
     assert known.rows_of(TRAIN)["path"].iloc[0] == "train/n01/images/n01_0.JPEG"
 
 
+def test_tiny_imagenet_sorted_into_class_folders_is_read(tmp_path):
+    """As many sort its validation images; an empty folder for them beside another part is none."""
+    for name in CLASSES:
+        write_image(tmp_path / "train" / name / "images" / f"{name}_0.JPEG")
+        write_image(tmp_path / "test" / name / f"{name}_1.JPEG")
+    (tmp_path / "val").mkdir()
+
+    assert index_images(tmp_path).table["path"].to_list() == [
+        *(f"train/{name}/images/{name}_0.JPEG" for name in CLASSES),
+        *(f"test/{name}/{name}_1.JPEG" for name in CLASSES),
+    ]
+
+
+def test_what_is_left_out_is_told(ilsvrc):
+    write_solution(ilsvrc)
+    folder = ilsvrc / "Data" / "CLS-LOC" / "train" / "n01"
+    (folder / "._n01_0.JPEG").write_bytes(b"of a Mac")
+    (folder / "notes.txt").write_text("")
+    (folder / "n01_9.JPEG").symlink_to(folder / "nowhere.JPEG")
+    index = index_images(ilsvrc)
+
+    assert len(index.rows_of(TRAIN)) == 12
+    (told,) = index.problems[TRAIN]
+    assert "1 x .jpeg that is a folder or leads nowhere, 1 x .txt, 1 x hidden" in told
+
+
 def test_names_of_classes_come_from_the_mapping(ilsvrc):
     write_solution(ilsvrc)
     (ilsvrc.parent / "LOC_synset_mapping.txt").write_text(
         "n01 tench, Tinca tinca\nn02 goldfish\nn03 great white shark, x\n"
     )
     assert index_images(ilsvrc).class_names == ("n01 tench", "n02 goldfish", "n03 great white shark")
+    (ilsvrc.parent / "LOC_synset_mapping.txt").write_text("n01\nn02\tgoldfish\nn03 ,\n")
+    assert index_images(ilsvrc).class_names == ("n01", "n02 goldfish", "n03")
 
 
 def test_subsets_are_even_and_of_their_seed(ilsvrc):
@@ -186,6 +226,17 @@ def no_second_part(root: Path) -> None:
     (root / "Data/CLS-LOC/val").rename(root / "Data/CLS-LOC/valley")
 
 
+def garble_solution(root: Path) -> None:
+    (root.parent / "LOC_val_solution.csv").write_bytes(b"\xff\xfe\x00")
+
+
+def cut_meta(root: Path) -> None:
+    (root.parent / "LOC_val_solution.csv").unlink()
+    write_ground_truth(root)
+    meta = root / "ILSVRC2012_devkit_t12" / "data" / "meta.mat"
+    meta.write_bytes(meta.read_bytes()[:200])
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
@@ -197,6 +248,8 @@ def no_second_part(root: Path) -> None:
         (unmapped_class, "1 folders that LOC_synset_mapping.txt does not know, the first is n02"),
         (missing_class, "lacks 1 of the 4 classes of LOC_synset_mapping.txt, the first is n04"),
         (no_second_part, "lacks a second part beside train"),
+        (garble_solution, r"LOC_val_solution\.csv is no text: put the published file in its place"),
+        (cut_meta, r"meta\.mat cannot be read .*: put the published file in its place"),
     ],
 )
 def test_what_is_missing_is_said_in_one_sentence(ilsvrc, spoil, told):
@@ -254,3 +307,27 @@ def test_a_real_tree_of_kaggle_has_running_numbers(tmp_path):
     (tmp_path / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]))
 
     assert index_images(tmp_path).table.groupby("part").size().to_dict() == {"train": 25, "val": 7}
+
+
+@pytest.mark.skipif(
+    not (SHARED / "tiny-imagenet-50.tar.xz").exists(), reason="the shared folder with real images is not there"
+)
+def test_real_classes_of_tiny_imagenet_are_read_and_a_short_one_is_named(tmp_path):
+    """All validation images of its fifty classes, and of each ten training images."""
+    with tarfile.open(SHARED / "tiny-imagenet-50.tar.xz", "r|xz") as archive:
+        for member in archive:
+            number = Path(member.name).stem.rpartition("_")[2]
+            if "/train/" not in member.name or not number.isdecimal() or int(number) < 10:
+                archive.extract(member, tmp_path, filter="data")
+    index = index_images(tmp_path)
+    wnids = {Path(path).name: path.split("/")[1] for path in index.rows_of(TRAIN)["path"]}
+    told = dict(line.split("\t")[:2] for line in (index.root / "val" / "val_annotations.txt").read_text().splitlines())
+    val = index.rows_of(VAL)
+
+    assert index.layout == "Tiny-ImageNet" and len(index.class_names) == 50 and len(wnids) == 500
+    assert all(name.startswith(wnid) for name, wnid in wnids.items())
+    assert {Path(path).name: index.class_names[label] for path, label in val[["path", "label"]].values} == told
+    for number in range(6):
+        (index.root / "train" / "n01443537" / "images" / f"n01443537_{number}.JPEG").unlink()
+    with pytest.raises(UserError, match="half extracted: 1 of its 50 classes are short, n01443537 with 4 images"):
+        index_images(tmp_path)

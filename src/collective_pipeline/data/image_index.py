@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from collective_pipeline.config import UserError
 from collective_pipeline.data.decoding import SUFFIXES
 from collective_pipeline.data.image_labels import Labels, label_flat_files, read_titles
+from collective_pipeline.randomness import make_generator
 
 logger = logging.getLogger(__name__)
 
@@ -142,26 +144,30 @@ def _find_tree(root: Path) -> tuple[Path, str]:
 
 def _index(root: Path, layout: str) -> ImageIndex:
     base = root / "Data" / "CLS-LOC" if layout == "ILSVRC" else root
-    second = next((base / name for name in SECOND_PARTS if (base / name).is_dir()), None)
+    second = next((base / name for name in SECOND_PARTS if _holds_anything(base / name)), None)
     if second is None:
         raise UserError(f"{base} lacks a second part beside train: extract it to {base / 'val'}, or {base / 'test'}")
     classes = _list_classes(base / "train")
     titles = read_titles(root) if layout == "ILSVRC" else {}
     if titles:
         _check_known(classes, titles, base / "train")
-    train = _list_part(base / "train", classes, layout)
-    _check_whole(train, base / "train", unequal=layout != "ILSVRC")
+    train = _list_part(base / "train", classes)
+    _check_whole(train, base / "train", unequal=layout == "folders")
     labels = {name: label for label, name in enumerate(classes)}
     val, source, problems = _list_second(root, second, labels, layout)
     table = pd.concat([_tabulate(TRAIN, root, train, labels), val], ignore_index=True)
     return ImageIndex(
         root,
         layout,
-        tuple(f"{name} {titles[name]}" if titles else name for name in classes),
+        tuple(f"{name} {titles.get(name, '')}".rstrip() for name in classes),
         table,
         {TRAIN: "names of folders", VAL: source},
         {TRAIN: _tell_others(train.values()), VAL: problems},
     )
+
+
+def _holds_anything(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _list_classes(folder: Path) -> list[str]:
@@ -187,12 +193,13 @@ def _check_known(classes: Sequence[str], titles: Mapping[str, str], folder: Path
         )
 
 
-def _list_part(folder: Path, classes: Sequence[str], layout: str) -> dict[str, _Folder]:
+def _list_part(folder: Path, classes: Sequence[str]) -> dict[str, _Folder]:
     """The files of every class, by threads."""
 
     def path(name: str) -> Path:
+        # Tiny-ImageNet's, which many sort into class folders for validation, too: then nothing else tells it.
         inner = folder / name / "images"
-        return inner if layout == "Tiny-ImageNet" and inner.is_dir() else folder / name
+        return inner if inner.is_dir() else folder / name
 
     started = last_line = time.perf_counter()
     listed: dict[str, _Folder] = {}
@@ -213,11 +220,14 @@ def _list_folder(folder: Path) -> _Folder:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
+                others["hidden"] += 1
                 continue
             suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122  # a Path for each costs as much as listing
             if suffix in SUFFIXES and entry.is_file():
                 names.append(entry.name)
                 sizes.append(entry.stat().st_size)
+            elif suffix in SUFFIXES:
+                others[f"{suffix} that is a folder or leads nowhere"] += 1
             else:
                 others[suffix or "no suffix"] += 1
     order = sorted(range(len(names)), key=names.__getitem__)
@@ -251,7 +261,7 @@ def _list_second(
                 f"{folder} holds {len(unknown):,} classes that train has not, the first is {unknown[0]}: remove them, "
                 "or extract their training images"
             )
-        listed = _list_part(folder, classes, layout)
+        listed = _list_part(folder, classes)
         _check_whole(listed, folder, unequal=True)
         lacking = sorted(labels.keys() - set(classes))
         problems = _tell_others(listed.values())
@@ -324,17 +334,19 @@ def _tell_others(folders: Iterable[_Folder]) -> tuple[str, ...]:
     if not others:
         return ()
     told = ", ".join(f"{count:,} x {suffix}" for suffix, count in sorted(others.items()))
-    return (f"files that are no png, jpg or bmp are left out: {told}",)
+    return (f"what is no png, jpg or bmp file, or hidden, is left out: {told}",)
 
 
 def _take_subset(index: ImageIndex, size: int, seed: int) -> ImageIndex:
     """So many training images, evenly of all classes, and a tenth as many of the second part."""
-    generator = np.random.default_rng(seed)
-    parts = [_take_evenly(index, part, number, generator) for part, number in ((TRAIN, size), (VAL, size // 10))]
+    parts = [
+        _take_evenly(index, part, number, make_generator(seed, f"subset of {part}"))
+        for part, number in ((TRAIN, size), (VAL, size // 10))
+    ]
     return replace(index, table=pd.concat(parts, ignore_index=True))
 
 
-def _take_evenly(index: ImageIndex, part: str, size: int, generator: np.random.Generator) -> pd.DataFrame:
+def _take_evenly(index: ImageIndex, part: str, size: int, generator: torch.Generator) -> pd.DataFrame:
     num_classes = len(index.class_names)
     if size < num_classes:
         raise UserError(
@@ -350,5 +362,6 @@ def _take_evenly(index: ImageIndex, part: str, size: int, generator: np.random.G
                 f"subset_size wants {wanted} {part} images of {index.class_names[int(str(label))]}, which has "
                 f"{len(of_class)}: choose a smaller one"
             )
-        taken.append(np.sort(generator.choice(of_class, wanted, replace=False)))
+        chosen = torch.randperm(len(of_class), generator=generator)[:wanted].numpy()
+        taken.append(np.sort(of_class[chosen]))
     return rows.iloc[np.concatenate(taken)]

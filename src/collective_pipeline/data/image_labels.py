@@ -34,8 +34,8 @@ def read_titles(root: Path) -> dict[str, str]:
     file = next(_beside(root, MAPPING), None)
     if file is None:
         return {}
-    lines = (line.split(maxsplit=1) for line in file.read_text().splitlines() if line.strip())
-    return {wnid: title.partition(",")[0] for wnid, title in lines}
+    lines = (line.split(maxsplit=1) for line in _read_lines(file))
+    return {wnid: " ".join(title).partition(",")[0] for wnid, *title in lines}
 
 
 def label_flat_files(root: Path, folder: Path, names: Sequence[str]) -> Labels:
@@ -63,7 +63,8 @@ def label_flat_files(root: Path, folder: Path, names: Sequence[str]) -> Labels:
 
 def _beside(root: Path, name: str) -> Iterator[Path]:
     """Where a file of the data set may lie: in the tree, beside it, in its devkit."""
-    places = (root, root.parent, *(root / part for part in ("devkit", "ILSVRC2012_devkit_t12")))
+    devkits = (place / part for part in ("devkit", "ILSVRC2012_devkit_t12") for place in (root, root.parent))
+    places = (root, root.parent, *devkits)
     return (file for place in places for file in (place / name, place / "data" / name) if file.is_file())
 
 
@@ -72,7 +73,7 @@ def _from_annotated_list(root: Path, folder: Path, names: Sequence[str]) -> Labe
     file = folder / "val_annotations.txt"
     if not file.is_file():
         return None
-    rows = [line.split("\t") for line in file.read_text().splitlines() if line.strip()]
+    rows = [line.split("\t") for line in _read_lines(file)]
     _check(file, all(len(row) >= 2 for row in rows), "a file and its class in every line")
     return Labels(file.name, {Path(row[0]).stem: row[1] for row in rows})
 
@@ -82,8 +83,7 @@ def _from_solution(root: Path, folder: Path, names: Sequence[str]) -> Labels | N
     file = next(_beside(root, SOLUTION), None)
     if file is None:
         return None
-    with file.open(newline="") as lines:
-        rows = list(csv.reader(lines))[1:]
+    rows = list(csv.reader(_read_lines(file)))[1:]
     _check(
         file, all(len(row) == 2 and row[1].split() for row in rows), "an ImageId and a PredictionString in every line"
     )
@@ -112,7 +112,7 @@ def _from_ground_truth(root: Path, folder: Path, names: Sequence[str]) -> Labels
     if file is None:
         return None
     wnid_of = _synset_numbers(root, file)
-    numbers = file.read_text().split()
+    numbers = [number for line in _read_lines(file) for number in line.split()]
     _check(file, all(number in wnid_of for number in numbers), "the number of a class of the devkit in every line")
     if len(numbers) != len(names):
         raise UserError(
@@ -124,13 +124,14 @@ def _from_ground_truth(root: Path, folder: Path, names: Sequence[str]) -> Labels
 def _synset_numbers(root: Path, ground_truth: Path) -> dict[str, str]:
     """Which class has which number in the devkit: from its meta.mat, or map_clsloc.txt (class, number, title)."""
     for file in _beside(root, "meta.mat"):
-        synsets = loadmat(file, squeeze_me=True)["synsets"]
-        return {
-            str(int(number)): str(wnid)
-            for number, wnid in zip(*(synsets[n] for n in ("ILSVRC2012_ID", "WNID")), strict=True)
-        }
+        try:
+            synsets = loadmat(file, squeeze_me=True)["synsets"]
+            columns = [synsets[name] for name in ("ILSVRC2012_ID", "WNID")]
+        except Exception as error:  # damaged files raise almost anything
+            raise UserError(f"{file} cannot be read ({error}): put the published file in its place") from None
+        return {str(int(number)): str(wnid) for number, wnid in zip(*columns, strict=True)}
     for file in _beside(root, "map_clsloc.txt"):
-        rows = [line.split() for line in file.read_text().splitlines() if line.strip()]
+        rows = [line.split() for line in _read_lines(file)]
         _check(file, all(len(row) >= 2 for row in rows), "a class and its number in every line")
         return {row[1]: row[0] for row in rows}
     raise UserError(
@@ -143,9 +144,17 @@ def _running_numbers(root: Path) -> Path | None:
     file = root / "ImageSets" / "CLS-LOC" / "val.txt"
     if not file.is_file():
         return None
-    rows = [line.split() for line in file.read_text().splitlines() if line.strip()]
+    rows = [line.split() for line in _read_lines(file)]
     counts = [row[1] for row in rows if len(row) == 2]
     return file if counts == [str(i) for i in range(1, len(rows) + 1)] else None
+
+
+def _read_lines(file: Path) -> list[str]:
+    """Its lines without empty ones."""
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is no text: put the published file in its place") from None
 
 
 def _check(file: Path, is_good: bool, wanted: str) -> None:
