@@ -389,7 +389,8 @@ def test_unknown_pipeline_is_refused(project):
     result = kedro(project, "run", "--pipeline", "phase2")
 
     assert result.exit_code == 1
-    known = "choose from single, phase1, deepmoe, merged_moe, sweep, predict"
+    known = "choose from single, phase1, deepmoe, merged_moe, tiny_imagenet, imagenet, "
+    known += "sweep, lr_finder, predict, demo"
     sentence = f"there is no pipeline 'phase2': did you mean 'phase1'? {known}"
     assert sentence in str(result.exception)
 
@@ -409,11 +410,15 @@ def test_registry_lists_the_pipelines(project):
     assert [line.strip("- ") for line in result.stdout.split("\n") if line] == [
         "__default__",
         "deepmoe",
+        "demo",
+        "imagenet",
+        "lr_finder",
         "merged_moe",
         "phase1",
         "predict",
         "single",
         "sweep",
+        "tiny_imagenet",
     ]
 
 

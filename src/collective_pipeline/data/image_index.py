@@ -49,6 +49,7 @@ class ImageIndex:
         table: `part` (train or val), `path` from the root, `label`, `num_bytes`; sorted by part, label and path.
         label_sources: Where the labels of each part come from, in words.
         problems: What is wrong with each part without being refused, in sentences.
+        subset: How many training images were taken, and the seed that chose them; None: all.
     """
 
     root: Path
@@ -57,6 +58,7 @@ class ImageIndex:
     table: pd.DataFrame
     label_sources: dict[str, str]
     problems: dict[str, tuple[str, ...]]
+    subset: tuple[int, int] | None = None
 
     def rows_of(self, part: str) -> pd.DataFrame:
         """The files of a part."""
@@ -343,7 +345,7 @@ def _take_subset(index: ImageIndex, size: int, seed: int) -> ImageIndex:
         _take_evenly(index, part, number, make_generator(seed, f"subset of {part}"))
         for part, number in ((TRAIN, size), (VAL, size // 10))
     ]
-    return replace(index, table=pd.concat(parts, ignore_index=True))
+    return replace(index, table=pd.concat(parts, ignore_index=True), subset=(size, seed))
 
 
 def _take_evenly(index: ImageIndex, part: str, size: int, generator: torch.Generator) -> pd.DataFrame:

@@ -45,6 +45,7 @@ class ImageIndexDataset(AbstractDataset[ImageIndex, ImageIndex | None]):
             "class_names": data.class_names,
             "label_sources": data.label_sources,
             "problems": data.problems,
+            "subset": data.subset,
             "digest": data.digest,
         }
         table = pa.Table.from_pandas(data.table, preserve_index=False)
@@ -70,6 +71,7 @@ def _read(path: Path) -> ImageIndex:
         frame,
         about["label_sources"],
         {part: tuple(problems) for part, problems in about["problems"].items()},
+        tuple(about["subset"]) if about["subset"] else None,
     )
     if index.digest != about["digest"]:
         raise ValueError("its digest is not that of its contents")

@@ -45,7 +45,8 @@ def index_files(settings: Parameters, known: ImageIndex | None) -> tuple[ImageIn
     own = settings.imagenet
     root = Path(own.folder).expanduser()
     index = index_images(root, subset_size=own.subset_size, subset_seed=settings.data.split_seed)
-    if known is not None and known.root == index.root and known.digest != index.digest:
+    is_same = known is not None and (known.root, known.subset) == (index.root, index.subset)
+    if known is not None and is_same and known.digest != index.digest:
         logger.warning("%s is not as it was when it was last indexed: %s", root, compare_index(known, index))
     found = index.describe()
     logger.info("%s\n%s", root, found.to_string(index=False))
