@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from torch import nn
 
 from collective_pipeline.config import AugmentationConfig, ImageNetConfig, Parameters, Stage, TrainingConfig, UserError
 from collective_pipeline.data.feeding import Crop
@@ -23,9 +25,9 @@ from collective_pipeline.pipelines.imagenet.nodes import make_arm
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.launch import count_ranks, launch
-from collective_pipeline.training.loop import Fit
+from collective_pipeline.training.loop import Fit, evaluate
 from collective_pipeline.training.rank import Job, work
-from collective_pipeline.training.ranks import ALONE
+from collective_pipeline.training.ranks import ALONE, Ranks
 
 CPU = torch.device("cpu")
 CONFIG = ImageNetConfig(
@@ -74,26 +76,15 @@ def make_job(
     return Job(make_arm(config, 3), splits, settings, state, planned, "cpu")
 
 
+def ranks() -> list[psutil.Process]:
+    """Below this process, and what starts them."""
+    below = psutil.Process().children(recursive=True)
+    return [child for child in below if "collective_pipeline.training.rank" in child.cmdline()]
+
+
 def told(fit: Fit) -> list[dict]:
     """What happened, but for how long it took."""
     return [{k: v for k, v in row.items() if k != "seconds" and isinstance(v, int | float)} for row in fit.history]
-
-
-def test_every_image_is_in_one_batch_whoever_reads_it(splits):
-    """Order and crops are of the seed: for two ranks, for one that plays both, for four that share their batches."""
-
-    def rows(number: int, planned: int) -> list[torch.Tensor]:
-        shares = [splits.for_share(Share(rank, number, planned)) for rank in range(number)]
-        batches = [StreamedBatches(share, (1,), CONFIG.training, Stage(epochs=1, image_size=12)) for share in shares]
-        for one in batches:
-            one.begin(3)
-        updates = len(batches[0]) // batches[0].ranks_played
-        return [one.rows_KB.view(updates, -1) for one in batches]
-
-    alone, two, four = rows(1, 2), rows(2, 2), rows(4, 2)
-
-    assert torch.equal(torch.cat(two, dim=1), alone[0]) and torch.equal(torch.cat(four, dim=1), alone[0])
-    assert len(alone[0].unique()) == alone[0].numel() == 48
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -103,6 +94,76 @@ def test_validation_reads_every_image_once(splits, number):
 
     assert all(len(part) == 13 for part in parts)
     assert torch.equal(labels.sort().values, splits.test.labels.sort().values)
+
+
+class Threads(Ranks):
+    """Ranks that are threads of this process."""
+
+    def __init__(self, rank: int, number: int, barrier: threading.Barrier, messages: dict) -> None:
+        super().__init__(rank, number)
+        object.__setattr__(self, "average_", lambda tensors: self.meet(tensors, barrier, messages))
+
+    def meet(self, tensors, barrier, messages) -> None:
+        messages[self.rank] = [tensor.clone() for tensor in tensors]
+        barrier.wait(20)
+        for tensor, *all_of_it in zip(tensors, *(messages[rank] for rank in range(self.number)), strict=True):
+            tensor.copy_(torch.stack(all_of_it).mean(dim=0))
+        barrier.wait(20)
+
+
+class Projection(nn.Module):
+    """Logits of three classes for a stack of one network."""
+
+    def forward(self, x_1BI):
+        weights = torch.randn(x_1BI.shape[-1], 3, generator=torch.Generator().manual_seed(0))
+        return x_1BI @ weights / 20, {}
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_file_that_cannot_be_read_counts_neither_way_whoever_validates(splits, tmp_path, number):
+    rows, bad = splits.test.rows, {63, 66, 70}
+    for row in rows.tolist():
+        file = splits.train.source.root / f"{row}.jpg"
+        (tmp_path / file.name).write_bytes(b"" if row in bad else file.read_bytes())
+    source = replace(splits.train.source, root=tmp_path)
+    spoilt = replace(splits.test, source=source, max_bad=0.1)
+    good = replace(spoilt, rows=torch.tensor([row for row in rows.tolist() if row not in bad]))
+    normalise = StreamedBatches(splits, (1,), CONFIG.training, Stage(epochs=1)).normalise
+    barrier, messages = threading.Barrier(number), {}
+
+    def found(images, ranks):
+        return evaluate(Projection(), images, normalise, CONFIG.training, ranks=ranks)
+
+    with ThreadPoolExecutor(number) as pool:
+        parts = [replace(spoilt, share=Share(rank, number, number)) for rank in range(number)]
+        results = list(pool.map(found, parts, [Threads(rank, number, barrier, messages) for rank in range(number)]))
+
+    wanted = found(good, ALONE)
+    for name, value in wanted.items():
+        assert [result[name].item() for result in results] == pytest.approx([value.item()] * number, rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_norms_over_ranks_are_those_of_one_process_with_all_images(splits, tmp_path):
+    """Statistics, gradients and all: two ranks are one that has batches of twice the size."""
+    changes = {"sync_norm": True, "drop_path": 0.0, "rate_scaling": "none"}
+    training = CONFIG.training.model_copy(update={"mixup_alpha": 0.0})
+    twice = training.model_copy(
+        update={
+            "batch_size": 2 * training.batch_size,
+            "stages": (Stage(epochs=2, image_size=12, batch_size=8), Stage(epochs=2, image_size=16)),
+        }
+    )
+    one, two = (CONFIG.model_copy(update=changes | {"training": some}) for some in (twice, training))
+    alone, fit = work(make_job(splits, tmp_path / "alone.safetensors", planned=1, config=one), ALONE, CPU)
+
+    job = make_job(splits, tmp_path / "both.safetensors", planned=2, config=two)
+    both, fit_of_both = launch(job, number=2, environment={})
+
+    for mine, other in zip(told(fit_of_both), told(fit), strict=True):
+        assert mine == pytest.approx(other, rel=1e-3)
+    for name, tensor in alone.weights.items():
+        assert torch.allclose(both.weights[name], tensor, rtol=1e-3, atol=1e-4), name
 
 
 def test_two_ranks_train_as_one_process_that_plays_both(splits, tmp_path):
@@ -122,6 +183,7 @@ def test_two_ranks_train_as_one_process_that_plays_both(splits, tmp_path):
     assert max(rates) > CONFIG.training.learning_rate
 
 
+@pytest.mark.slow
 def test_what_a_rank_fails_of_is_told_and_no_process_is_left(splits, tmp_path):
     root = tmp_path / "images"
     root.mkdir()
@@ -133,7 +195,24 @@ def test_what_a_rank_fails_of_is_told_and_no_process_is_left(splits, tmp_path):
     with pytest.raises(UserError, match=r"7\.jpg"):
         launch(make_job(spoilt, tmp_path / "state.safetensors", planned=2), number=2, environment={})
 
-    assert [child for child in psutil.Process().children(recursive=True) if "rank" in " ".join(child.cmdline())] == []
+    assert ranks() == []
+
+
+def test_a_rank_that_is_killed_is_named_and_no_process_is_left(splits, tmp_path, capfd):
+    """At once, and without a word of its launcher on the terminal."""
+
+    def kill() -> None:
+        while len(ranks()) < 2:
+            time.sleep(0.05)
+        time.sleep(2)
+        max(ranks(), key=lambda rank: rank.pid).kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(UserError, match=r"rank 1 \(process \d+\) was ended by SIGKILL .* resume=true to go on"):
+        launch(make_job(splits, tmp_path / "state.safetensors", planned=2), number=2, environment={})
+
+    assert ranks() == []
+    assert "torch" not in capfd.readouterr().err
 
 
 def test_counts_that_are_no_part_of_each_other_are_refused():

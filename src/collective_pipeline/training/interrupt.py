@@ -62,7 +62,9 @@ def listen(*, patient: bool = False) -> Iterator[None]:
 
     def notice(number: int, frame: FrameType | None) -> None:
         _received.append(signal.Signals(number))
-        logger.warning("%s: the run stops at the next step; what trains saves its state.", _received[-1].name)
+        # What is patient was told by a process that says so itself.
+        level = logging.DEBUG if patient else logging.WARNING
+        logger.log(level, "%s: the run stops at the next step; what trains saves its state.", _received[-1].name)
         if not patient:
             restore()
 

@@ -1,4 +1,4 @@
-"""Several processes for one training: torch's elastic launcher starts them, and what one of them fails of is told.
+"""Several processes for one training: `launcher` starts them, and what one of them fails of is told.
 
 The launcher is a process of its own, so that it is in its main thread, where signals arrive, whichever thread of Kedro
 trains.
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 
 from collective_pipeline.config import UserError
@@ -26,7 +27,8 @@ from collective_pipeline.training import interrupt
 logger = logging.getLogger(__name__)
 
 # In the folder of a job.
-JOB, RESULT, STOPPED = "job.pickle", "result.pickle", "stopped"
+JOB, RESULT, STOPPED, FAILURE = "job.pickle", "result.pickle", "stopped", "failure.json"
+LOGS, LOG = "logs", "launcher.log"
 SECONDS_BETWEEN = 0.2
 # After being told to stop, for ranks to save; the launcher itself waits 30 s for them.
 PATIENCE_SECONDS = 60.0
@@ -58,6 +60,8 @@ def count_ranks(wanted: int | Literal["auto"], device: torch.device) -> int:
 def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
     """Run `training.rank` in `number` processes, and return what the first one leaves.
 
+    None of them is left when this returns or raises.
+
     Args:
         job: What each is given; pickled.
         number: Of processes on this machine.
@@ -66,32 +70,30 @@ def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
     Raises:
         Interrupted: If this process was told to stop, after the ranks have saved.
         RuntimeError: If a rank fails, with its traceback.
-        UserError: If that is of something a user can mend.
+        UserError: If that is of something a user can mend, or if something has ended a rank.
     """
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         (folder / JOB).write_bytes(pickle.dumps(job))
-        failure = folder / "failure.json"
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}",
-            "--monitor-interval=0.5", f"--log-dir={folder / 'logs'}",
-            "-m", "collective_pipeline.training.rank", str(folder),
+            sys.executable, "-m", "collective_pipeline.training.launcher", name, str(number), str(os.getpid())
         ]  # fmt: skip
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // number))
-        variables = {**os.environ, "OMP_NUM_THREADS": threads, **environment, "TORCHELASTIC_ERROR_FILE": str(failure)}
-        # A session of its own: Ctrl-C reaches the ranks once, from here, and whatever is left of them can be ended.
-        process = subprocess.Popen(command, env=variables, start_new_session=True)
+        # A session of its own: Ctrl-C reaches the ranks once, from here.
+        process = subprocess.Popen(
+            command, env={**os.environ, "OMP_NUM_THREADS": threads, **environment}, start_new_session=True
+        )
         try:
             _wait(process)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process, name)
         stopped = folder / STOPPED
         if stopped.exists():
             interrupt.stop(stopped.read_text())
+        if process.returncode and interrupt.requested():
+            interrupt.stop("the ranks were ended before they could save; what they had saved before is there")
         if process.returncode:
-            raise _error(failure, process.returncode)
+            raise _error(folder, process.returncode)
         return pickle.loads((folder / RESULT).read_bytes())
 
 
@@ -107,14 +109,35 @@ def _wait(process: subprocess.Popen[bytes]) -> None:
         time.sleep(SECONDS_BETWEEN)
 
 
-def _error(failure: Path, code: int) -> Exception:
+def _end(process: subprocess.Popen[bytes], folder: str) -> None:
+    """The launcher, and ranks that it could not end: whatever was given this folder."""
+    for one in psutil.process_iter():
+        # It may be of another user, or gone.
+        with contextlib.suppress(psutil.Error):
+            if folder in one.cmdline():
+                one.kill()
+    process.wait()
+
+
+def _error(folder: Path, code: int) -> Exception:
+    """Of the rank that failed first."""
+    go_on = "give the same command with --params resume=true to go on from what was saved last"
     try:
-        told = json.loads(failure.read_text())["message"]
-    except (OSError, ValueError, KeyError):
-        return RuntimeError(f"the ranks ended with code {code}, and none said why: their last lines are above")
-    trace = told["extraInfo"]["py_callstack"] if isinstance(told, dict) else str(told)
+        failure = json.loads((folder / FAILURE).read_text())
+    except (OSError, ValueError):
+        if code < 0:
+            return UserError(f"the launcher of the ranks was ended by {signal.Signals(-code).name}: {go_on}")
+        log = folder / LOGS / LOG
+        said = log.read_text(errors="replace") if log.exists() else ""
+        return RuntimeError(f"the launcher of the ranks ended with code {code}:\n{said}")
+    who = f"rank {failure['rank']} (process {failure['process']})"
+    if failure["signal"] is not None:
+        why = " (perhaps the machine's memory was too small for all)" if failure["signal"] == "SIGKILL" else ""
+        said = f"; it said last:\n{failure['said']}" if failure["said"] else ""
+        return UserError(f"{who} was ended by {failure['signal']}{why}, and the others with it: {go_on}{said}")
+    trace = failure["trace"] or f"it ended with code {failure['code']}; it said last:\n{failure['said']}"
     last = trace.strip().splitlines()[-1]
     mark = f"{UserError.__module__}.{UserError.__qualname__}: "
     if last.startswith(mark):
         return UserError(last.removeprefix(mark))
-    return RuntimeError(f"a rank failed, and the others were ended:\n{trace}")
+    return RuntimeError(f"{who} failed, and the others were ended:\n{trace}")

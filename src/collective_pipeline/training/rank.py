@@ -1,6 +1,7 @@
 """One of the processes that train a network together.
 
-`python -m collective_pipeline.training.rank <folder>` is what the launcher starts; the folder holds the job.
+`python -m collective_pipeline.training.rank <folder> <process>` is what the launcher, that process, starts; the folder
+holds the job.
 """
 
 import contextlib
@@ -125,7 +126,7 @@ def lead(job: Job) -> tuple[Checkpoint, Fit]:
 @record
 def follow() -> None:
     """Do what the first of the processes that torchrun has started gives to all."""
-    with _listening():
+    with _listening(os.getppid()):
         ranks = Ranks.join()
         job: Job = ranks.tell(None)
         with contextlib.suppress(Interrupted):  # the first one tells
@@ -134,9 +135,10 @@ def follow() -> None:
 
 
 @record
-def main(folder: Path) -> None:
+def main(folder: Path, launcher: int) -> None:
     """Do the job in `folder`; the first rank leaves there what came of it."""
-    with _listening():
+    sys.excepthook = _say_nothing
+    with _listening(launcher):
         job: Job = pickle.loads((folder / JOB).read_bytes())
         ranks = Ranks.join()
         try:
@@ -151,12 +153,16 @@ def main(folder: Path) -> None:
         ranks.leave()
 
 
+def _say_nothing(*error: object) -> None:
+    """Of an error that ends this process: `record` has noted it, and the command tells of it."""
+
+
 @contextlib.contextmanager
-def _listening() -> Iterator[None]:
-    """Log as the command does; stop when told to, and when the process that started this one is gone."""
+def _listening(parent: int) -> Iterator[None]:
+    """Log as the command does; stop when told to, and when the process that started this one, `parent`, is gone."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     with interrupt.listen(patient=True):
-        threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
         yield
 
 
@@ -183,4 +189,4 @@ def _watch(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
