@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -16,6 +17,7 @@ from collective_pipeline.models.layers import (
     Stack,
     bits_below,
     concat_members,
+    normalise_over_ranks,
 )
 from collective_pipeline.randomness import make_generator
 
@@ -238,3 +240,30 @@ def test_concat_members_puts_features_side_by_side():
 
     assert y.shape == (STACK.num_seeds, 1, BATCH, STACK.num_members * IN_DIM)
     assert torch.equal(y[:, 0], torch.cat(x.unbind(1), dim=-1))
+
+
+@pytest.fixture
+def alone_in_a_group():
+    """A process group of this process only."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_a_norm_over_one_rank_is_a_norm():
+    """Outputs, running statistics and gradients, at a mean that is large beside the spread."""
+    plain, over_ranks = (randomised(BatchNorm(STACK, IN_DIM)).train().float() for _ in range(2))
+    normalise_over_ranks(over_ranks)
+    x = 5 + torch.randn(3, 4, BATCH, IN_DIM, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    results = []
+    for norm in (plain, over_ranks):
+        given = x.clone().requires_grad_()
+        y = norm(given)
+        (y * weights).sum().backward()
+        results.append([y, given.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var])
+
+    for wanted, found in zip(*results, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    assert torch.equal(over_ranks.eval()(x), over_ranks(x))  # and in validation nobody is asked

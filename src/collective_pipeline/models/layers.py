@@ -6,13 +6,12 @@ Nothing in this file mixes two entries of S or of N.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 BN_EPSILON, BN_MOMENTUM = 1e-5, 0.1  # torch's own
 
@@ -116,7 +115,7 @@ class ChannelNorm(nn.Module):
         """Over the batches of all processes, which are of one size; gradients pass between them as well."""
         others = [dim for dim in range(y_BC.ndim) if dim != 1]
         of_rank = torch.stack([y_BC.float().mean(dim=others), y_BC.float().square().mean(dim=others)])
-        mean_C, square_C = (all_reduce(of_rank) / dist.get_world_size()).unbind()
+        mean_C, square_C = (_SumOverRanks.apply(of_rank) / dist.get_world_size()).unbind()
         var_C = (square_C - mean_C.square()).clamp(min=0)
         count = y_BC.numel() // y_BC.shape[1] * dist.get_world_size()
         with torch.no_grad():
@@ -127,6 +126,22 @@ class ChannelNorm(nn.Module):
         shifted = self.bias.view(-1) - mean_C * scale_C
         normalised: Tensor = y_BC * scale_C.view(shape) + shifted.view(shape)
         return normalised.to(y_BC.dtype)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Of a tensor of every process; what changes in it changes the losses of all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        total = own.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 def normalise_over_ranks(model: nn.Module) -> None:
