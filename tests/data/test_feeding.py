@@ -115,9 +115,11 @@ def test_packed_images_feed_as_their_files(tree, tmp_path):
 )
 def test_the_next_good_image_of_its_batch_stands_for_a_bad_one(tmp_path, bad, seen):
     source = bad_tree(tmp_path, bad)
-    one = feed(source, max_bad=0.5)
-    (images, labels), (_, others) = one.batches(torch.arange(16).view(2, 8), None)
-    ((wanted, _),) = feed(source).batches(torch.tensor([seen]), None)
+    one = feed(source, max_bad=0.5, crop=Crop(scale=(1.0, 1.0), flip=0.0))
+    middle_of_all = torch.full((2, 8, NUM_CROP_DRAWS), 0.5)
+    (images, labels), (_, others) = one.batches(torch.arange(16).view(2, 8), middle_of_all)
+    same = feed(source, crop=Crop(scale=(1.0, 1.0), flip=0.0))
+    ((wanted, _),) = same.batches(torch.tensor([seen]), middle_of_all[:1])
 
     assert labels.tolist() == seen and others.tolist() == list(range(8, 16))
     assert torch.equal(images, wanted)
@@ -150,7 +152,7 @@ def test_a_batch_without_any_image_stops_the_feed(tmp_path):
     source = bad_tree(tmp_path, {0, 1})
 
     with pytest.raises(UserError, match=r"no file of a batch of 2 is an image: .*/a/0.JPEG: "):
-        list(feed(source, max_bad=1).batches(torch.tensor([[0, 1]]), None))
+        list(feed(source, max_bad=1).batches(torch.tensor([[0, 1]]), torch.zeros(1, 2, NUM_CROP_DRAWS)))
 
 
 class Watched:

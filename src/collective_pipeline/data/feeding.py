@@ -61,7 +61,8 @@ class _Made(NamedTuple):
 class Feed:
     """Makes batches of encoded images ahead of their use, the same ones whatever the number of threads.
 
-    A file that is no image is named in the log and counted; the next good image of its batch stands at its place.
+    A file that is no image is named in the log and counted; the next good image of its batch stands at its place. Where
+    the middle of images is seen, which is not for training, it is left out of its batch instead.
     On a GPU, batches are made on streams of their own, which allocate memory at any time: a CUDA graph that is recorded
     while they do must be recorded with `capture_error_mode="thread_local"`.
 
@@ -115,6 +116,8 @@ class Feed:
     def batches(self, rows_KB: Tensor, draws_KBD: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """For each row of `rows_KB`, in order: images uint8 `(B, 3, s, s)` and labels `(B,)` int64, on the device.
 
+        Without draws, `B` is less by the files that are no images, and may be 0.
+
         Closing the iterator ends its threads.
 
         Args:
@@ -123,7 +126,7 @@ class Feed:
                 middle.
 
         Raises:
-            UserError: If more than `max_bad` of the files, or all of one batch, are no images.
+            UserError: If more than `max_bad` of the files are no images, or all of one batch for which there are draws.
         """
         readers = ThreadPoolExecutor(self.num_threads, "feed-reader")
         producers = ThreadPoolExecutor(PRODUCERS, "feed-producer")
@@ -169,9 +172,12 @@ class Feed:
         bad = zip(rows_B.tolist(), decoded, strict=True)
         problems = {row: problem for row, problem in bad if isinstance(problem, Problem)}
         good = [place for place, image in enumerate(decoded) if isinstance(image, Tensor)]
+        if not good and draws_BD is None:
+            nothing = torch.zeros(0, 3, self.image_size, self.image_size, dtype=torch.uint8, device=self.device)
+            return _Made(nothing, self.source.labels[:0].to(self.device), problems, ready=None)
         if not good:
             raise UserError(f"no file of a batch of {len(rows_B)} is an image: {_list(self._name(problems))}")
-        used = _next_good(good, len(decoded))
+        used = good if draws_BD is None else _next_good(good, len(decoded))
         images = [image for place in used if isinstance(image := decoded[place], Tensor)]
         boxes, flips = self._choose_parts(torch.tensor([image.shape[1:] for image in images]), draws_BD)
         cut = self._resample(images, boxes, flips, readers)

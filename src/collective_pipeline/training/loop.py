@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collective_pipeline.config import TrainingConfig
+from collective_pipeline.config import TrainingConfig, UserError
 from collective_pipeline.data.batches import Batches, BatchSource, ImageSource, MixedLabels, Normalise
 from collective_pipeline.models.resnet import set_drop_path
 from collective_pipeline.training import cuda, interrupt
@@ -544,7 +544,9 @@ class _PhaseTraining:
         self.statistics = [buffer for buffer in phase.network.buffers() if buffer.is_floating_point()]
         self.bits = DropoutBits(batches.seeds, self.device)
         self._update: Callable[[int, int], object] = self._run_updates
-        self._validate: Callable[[], Metrics] = lambda: evaluate(self.validated, validated, batches.normalise, config)
+        self._validate: Callable[[], Metrics] = lambda: evaluate(
+            self.validated, validated, batches.normalise, config, ranks=ranks
+        )
         if self.device.type == "cuda":
             kernels = cuda.load_kernels(self.device)
             if kernels is not None:
@@ -630,7 +632,7 @@ class _PhaseTraining:
         totals = {f"train_{name}": self.totals[name] / len(self.batches) for name in sorted(self.totals)}
         metrics = self.ranks.mean(totals)
         if self.phase.classifies:
-            metrics |= {f"val_{name}": values for name, values in self.ranks.sum(self._validate()).items()}
+            metrics |= {f"val_{name}": values for name, values in self._validate().items()}
             self._set_modes()
         return metrics
 
@@ -735,9 +737,13 @@ def evaluate(
     images: ImageSource,
     normalise: Normalise,
     config: TrainingConfig,
+    *,
     measure: Callable[[Tensor, Tensor], Metrics] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Metrics:
     """Cross-entropy and accuracies in percent of all seeds on the same images, each `(S,)`.
+
+    Files that cannot be read count neither way.
 
     Args:
         network: Of all seeds.
@@ -745,12 +751,19 @@ def evaluate(
         normalise: What stands between them.
         config: Of the training.
         measure: From logits `(S, B, K)` and labels `(S, B)` to other numbers whose means over images are wanted.
+        ranks: Those that share the images, each with its part; the numbers are of all parts.
+
+    Raises:
+        UserError: If there is no image for this process.
     """
     network.eval()
     totals: Metrics = {}
-    device = images.device
+    device, num_seen = images.device, 0
     with torch.inference_mode(), autocast(config, device):
         for pixels, labels in images.chunks(config.eval_batch_size):
+            if not len(labels):
+                continue
+            num_seen += len(labels)
             logits = network(normalise(pixels).unsqueeze(0))[0].float()
             y = labels.expand(len(logits), -1)
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(dim=1)
@@ -758,7 +771,15 @@ def evaluate(
             for name, value in ({"loss": loss} | accuracies(logits, y) | measured).items():
                 weighted = value * (len(labels) / len(images))
                 totals[name] = totals[name] + weighted if name in totals else weighted
-    return totals
+    if images.is_resident:
+        return totals
+    if not num_seen:
+        raise UserError(
+            f"of {len(images):,} images to evaluate there is none for one of {ranks.number} processes, or none that "
+            "can be read: choose a larger imagenet.val_fraction, or a smaller num_gpus"
+        )
+    seen = ranks.sum({"seen": torch.tensor(float(num_seen), device=device)})["seen"].round()
+    return {name: value * (len(images) / seen) for name, value in ranks.sum(totals).items()}
 
 
 def to_host(metrics: Metrics) -> dict[str, list[float]]:

@@ -377,12 +377,15 @@ def score(
 
     def measure(logits_SBK: Tensor, labels_SB: Tensor) -> dict[str, Tensor]:
         is_right_SB = logits_SBK.argmax(dim=-1) == labels_SB
-        of_class = {name: is_right_SB & (labels_SB == k) for k, name in enumerate(splits.class_names)}
-        return {f"accuracy_of_{name}": 100 * is_so_SB.float().mean(dim=1) for name, is_so_SB in of_class.items()}
+        of_class = {name: labels_SB == k for k, name in enumerate(splits.class_names)}
+        shares = {f"share_of_{name}": is_it_SB.float().mean(dim=1) for name, is_it_SB in of_class.items()}
+        return shares | {
+            f"accuracy_of_{name}": 100 * (is_right_SB & is_it_SB).float().mean(dim=1)
+            for name, is_it_SB in of_class.items()
+        }
 
     network = checkpoint.build().to(device)
-    scores = evaluate(network, images.to(device), Normalise(checkpoint.images, device), config, measure)
-    shares = torch.bincount(images.labels, minlength=splits.num_classes) / len(images)
-    for name, share in zip(splits.class_names, shares.to(device), strict=True):
-        scores[f"accuracy_of_{name}"] = scores[f"accuracy_of_{name}"] / share
+    scores = evaluate(network, images.to(device), Normalise(checkpoint.images, device), config, measure=measure)
+    for name in splits.class_names:
+        scores[f"accuracy_of_{name}"] = scores[f"accuracy_of_{name}"] / scores.pop(f"share_of_{name}")
     return to_host(scores)
