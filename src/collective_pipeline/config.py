@@ -51,7 +51,7 @@ Technique = Literal[
 Stem = Literal["cifar", "imagenet"]
 Head = Literal["linear", "conv"]
 MixtureModelType = Literal["merged_moe", "single_expert", "dense", "conv_collective", "sub_model"]
-DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet"]
+DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenet64"]
 Strategy = Literal["end_to_end", "pretrain_freeze_finetune", "layerwise_autoencoding"]
 
 BASELINES: tuple[BaselineName, ...] = get_args(BaselineName)

@@ -1,5 +1,6 @@
 """Every layout of labelled image files becomes one table, and what is missing from a tree is said."""
 
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from collective_pipeline.config import UserError
+from collective_pipeline.config import ClassGroupsConfig, UserError
+from collective_pipeline.data import small_images
+from collective_pipeline.data.class_groups import resolve_groups
 from collective_pipeline.data.image_index import TRAIN, VAL, compare_index, index_images
-from collective_pipeline.data.small_images import load_images
+from collective_pipeline.data.small_images import TASK_B, load_images
+from collective_pipeline.data.splits import make_splits
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 CLASSES = ("n01", "n02", "n03")
@@ -293,6 +297,70 @@ def test_tiny_imagenet_is_read_into_memory(tmp_path):
     assert raw.train.images.shape == (6, 3, 64, 64) and raw.test.labels.tolist() == [0, 1]
     with pytest.raises(UserError, match=r"does not hold tiny_imagenet: unpack http://cs231n"):
         load_images("tiny_imagenet", tmp_path / "nothing")
+
+
+def write_classes(root: Path, names, *, size=(50, 30), mode="RGB") -> None:
+    """Three training images and a validation image of each class, its place in `names` being their brightness."""
+    for place, name in enumerate(names):
+        for part, num in (("train", 3), ("val", 1)):
+            (root / part / name).mkdir(parents=True)
+            for i in range(num):
+                pixels = np.full((size[1], size[0], 4), 10 * place, np.uint8)
+                file = root / part / name / f"{name}_{i}.JPEG"
+                Image.fromarray(pixels, "RGBA").convert(mode).save(file, format="JPEG")
+
+
+def test_of_all_of_ilsvrc_the_classes_of_task_b_are_read_at_64_pixels(tmp_path, caplog):
+    """In the order of the original, whatever lies beside them, and through a link to where ILSVRC lies."""
+    others = ["n00000001", "n03000000"]
+    base = tmp_path / "disk" / "ILSVRC"
+    write_classes(base / "Data" / "CLS-LOC", [*TASK_B, *others])
+    titles = "\n".join(f"{wnid} title of {wnid}, another" for wnid in [*TASK_B, *others])
+    (base / "LOC_synset_mapping.txt").write_text(titles)
+    (tmp_path / "imagenet64").mkdir()
+    (tmp_path / "imagenet64" / "link").symlink_to(base)
+    with caplog.at_level("INFO"):
+        raw = load_images("imagenet64", tmp_path / "imagenet64")
+
+    assert "of 14 classes, the 12 of Task B are read" in caplog.text
+    assert raw.train.images.shape == (36, 3, 64, 64) and len(raw.test) == 12
+    assert raw.class_names[:3] == ("African_elephant", "hyena", "zebra") and raw.class_names[-2:] == (
+        "lynx",
+        "African_hunting_dog",
+    )
+    brightness = raw.test.images[:, 0, 5, 5].int()
+    assert (brightness - 10 * raw.test.labels).abs().max() <= 2
+    splits = make_splits(raw, val_fraction=1 / 3, split_seed=0)
+    groups = resolve_groups(ClassGroupsConfig(), splits)
+    assert [len(group) for group in groups.groups] == [5, 5, 5] and len(groups.labels) == 12
+    assert (groups.membership_GK.int() @ groups.membership_GK.int().T).tolist() == [[5, 1, 1], [1, 5, 1], [1, 1, 5]]
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_other_classes_are_all_read_and_may_be_grey_or_for_print(tmp_path, mode):
+    write_classes(tmp_path, ["bee", "cat"], mode=mode)
+    raw = load_images("imagenet64", tmp_path)
+
+    assert raw.class_names == ("bee", "cat") and raw.train.images.shape == (6, 3, 64, 64)
+    with pytest.raises(UserError, match=r"imagenet64 has no class \w+ here: give merged_moe.class_groups.groups"):
+        resolve_groups(ClassGroupsConfig(), make_splits(raw, val_fraction=1 / 3, split_seed=0))
+
+
+@pytest.mark.parametrize(("bound", "value"), [("MAX_CLASSES", 1), ("MAX_BYTES", 1e4)])
+def test_more_classes_than_memory_has_room_for_are_refused(tmp_path, monkeypatch, bound, value):
+    write_classes(tmp_path, ["bee", "cat"])
+    monkeypatch.setattr(small_images, bound, value)
+    with pytest.raises(UserError, match=r"holds 2 classes without African_elephant, .* too many for imagenet64"):
+        load_images("imagenet64", tmp_path)
+
+
+def test_what_lacks_for_imagenet64_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"does not hold imagenet64: put ILSVRC there or a link to it"):
+        load_images("imagenet64", tmp_path)
+    write_classes(tmp_path, ["bee", "cat"])
+    shutil.rmtree(tmp_path / "val" / "cat")
+    with pytest.raises(UserError, match=r"has no val images of cat: put some there"):
+        load_images("imagenet64", tmp_path)
 
 
 @pytest.mark.skipif(not (SHARED / "ilsvrc-mini.tar").exists(), reason="the shared folder with real images is not there")

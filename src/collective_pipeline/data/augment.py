@@ -41,6 +41,7 @@ RECIPES: dict[DatasetName, Recipe] = {
     "cifar10": Recipe(flip=True, crop_padding=4),
     "cifar100": Recipe(flip=True, crop_padding=4),
     "tiny_imagenet": Recipe(flip=True, crop_area=0.25),
+    "imagenet64": Recipe(flip=True, crop_area=0.25),
 }
 
 

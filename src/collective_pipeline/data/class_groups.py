@@ -13,7 +13,8 @@ from torch import Tensor
 from collective_pipeline.config import ClassGroupsConfig, DatasetName, UserError, suggest
 from collective_pipeline.data.splits import Images, Splits, moments
 
-# By what is hard to tell apart. CIFAR-100: the original's Task A, trees, flowers, and fruit and vegetables.
+# By what is hard to tell apart. CIFAR-100: the original's Task A, trees, flowers, and fruit and vegetables. ImageNet: its
+# Task B, mammals, animals of Africa, and canids, where every two groups share a class.
 GROUPS: dict[DatasetName, tuple[tuple[str, ...], ...]] = {
     "mnist": (("0", "2", "3", "6"), ("1", "4", "7"), ("5", "8", "9")),
     "fashion_mnist": (
@@ -26,6 +27,11 @@ GROUPS: dict[DatasetName, tuple[tuple[str, ...], ...]] = {
         ("maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"),
         ("orchid", "poppy", "rose", "sunflower", "tulip"),
         ("apple", "mushroom", "orange", "pear", "sweet_pepper"),
+    ),
+    "imagenet64": (
+        ("Chihuahua", "baboon", "hyena", "Arctic_fox", "lynx"),
+        ("hyena", "African_hunting_dog", "zebra", "patas", "African_elephant"),
+        ("Chihuahua", "African_hunting_dog", "boxer", "collie", "golden_retriever"),
     ),
 }
 
@@ -57,6 +63,8 @@ def resolve_groups(config: ClassGroupsConfig, splits: Splits) -> ClassGroups:
     """
     names = splits.class_names
     configured = config.groups
+    if configured is None and splits.name not in GROUPS:
+        raise UserError(f"{splits.name} has no groups of its own: give merged_moe.class_groups.groups")
     if configured is None and (unknown := {name for group in GROUPS[splits.name] for name in group} - {*names}):
         raise UserError(
             f"{splits.name} has no class {sorted(unknown)[0]} here: give merged_moe.class_groups.groups of your own"

@@ -1,6 +1,7 @@
 """A labelled data set of equal-sized images that lies as files in a folder for each class."""
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,13 +50,23 @@ def read_image_folders(folder: Path, class_names: Sequence[str], shape: tuple[in
     return read_image_files(files, torch.tensor(labels), shape, folder)
 
 
-def read_image_files(files: Sequence[Path], labels: Tensor, shape: tuple[int, int, int], folder: Path) -> Images:
+def read_image_files(
+    files: Sequence[Path], labels: Tensor, shape: tuple[int, int, int], folder: Path, *, stretch: bool = False
+) -> Images:
     """The images in these files, without those that cannot be used; messages call where they are `folder`.
 
+    Args:
+        files: One image each.
+        labels: Of the images.
+        shape: Channels, height and width.
+        folder: Where they are.
+        stretch: Whether images of any size are brought to `shape`.
+
     Raises:
-        UserError: If more than `MAX_UNUSABLE` of the files cannot be read or have another size than `shape`.
+        UserError: If more than `MAX_UNUSABLE` of the files cannot be read or, unless they are stretched, have another
+            size than `shape`.
     """
-    images, problems = _read(files, shape)
+    images, problems = _read(files, shape, stretch)
     if problems:
         _tell(folder, problems, len(files))
     usable = torch.tensor([row not in problems for row in range(len(files))])
@@ -72,7 +83,7 @@ def _check_classes(folder: Path, class_names: Sequence[str]) -> None:
         raise UserError(f"{folder / unknown[0]} is a folder of no known class{suggest(unknown[0], class_names)}")
 
 
-def _read(files: Sequence[Path], shape: tuple[int, int, int]) -> tuple[Tensor, dict[int, str]]:
+def _read(files: Sequence[Path], shape: tuple[int, int, int], stretch: bool) -> tuple[Tensor, dict[int, str]]:
     """The images `(n, C, H, W)`, and what is wrong with those that could not be used, by their rows."""
     images = torch.zeros(len(files), *shape, dtype=torch.uint8)
     problems: dict[int, str] = {}
@@ -84,18 +95,20 @@ def _read(files: Sequence[Path], shape: tuple[int, int, int]) -> tuple[Tensor, d
             except UserError as error:
                 problems[row] = str(error)
                 continue
-            if original.size != (shape[2], shape[1]):
+            if not stretch and original.size != (shape[2], shape[1]):
                 size = f"{original.size[1]} x {original.size[0]}"
                 problems[row] = f"{files[row]} is {size} where the others are {shape[1]} x {shape[2]}"
             images[row] = image
 
     chunks = [range(len(files))[start : start + FILES_AT_ONCE] for start in range(0, len(files), FILES_AT_ONCE)]
-    last_line = time.perf_counter()
-    with ThreadPoolExecutor(MAX_THREADS) as pool:
+    started = last_line = time.perf_counter()
+    # Large images are decoded outside that lock.
+    with ThreadPoolExecutor(os.cpu_count() if stretch else MAX_THREADS) as pool:
         for rows, _ in zip(chunks, pool.map(read_rows, chunks), strict=True):
-            if time.perf_counter() - last_line >= SECONDS_BETWEEN_LINES:
-                last_line = time.perf_counter()
-                logger.info("%s of %s image files are read", f"{rows.stop:,}", f"{len(files):,}")
+            now = time.perf_counter()
+            if now - last_line >= SECONDS_BETWEEN_LINES:
+                last_line, left = now, (now - started) / rows.stop * (len(files) - rows.stop)
+                logger.info("%s of %s image files are read, %.0f s left", f"{rows.stop:,}", f"{len(files):,}", left)
     return images, problems
 
 

@@ -1,6 +1,6 @@
 """MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 from their published files, which are fetched where they are absent.
 
-CIFAR-10 may also lie there as image files, as Tiny-ImageNet always does. One table of data sets, one reader per format.
+CIFAR-10 may also lie there as image files, as Tiny-ImageNet and ImageNet's classes always do. One table of data sets, one reader per format.
 A file that cannot be used is a `UserError` of one sentence.
 """
 
@@ -27,7 +27,7 @@ import torch
 
 from collective_pipeline.config import DatasetName, UserError
 from collective_pipeline.data.image_folders import read_image_files, read_image_folders
-from collective_pipeline.data.image_index import TRAIN, VAL, index_images
+from collective_pipeline.data.image_index import TRAIN, VAL, ImageIndex, index_images
 from collective_pipeline.data.splits import Images, RawImages
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,24 @@ IDX_CONTENT = {IDX_IMAGES: "images", IDX_LABELS: "labels"}
 IDX_SIDE = 28
 CIFAR_SHAPE = (3, 32, 32)
 TINY_IMAGENET, TINY_IMAGENET_SHAPE = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", (3, 64, 64)
+IMAGENET64_SHAPE = (3, 64, 64)
+# All of its images are in memory at once, and on the device: of a hundred whole classes 1.6 GB.
+MAX_CLASSES, MAX_BYTES = 100, 2 * 10**9
+# The classes of the original's Task B in its order, that of their numbers in ILSVRC's devkit.
+TASK_B = {
+    "n02504458": "African_elephant",
+    "n02117135": "hyena",
+    "n02391049": "zebra",
+    "n02106030": "collie",
+    "n02099601": "golden_retriever",
+    "n02108089": "boxer",
+    "n02486261": "patas",
+    "n02486410": "baboon",
+    "n02120079": "Arctic_fox",
+    "n02085620": "Chihuahua",
+    "n02127052": "lynx",
+    "n02116738": "African_hunting_dog",
+}
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 # What a pickled array is made of, in numpy 2's names. Any other global could run code of the file's choosing.
@@ -317,6 +335,50 @@ def _read_tiny_imagenet(name: DatasetName, folder: Path) -> RawImages:
     return RawImages(name, read(TRAIN), read(VAL), index.class_names)
 
 
+def _read_imagenet64(name: DatasetName, folder: Path) -> RawImages:
+    """Classes of ImageNet at 64 pixels: those of Task B where all of them are there, else all that are.
+
+    Images are stretched, as those of the down-sampled ImageNet that Task B is made of, and as `predict` does: nothing
+    of an image is cut off. The validation part, the only other one with labels, is the test.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise UserError(
+            f"{folder} does not hold {name}: put ILSVRC there or a link to it, or its classes' folders in train/ and "
+            "val/, which the project does not download"
+        )
+    index = index_images(folder)
+    class_of_label = _choose_classes(name, folder, index)
+
+    def read(part: str) -> Images:
+        rows = index.rows_of(part)
+        rows = rows[rows["label"].isin(list(class_of_label))]
+        labels = rows["label"].map({label: place for place, label in enumerate(class_of_label)})
+        lacking = [title for label, title in class_of_label.items() if label not in set(rows["label"])]
+        if lacking:
+            raise UserError(f"{index.root} has no {part} images of {lacking[0]}: put some there, or remove that class")
+        files = [index.root / path for path in rows["path"]]
+        return read_image_files(files, torch.tensor(labels.to_numpy()), IMAGENET64_SHAPE, index.root, stretch=True)
+
+    return RawImages(name, read(TRAIN), read(VAL), tuple(class_of_label.values()))
+
+
+def _choose_classes(name: DatasetName, folder: Path, index: ImageIndex) -> dict[int, str]:
+    """The names of those classes that are read, by their labels in the tree."""
+    label_of = {class_name.partition(" ")[0]: label for label, class_name in enumerate(index.class_names)}
+    absent = [title for wnid, title in TASK_B.items() if wnid not in label_of]
+    if not absent:
+        logger.info("%s: of %d classes, the %d of Task B are read", folder, len(label_of), len(TASK_B))
+        return {label_of[wnid]: title for wnid, title in TASK_B.items()}
+    num_classes, num_bytes = len(index.class_names), len(index.table) * math.prod(IMAGENET64_SHAPE)
+    if num_classes > MAX_CLASSES or num_bytes > MAX_BYTES:
+        raise UserError(
+            f"{folder} holds {num_classes:,} classes without {absent[0]}, which Task B needs, and all of them are too "
+            f"many for {name}, which keeps at most {MAX_CLASSES} classes and {MAX_BYTES / 1e9:g} GB in memory where "
+            f"these take {num_bytes / 1e9:.1f}: put the folders of the wanted classes alone there, or links to them"
+        )
+    return dict(enumerate(index.class_names))
+
+
 READERS: dict[DatasetName, Callable[[DatasetName, Path], RawImages]] = {
     "mnist": partial(_read_idx, source="MNIST", class_names=tuple("0123456789")),
     "fashion_mnist": partial(
@@ -340,4 +402,5 @@ READERS: dict[DatasetName, Callable[[DatasetName, Path], RawImages]] = {
         num_classes=100,
     ),
     "tiny_imagenet": _read_tiny_imagenet,
+    "imagenet64": _read_imagenet64,
 }

@@ -95,7 +95,7 @@ def _about(dataset: DatasetName) -> tuple[tuple[int, int, int], int]:
     """The shape of its images and how many classes it has at most."""
     if "mnist" in dataset:
         return (1, 28, 28), 10
-    return ((3, 64, 64), 200) if dataset == "tiny_imagenet" else ((3, 32, 32), 100)
+    return ((3, 64, 64), 200) if dataset in {"tiny_imagenet", "imagenet64"} else ((3, 32, 32), 100)
 
 
 def _flat(dataset: DatasetName) -> tuple[int, int]:

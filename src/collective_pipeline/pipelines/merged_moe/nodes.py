@@ -146,7 +146,9 @@ def make_arms(settings: Parameters, splits: Splits) -> list[Arm]:
 def estimate_params(config: MergedMoeConfig, image_shape: tuple[int, int, int], num_classes: int) -> int:
     """About how many parameters a seed of all arms and sub-models has together."""
     architecture = config.architecture(image_shape)
-    num_groups = 0 if config.initialise == "fresh" else len(config.class_groups.groups or GROUPS[config.dataset])
+    num_groups = (
+        0 if config.initialise == "fresh" else len(config.class_groups.groups or GROUPS.get(config.dataset, ()))
+    )
     return (
         4 * mixture_arm(architecture, num_classes=num_classes).params
         + num_groups * sub_model_arm(architecture, num_classes=num_classes).params
