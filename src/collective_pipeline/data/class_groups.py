@@ -13,8 +13,8 @@ from torch import Tensor
 from collective_pipeline.config import ClassGroupsConfig, DatasetName, UserError, suggest
 from collective_pipeline.data.splits import Images, Splits, moments
 
-# By what is hard to tell apart. CIFAR-100: the original's Task A, trees, flowers, and fruit and vegetables. ImageNet: its
-# Task B, mammals, animals of Africa, and canids, where every two groups share a class.
+# By what is hard to tell apart. CIFAR-100: the original's Task A, trees, flowers, and fruit and vegetables. ImageNet:
+# its Task B, mammals, animals of Africa, and canids, where every two groups share a class.
 GROUPS: dict[DatasetName, tuple[tuple[str, ...], ...]] = {
     "mnist": (("0", "2", "3", "6"), ("1", "4", "7"), ("5", "8", "9")),
     "fashion_mnist": (

@@ -1,7 +1,7 @@
 """MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 from their published files, which are fetched where they are absent.
 
-CIFAR-10 may also lie there as image files, as Tiny-ImageNet and ImageNet's classes always do. One table of data sets, one reader per format.
-A file that cannot be used is a `UserError` of one sentence.
+CIFAR-10 may also lie there as image files, as Tiny-ImageNet and ImageNet's classes always do. One table of data sets,
+one reader per format. A file that cannot be used is a `UserError` of one sentence.
 """
 
 import contextlib
