@@ -80,6 +80,29 @@ def test_the_experts_of_the_mixture_are_looked_into_and_the_members_of_the_colle
     assert list(told) == ARMS and list(told["merged_moe"]["class_accuracies"]) == ["0", "1", "7"]
 
 
+def test_tables_and_report_say_which_classes_an_expert_was_made_of_and_why_epochs_differ(merged):
+    units = pd.read_csv(merged[0] / REPORTING / "expert_analysis.csv")
+    page = (merged[0] / REPORTING / "report.html").read_text()
+
+    known = units.groupby(["model_type", "unit"])["sub_model_classes"].first()
+    assert known["merged_moe"].dropna().to_dict() == {"expert 1": "0, 1", "expert 2": "1, 7"}
+    assert known["conv_collective"].isna().all()
+    for told in (
+        "<dt>shared extractor</dt><dd>the mean of those of all 2 sub-models</dd>",
+        "<dt>expert 2</dt><dd>the sub-model of group 2, 1, 7</dd>\n<dt>expert 3</dt><dd>drawn</dd>",
+        "<dt>epochs</dt><dd>dense, single_expert and conv_collective train for 7 epochs: the mixture&#39;s 1, and the "
+        "updates of its 2 sub-models</dd>",
+    ):
+        assert told in page
+
+
+def test_the_report_lists_the_parameters_that_the_experiment_reads(merged):
+    page = (merged[0] / REPORTING / "report.html").read_text()
+
+    assert all(f"<dt>{name}</dt>" in page for name in ("merged_moe.n_experts", "data.split_seed", "resume"))
+    assert not any(f"<dt>{name}" in page for name in ("deepmoe.", "sweep.", "training.", "seeds", "images"))
+
+
 def test_every_group_has_a_sub_model_and_the_mixture_all_of_their_classes(merged):
     project = merged[0]
     (folder,) = (project / "data/06_models/sub_models/best").glob("*/best")

@@ -59,7 +59,7 @@ def register_pipelines() -> dict[str, Pipeline]:
         gated_and_dense=("deepmoe_gated", "deepmoe_dense"),
     )
     merged = comparison.create_pipeline(
-        "merged_moe", arms=merged_moe.ARMS, analysed=[merged_moe.MIXTURE, merged_moe.COLLECTIVE]
+        "merged_moe", arms=merged_moe.ARMS, analysed=[merged_moe.MIXTURE, merged_moe.COLLECTIVE], is_merged=True
     )
     pipelines = {
         "single": make_experiment("single", images, ["single"], arm.matched([None]), analysed=["single"]),

@@ -216,7 +216,13 @@ def test_experts_have_tables_figures_and_files_without_columns_that_say_nothing(
 
     for told in ("analyst 3", "91.50", "+0.25", "99.25", "Accuracy alone (%)", "At least one right alone (%)"):
         assert told in page.texts
-    for empty in ("Gates", "Open (%)", "Information about the class (bits)", "Entropy of use (bits)"):
+    for empty in (
+        "Gates",
+        "Open (%)",
+        "Information about the class (bits)",
+        "Entropy of use (bits)",
+        "Classes of its sub-model",
+    ):
         assert empty not in page.texts
     assert {
         "expert_analysis.csv",

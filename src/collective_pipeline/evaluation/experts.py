@@ -13,7 +13,7 @@ Suffixes: S seeds, B images, G gates, K classes, N units.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, TypeGuard
 
 import pandas as pd
@@ -45,6 +45,7 @@ UNIT_COLUMNS = (
     "information_bits",
     "accuracy",
     "accuracy_lost_without",
+    "sub_model_classes",
 )
 CLASS_COLUMNS = ("model_type", "seed", "unit", "class", "gate_pct", "accuracy")
 SEED_COLUMNS = ("model_type", "seed", "usage_entropy_bits", "accuracy", "oracle_accuracy")
@@ -69,7 +70,8 @@ class ExpertAnalysis:
         units: `UNIT_COLUMNS`, a row for each seed and unit: how far it opens (percent of its gates, or the mean weight
             of its one gate), the mutual information of gate and class (of a layer the mean over its channels), its
             accuracy alone, and the points of accuracy that are lost without it: without an expert the other gates
-            are raised to sum to 1, of a member the mean output stands for the output.
+            are raised to sum to 1, of a member the mean output stands for the output; the classes that the sub-model
+            told apart from which an expert was made, empty for others.
         classes: `CLASS_COLUMNS`, the first and the third of these for the images of each class.
         seeds: `SEED_COLUMNS`, for each seed: the entropy of a mixture's mean weights, at most log2 N; the accuracy; and
             how many images at least one unit alone gets right, which no way of choosing among them can exceed.
@@ -96,6 +98,12 @@ class ExpertAnalysis:
         # To pandas an empty table's columns are of no type, and would take that of the others away.
         found = [analysis for analysis in analyses if not analysis.units.empty] or analyses[:1]
         return cls(*(pd.concat([getattr(one, f.name) for one in found], ignore_index=True) for f in fields(cls)))
+
+    def with_sub_models(self, model_type: str, classes: Mapping[str, str]) -> Self:
+        """The same, told which classes the sub-models of this network's units told apart, by the units' names."""
+        pairs = zip(self.units["model_type"], self.units["unit"], strict=True)
+        told = [classes.get(unit, "") if arm == model_type else "" for arm, unit in pairs]
+        return replace(self, units=self.units.assign(sub_model_classes=told))
 
 
 def describe_experts(checkpoint: Checkpoint, *, train: Images, images: Images, device: torch.device) -> ExpertAnalysis:
@@ -390,7 +398,7 @@ def _unit_rows(subject: _Subject, findings: _Findings, lost_SN: Tensor) -> Itera
     for s, seed in enumerate(subject.seeds):
         for n, (unit, num_gates) in enumerate(zip(findings.units, findings.num_gates, strict=True)):
             about = (subject.arm, seed, unit, num_gates)
-            yield dict(zip(UNIT_COLUMNS, (*about, *columns[s][n]), strict=True))
+            yield dict(zip(UNIT_COLUMNS, (*about, *columns[s][n], ""), strict=True))
 
 
 def _class_rows(subject: _Subject, findings: _Findings) -> Iterator[dict[str, Any]]:

@@ -289,6 +289,7 @@ UNITS: Columns = {
     "Information about the class (bits)": lambda unit: number(".3f", unit.information_bits),
     "Accuracy alone (%)": lambda unit: number(".2f", unit.accuracy),
     "Lost without it (points)": lambda unit: number("+z.2f", unit.accuracy_lost_without),
+    "Classes of its sub-model": lambda unit: "" if pd.isna(unit.sub_model_classes) else unit.sub_model_classes,
 }
 UNITS_BY_SEED: Columns = {
     "Arm": lambda run: run.model_type,

@@ -23,6 +23,7 @@ from collective_pipeline.evaluation.report import write_report
 from collective_pipeline.evaluation.results import summarise_runs
 from collective_pipeline.evaluation.verdict import answer, answer_worth
 from collective_pipeline.models.checkpoint import Checkpoint
+from collective_pipeline.pipelines.experiments import EXPERIMENTS
 from collective_pipeline.training.runtime import describe_device
 
 
@@ -78,12 +79,18 @@ def summarise(*results: pd.DataFrame) -> dict[str, Any]:
 
 
 def analyse_experts(
-    splits: Splits, device: torch.device, *checkpoints: Checkpoint
+    settings: Parameters, splits: Splits, device: torch.device, *checkpoints_and_classes: Checkpoint | dict[str, str]
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """What experts, members and gated layers do on the test images, if there are any: by unit, class, seed, image."""
+    """What experts, members and gated layers do on the test images, if there are any: by unit, class, seed, image.
+
+    Beside the checkpoints may be the classes of the sub-models that the units of the reference were made of.
+    """
+    checkpoints = [one for one in checkpoints_and_classes if isinstance(one, Checkpoint)]
     found = ExpertAnalysis.join(
         [describe_experts(one, train=splits.train, images=splits.test, device=device) for one in checkpoints]
     )
+    for classes in (one for one in checkpoints_and_classes if isinstance(one, dict)):
+        found = found.with_sub_models(settings.comparison.reference, classes)
     return found.units, found.classes, found.seeds, found.samples
 
 
@@ -104,9 +111,14 @@ def report(
     seeds: pd.DataFrame,
     samples: pd.DataFrame,
     history: pd.DataFrame,
-    skipping: pd.DataFrame | None = None,
+    more: pd.DataFrame | dict[str, dict[str, str]] | None = None,
+    *,
+    experiment: str,
 ) -> str:
-    """The page that answers the question, and says how the answer came about."""
+    """The page that answers the question, and says how the answer came about.
+
+    `more` is what skipping shut gates saves, or what else is to be known of this run, by section and name.
+    """
     return write_report(
         title=f"{settings.dataset}: {', '.join(comparison['model_type'])}"
         if len(comparison) == 1
@@ -115,11 +127,11 @@ def report(
         results=runs,
         comparison=comparison,
         history=history,
-        facts=describe_run(settings, splits, device),
+        facts=describe_run(settings, splits, device, experiment) | (more if isinstance(more, dict) else {}),
         reference=settings.comparison.reference,
         experts=ExpertAnalysis(units, classes, seeds, samples),
         images=splits.test,
-        skipping=skipping,
+        skipping=more if isinstance(more, pd.DataFrame) else None,
     )
 
 
@@ -130,9 +142,10 @@ def _question(reference: str) -> str:
 
 
 def describe_run(
-    settings: Parameters, splits: Splits | StreamedSplits, device: torch.device
+    settings: Parameters, splits: Splits | StreamedSplits, device: torch.device, experiment: str
 ) -> dict[str, dict[str, str]]:
-    """Everything that is needed to run it again, by section and name."""
+    """Everything that is needed to run the experiment again, by section and name."""
+    is_read = EXPERIMENTS[experiment].is_reader_of
     return {
         "Run": {
             "command": hide_password(shlex.join(["kedro", *sys.argv[1:]])),
@@ -149,5 +162,5 @@ def describe_run(
             "channel means": ", ".join(f"{mean:.4f}" for mean in splits.mean),
             "channel deviations": ", ".join(f"{std:.4f}" for std in splits.std),
         },
-        "Parameters": {name: str(value) for name, value in flatten(settings).items()},
+        "Parameters": {name: str(value) for name, value in flatten(settings).items() if is_read(name)},
     }

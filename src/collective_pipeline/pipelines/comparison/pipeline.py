@@ -1,6 +1,7 @@
 """Compare, plot, report."""
 
 from collections.abc import Callable, Sequence
+from functools import partial, update_wrapper
 
 from kedro.pipeline import Node, Pipeline
 from plotly.graph_objects import Figure
@@ -31,15 +32,21 @@ def draw(plot: Callable[..., Figure], name: str, tables: Sequence[str] = ("compa
 
 
 def create_pipeline(
-    namespace: str, *, arms: Sequence[str], analysed: Sequence[str], gated_and_dense: tuple[str, str] | None = None
+    namespace: str,
+    *,
+    arms: Sequence[str],
+    analysed: Sequence[str],
+    gated_and_dense: tuple[str, str] | None = None,
+    is_merged: bool = False,
 ) -> Pipeline:
     """The comparison of these arms, each named by the namespace of its own pipeline.
 
     Args:
-        namespace: Of the comparison.
+        namespace: Of the comparison, which is the name of the experiment.
         arms: In their order in tables.
         analysed: Those whose experts, members or gates are looked into, where they turn out to have any.
         gated_and_dense: One of these and the same one without gates, to measure what skipping shut gates saves.
+        is_merged: Whether its datasets `sub_model_classes` and `facts` tell what the reference was made of.
     """
     # Names without dots inside the pipeline; each is mapped to the arm's own dataset.
     models = {f"{arm}_arm": f"{arm}.arm" for arm in arms}
@@ -51,13 +58,17 @@ def create_pipeline(
     shared = {"settings": "settings", "splits": "splits", "device": "device"}
     tables = ["runs", "comparison"]
     experts = ["expert_analysis", "expert_analysis_by_class", "expert_analysis_by_seed", "sample_predictions"]
-    skipping = [] if gated_and_dense is None else ["skipping"]
+    more = ["skipping"] if gated_and_dense is not None else ["facts"] if is_merged else []
+    sub_models = ["sub_model_classes"] if is_merged else []
     nodes = [
         Node(measure, inputs=["device", *models, *results], outputs="latency", name="measure_latency"),
         Node(compare, inputs=["settings", "latency", *results], outputs=[*tables, "summary"], name="compare"),
         Node(summarise, inputs=[*results], outputs="evaluation", name="summarise"),
         Node(
-            analyse_experts, inputs=["splits", "device", *analysed_checkpoints], outputs=experts, name="analyse_experts"
+            analyse_experts,
+            inputs=["settings", "splits", "device", *analysed_checkpoints, *sub_models],
+            outputs=experts,
+            name="analyse_experts",
         ),
         draw(plot_accuracy, "accuracy"),
         draw(plot_accuracy_against_params, "params", tables),
@@ -76,8 +87,8 @@ def create_pipeline(
             name="plot_sample_predictions",
         ),
         Node(
-            report,
-            inputs=["settings", "splits", "device", *tables, "summary", *experts, "histories", *skipping],
+            update_wrapper(partial(report, experiment=namespace), report),
+            inputs=["settings", "splits", "device", *tables, "summary", *experts, "histories", *more],
             outputs="report",
             name="report",
         ),

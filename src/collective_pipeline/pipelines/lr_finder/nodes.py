@@ -103,5 +103,5 @@ def report(
         title=f"Which learning rate for {summary['model_type']} of {settings.lr_finder.of}? {settings.dataset}",
         table=table,
         found=summary,
-        facts=describe_run(settings, splits, device),
+        facts=describe_run(settings, splits, device, "lr_finder"),
     )

@@ -113,14 +113,45 @@ def set_baseline_epochs(settings: Parameters, splits: Splits, groups: ClassGroup
     before = sum(own.sub_models.epochs * _updates_per_epoch(plan.splits, own.sub_models) for plan in plans)
     epochs = own.training.epochs + -(-before // _updates_per_epoch(splits, own.training))
     if plans:
-        logger.info(
-            "dense, single_expert and conv_collective train for %d epochs: the mixture's %d, and the updates of its %d "
-            "sub-models",
-            epochs,
-            own.training.epochs,
-            len(plans),
-        )
+        logger.info(_tell_epochs(own, epochs, len(plans)))
     return settings.model_copy(update={"training": own.training.model_copy(update={"epochs": epochs})})
+
+
+def _tell_epochs(config: MergedMoeConfig, epochs: int, num_sub_models: int) -> str:
+    return (
+        f"dense, single_expert and conv_collective train for {epochs} epochs: the mixture's {config.training.epochs}, "
+        f"and the updates of its {num_sub_models} sub-models"
+    )
+
+
+def describe_merging(
+    settings: Parameters, baseline_settings: Parameters, splits: Splits, groups: ClassGroups
+) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """The classes that each expert's sub-model tells apart; and for the report, what the mixture is made of."""
+    own = settings.merged_moe
+    plans = plan_sub_models(own, splits, groups)
+    classes = {f"expert {number}": _told(plan.splits) for number, plan in enumerate(plans[: own.n_experts], start=1)}
+    experts = {
+        f"expert {number}": f"the sub-model of group {number}, {classes[f'expert {number}']}"
+        if number <= len(plans)
+        else "drawn"
+        for number in range(1, own.n_experts + 1)
+    }
+    left = {
+        f"group {number}": f"its sub-model becomes no expert, {_told(plan.splits)}"
+        for number, plan in enumerate(plans, start=1)
+        if number > own.n_experts
+    }
+    extractor = {
+        "fresh": "drawn, without sub-models",
+        "average": f"the mean of those of all {len(plans)} sub-models",
+        "copy": f"that of the sub-model of group {own.copy_of}",
+    }
+    epochs = f"{own.training.epochs} of all arms"
+    if plans:
+        epochs = _tell_epochs(own, baseline_settings.training.epochs, len(plans))
+    made = {"shared extractor": extractor[own.initialise], **experts, **left, "epochs": epochs}
+    return classes, {"What the mixture began as": made}
 
 
 def _updates_per_epoch(splits: Splits, config: TrainingConfig) -> int:

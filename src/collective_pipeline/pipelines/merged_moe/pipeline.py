@@ -7,6 +7,7 @@ from kedro.pipeline import Node, Pipeline
 from collective_pipeline.pipelines import arm, data
 from collective_pipeline.pipelines.merged_moe.nodes import (
     clear_for_training,
+    describe_merging,
     evaluate_mixture,
     group_classes,
     make_arms,
@@ -45,6 +46,12 @@ def _create_preparation() -> Pipeline:
                 inputs=["settings", "splits", "merged_moe.groups"],
                 outputs="merged_moe.baseline_settings",
                 name="set_baseline_epochs",
+            ),
+            Node(
+                describe_merging,
+                inputs=["settings", "merged_moe.baseline_settings", "splits", "merged_moe.groups"],
+                outputs=["merged_moe.sub_model_classes", "merged_moe.facts"],
+                name="describe_merging",
             ),
             Node(make_arms, inputs=["settings", "splits"], outputs=[f"{name}.arm" for name in ARMS], name="make_arms"),
             Node(

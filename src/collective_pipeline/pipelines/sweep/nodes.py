@@ -110,7 +110,7 @@ def report(
 ) -> str:
     """The page that answers the question over sizes, and says how the answer came about."""
     runs, comparison, overall, trials, importance = tables
-    facts = describe_run(settings, splits, device)
+    facts = describe_run(settings, splits, device, "sweep")
     if "models" in summary:
         models = {name: ", ".join(files) for name, files in summary["models"].items()}
         facts = {"Best models": models | {"to use one": summary["use"]}, **facts}
