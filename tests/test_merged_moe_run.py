@@ -152,6 +152,18 @@ def test_the_members_of_the_trained_collective_can_be_looked_into(merged):
     assert parts["analysts"].shape == (2, 2, 5, 4)
 
 
+def test_predict_finds_an_arm_by_its_name(merged):
+    project = merged[0]
+    images = "data/01_raw/mnist/t10k-images-idx3-ubyte.gz"
+    result = kedro(
+        project, "run", "--pipeline", "predict", "--params", as_params({"images": images, "arm": "conv_collective"})
+    )
+
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(project / "data/07_model_output/predict/predictions.csv")
+    assert list(table) == ["index", "prediction", "probability", "0", "1", "7"]
+
+
 def test_arms_and_sub_models_are_runs_in_mlflow(merged):
     runs = runs_of(merged[0])
     nested = runs[runs["tags.mlflow.parentRunId"].notna()]

@@ -51,6 +51,8 @@ Technique = Literal[
 Stem = Literal["cifar", "imagenet"]
 Head = Literal["linear", "conv"]
 MixtureModelType = Literal["merged_moe", "single_expert", "dense", "conv_collective", "sub_model"]
+# Of every experiment.
+ArmName = Literal[ModelType, ImageModelType, NarrowModelType, MixtureModelType, Technique]
 DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenet64"]
 Strategy = Literal["end_to_end", "pretrain_freeze_finetune", "layerwise_autoencoding"]
 
@@ -466,7 +468,7 @@ Architecture = (
 class Arm(Config):
     """One model of a comparison, complete: enough to build it again without anything else."""
 
-    model_type: ModelType | ImageModelType | NarrowModelType | MixtureModelType | Technique
+    model_type: ArmName
     in_dim: int = Field(gt=0, description="features of one flattened image")
     num_classes: int = Field(ge=2)
     params: int = Field(gt=0, description="trainable parameters of one seed")
@@ -1128,6 +1130,7 @@ class Parameters(Config):
     images: str | None = Field(
         None, min_length=1, description="predict: a folder of images, one image, or an idx file, from where one types"
     )
+    arm: ArmName | None = Field(None, description="predict: a network of any experiment; null: that of model_type")
     checkpoint: str | None = Field(
         None, min_length=1, description="predict: a file; null: the newest of the arm, demo: the best"
     )
@@ -1298,7 +1301,9 @@ def _sentence(problem: Any) -> str:
         case "extra_forbidden":
             return f"unknown parameter '{path}'{_nearest(path)}"
         case "literal_error":
-            return f"{path}={problem['input']!r} is unknown{suggest(str(problem['input']), _choices(problem))}"
+            told = f"{path}={problem['input']!r} is unknown{suggest(str(problem['input']), _choices(problem))}"
+            elsewhere = path == "model_type" and problem["input"] in get_args(ArmName)
+            return f"{told}; --pipeline predict takes any network as arm={problem['input']}" if elsewhere else told
         case "value_error":
             if isinstance(problem["input"], Mapping):  # a check across several fields
                 return f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])

@@ -1,13 +1,14 @@
 """Predicting many images a batch at a time, with a line now and then."""
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tests.evaluation.test_predict import checkpoint_of
 
-from collective_pipeline.config import PHASE1, UserError
+from collective_pipeline.config import PHASE1, UserError, check_parameters
 from collective_pipeline.data.image_files import ImageSource
 from collective_pipeline.models.checkpoint import save_checkpoint
 from collective_pipeline.pipelines.predict import nodes
@@ -34,6 +35,78 @@ def test_an_unknown_seed_is_refused_before_anything_is_said(named, tmp_path, cap
         nodes.choose_checkpoint(named.model_copy(update={"checkpoint_seed": 4}), tmp_path)
 
     assert "Predicting" not in caplog.text
+
+
+@pytest.fixture
+def models(tmp_path):
+    """What a DeepMoE of two data sets, one of them trained twice, a mixture and phase 1 leave; and a damaged file."""
+    for namespace, version, name, dataset in (
+        ("deepmoe_gated", "2026-01-01", "resnet18_moe", "cifar10"),
+        ("deepmoe_gated", "2026-01-02", "resnet18_moe", "cifar10"),
+        ("deepmoe_gated", "2026-01-03", "resnet18_moe", "cifar100"),
+        ("deepmoe_dense", "2026-01-03", "resnet18", "cifar100"),
+        ("imagenet", "2026-01-02", "resnet18", "imagenet"),
+        ("merged_moe_mixture", "2026-01-01", "merged_moe", "cifar10"),
+        ("shallow", "2026-01-01", "shallow", "mnist"),
+    ):
+        checkpoint = checkpoint_of((1, 4, 4))
+        arm = checkpoint.arm.model_copy(update={"model_type": name})
+        path = tmp_path / namespace / "best.safetensors" / version / "best.safetensors"
+        save_checkpoint(replace(checkpoint, arm=arm, dataset=dataset), path)
+    path = tmp_path / "deepmoe_narrow" / "best.safetensors" / "2026-01-03" / "best.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"damaged")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arm", "dataset", "found"),
+    [
+        ("merged_moe", "mnist", "merged_moe_mixture/best.safetensors/2026-01-01"),
+        ("resnet18_moe", "cifar10", "deepmoe_gated/best.safetensors/2026-01-02"),
+        ("resnet18_moe", "cifar100", "deepmoe_gated/best.safetensors/2026-01-03"),
+        ("resnet18", "cifar100", "deepmoe_dense/best.safetensors/2026-01-03"),
+        ("shallow", "mnist", "shallow/best.safetensors/2026-01-01"),
+    ],
+)
+def test_the_newest_of_an_arm_is_found_whichever_experiment_trained_it(models, caplog, arm, dataset, found):
+    """The data set decides where it was trained for several."""
+    settings = PHASE1.model_copy(update={"images": "photos", "arm": arm, "dataset": dataset})
+    with caplog.at_level(logging.INFO, "collective_pipeline"):
+        checkpoint = nodes.choose_checkpoint(settings, models)
+
+    assert checkpoint.arm.model_type == arm and f"{found}/best.safetensors" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"arm": "resnet18_moe"}, "was trained for cifar10, cifar100 and not for dataset=mnist: add dataset=<one"),
+        ({"arm": "resnet18"}, "was trained for imagenet, cifar100 and not for dataset=mnist"),
+        ({"arm": "narrow"}, r"no trained narrow in .*, only merged_moe for cifar10, resnet18 for cifar100, .*: name"),
+        ({"arm": "narrow"}, r"\(left out: 1 that cannot be read, the first: .*deepmoe_narrow.* is not a checkpoint"),
+        ({"arm": "narrow", "checkpoint": "x"}, "arm=narrow and checkpoint=x both say which network answers: give one"),
+    ],
+)
+def test_an_arm_that_cannot_be_found_is_told_with_those_that_can(models, changes, told):
+    with pytest.raises(UserError, match=told) as caught:
+        nodes.choose_checkpoint(PHASE1.model_copy(update={"images": "photos"} | changes), models)
+
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"arm": "resnet18_mo"}, "arm='resnet18_mo' is unknown: did you mean 'resnet18_moe'?"),
+        ({"model_type": "resnet18_moe"}, "; --pipeline predict takes any network as arm=resnet18_moe"),
+    ],
+)
+def test_unknown_names_of_networks_are_refused_with_what_to_type(given, told):
+    with pytest.raises(UserError) as caught:
+        check_parameters(given)
+
+    assert told in str(caught.value)
 
 
 def test_long_work_is_read_in_batches_and_told_of(monkeypatch, caplog):

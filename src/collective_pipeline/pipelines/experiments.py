@@ -117,7 +117,7 @@ UNUSED_BY_FINDER = (
 )  # fmt: skip
 SUBJECTS = ("deepmoe", "tiny_imagenet", "imagenet")
 FINDER = ("lr_finder", "device", "data", "model_type", "dataset", "collective", "baselines", "training", *SUBJECTS)
-PREDICT = ("images", "model_type", "dataset", "checkpoint", "checkpoint_seed", "device")
+PREDICT = ("images", "arm", "model_type", "dataset", "checkpoint", "checkpoint_seed", "device")
 
 # The one that `kedro run` alone runs.
 DEFAULT = "single"

@@ -7,22 +7,24 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from collective_pipeline.config import Parameters, UserError
+from collective_pipeline.config import ArmName, DatasetName, Parameters, UserError
 from collective_pipeline.data.image_files import ADVICE, ImageSource, find_images
 from collective_pipeline.evaluation.predict import BATCH_SIZE, Predictor, choose_seeds, tabulate
-from collective_pipeline.models.checkpoint import Checkpoint, load_checkpoint
+from collective_pipeline.models.checkpoint import Checkpoint, load_checkpoint, read_header
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.progress import SECONDS_BETWEEN_LINES, duration
 
 logger = logging.getLogger(__name__)
 
+FILE_NAME = "best.safetensors"
 
-def choose_checkpoint(settings: Parameters, saved: Path) -> Checkpoint:
+
+def choose_checkpoint(settings: Parameters, models: Path) -> Checkpoint:
     """The checkpoint that the parameters name, whichever arm and data set it is of, or the newest of theirs.
 
     Args:
         settings: Of the run.
-        saved: The arm's checkpoints, a folder for each version.
+        models: A folder for each arm, with a folder for each version of its checkpoint.
 
     Raises:
         UserError: If there is none, if the newest is of another data set, or if it lacks the seed that is asked for.
@@ -31,18 +33,25 @@ def choose_checkpoint(settings: Parameters, saved: Path) -> Checkpoint:
         raise UserError(f"images is not given: {ADVICE}, with --params images=<path>")
     if settings.checkpoint is not None:
         path = Path(settings.checkpoint).expanduser()
+        if settings.arm is not None:
+            raise UserError(f"arm={settings.arm} and checkpoint={path} both say which network answers: give one")
         if not path.is_file():
             raise UserError(
                 f"checkpoint={settings.checkpoint} is no file: name a checkpoint, a .safetensors file, or leave it out "
                 f"for the newest of {settings.model_type}"
             )
         checkpoint = load_checkpoint(path)
+    elif settings.arm is not None:
+        path = _find_arm(settings.arm, settings.dataset, models)
+        checkpoint = load_checkpoint(path)
     else:
-        versions = sorted(saved.glob(f"*/{saved.name}"))
+        saved = models / settings.model_type / FILE_NAME
+        versions = sorted(saved.glob(f"*/{FILE_NAME}"))
         if not versions:
             raise UserError(
                 f"there is no trained {settings.model_type} in {saved}: train it first, kedro run --params "
-                f"model_type={settings.model_type},dataset={settings.dataset}, for minutes with --env debug"
+                f"model_type={settings.model_type},dataset={settings.dataset}, for minutes with --env debug; or name "
+                "an arm of another experiment with arm=<name>"
             )
         path = versions[-1]
         checkpoint = load_checkpoint(path)
@@ -55,6 +64,40 @@ def choose_checkpoint(settings: Parameters, saved: Path) -> Checkpoint:
     who = f"seed {seeds[0]}" if len(seeds) == 1 else f"the mean of {len(seeds)} seeds"
     logger.info("Predicting with %s of %s for %s, from %s", who, checkpoint.arm.model_type, checkpoint.dataset, path)
     return checkpoint
+
+
+def _find_arm(arm: ArmName, dataset: DatasetName, models: Path) -> Path:
+    """The newest checkpoint of an arm, whichever experiment trained it, and of `dataset` if there are several."""
+    newest, unreadable = _list_newest(models)
+    of_arm = {trained: path for (name, trained), path in newest.items() if name == arm}
+    if len(of_arm) == 1:
+        return next(iter(of_arm.values()))
+    if dataset in of_arm:
+        return of_arm[dataset]
+    if of_arm:
+        raise UserError(
+            f"{arm} was trained for {', '.join(of_arm)} and not for dataset={dataset}: add dataset=<one of these> to "
+            "--params, or name a file with checkpoint=<path>"
+        )
+    there = ", ".join(f"{name} for {trained}" for name, trained in sorted(newest)) or "nothing"
+    left_out = f" (left out: {len(unreadable)} that cannot be read, the first: {unreadable[0]})" if unreadable else ""
+    raise UserError(
+        f"there is no trained {arm} in {models}, only {there}{left_out}: name one of these, or train it first"
+    )
+
+
+def _list_newest(models: Path) -> tuple[dict[tuple[str, str], Path], list[str]]:
+    """The newest checkpoint of every arm and data set; what is wrong with those that cannot be read."""
+    newest: dict[tuple[str, str], Path] = {}
+    unreadable: list[str] = []
+    for path in sorted(models.glob(f"*/{FILE_NAME}/*/{FILE_NAME}"), key=lambda path: path.parent.name):
+        try:
+            header = read_header(path)
+        except UserError as error:
+            unreadable.append(str(error))
+            continue
+        newest[header.arm.model_type, header.dataset] = path
+    return newest, unreadable
 
 
 def list_images(settings: Parameters, checkpoint: Checkpoint) -> ImageSource:

@@ -7,12 +7,12 @@ from collective_pipeline.pipelines.predict.nodes import choose_checkpoint, list_
 
 
 def create_pipeline() -> Pipeline:
-    """From the parameters `images`, `model_type`, `checkpoint` and `checkpoint_seed` to a table of probabilities."""
+    """From the parameters `images`, and what names a checkpoint and its seed, to a table of probabilities."""
     return Pipeline(
         [Node(read_settings, inputs="parameters", outputs=["settings", "device"], name="read_settings")]
     ) + Pipeline(
         [
-            Node(choose_checkpoint, inputs=["settings", "saved"], outputs="model", name="choose_checkpoint"),
+            Node(choose_checkpoint, inputs=["settings", "models"], outputs="model", name="choose_checkpoint"),
             Node(list_images, inputs=["settings", "model"], outputs="images", name="list_images"),
             Node(
                 predict, inputs=["images", "model", "settings", "device"], outputs="predictions", name="predict_images"
