@@ -169,9 +169,10 @@ def end_of(result: tuple[Checkpoint, Fit]) -> tuple[dict[str, torch.Tensor], str
     return checkpoint.weights, json.dumps([history, fit.best_epochs])
 
 
-def is_same(one: tuple[dict[str, torch.Tensor], str], other: tuple[dict[str, torch.Tensor], str]) -> bool:
-    """Bit for bit."""
-    return one[1] == other[1] and all(torch.equal(tensor, other[0][name]) for name, tensor in one[0].items())
+def differing(one: tuple[dict[str, torch.Tensor], str], other: tuple[dict[str, torch.Tensor], str]) -> list[str]:
+    """What is not the same bit for bit."""
+    weights = all(torch.equal(tensor, other[0][name]) for name, tensor in one[0].items())
+    return [what for what, same in (("weights", weights), ("history", one[1] == other[1])) if not same]
 
 
 def place_in(state: Path) -> str:
@@ -241,10 +242,11 @@ def run_kills(
             print(f"{row}  {place_in(state):<16}{verdict}", flush=True)
             continue
         killer.over.set()
-        same = is_same(end_of(result), wanted)
-        for kill in pending if not same else []:
+        found = differing(end_of(result), wanted)
+        for kill in pending if found else []:
             verdicts[kill] = "DIFFERS"
-        print(f"{'':>5}the end after {len(pending)} kills is {'identical' if same else 'ANOTHER ONE'}", flush=True)
+        told = f"of other {' and '.join(found)}" if found else "identical"
+        print(f"{'':>5}the end after {len(pending)} kills is {told}", flush=True)
         pending.clear()
         shutil.rmtree(folder)
         if last:

@@ -3,8 +3,10 @@
 A launch starts three interpreters that import torch: ten seconds or more each on a busy machine, so there are few.
 """
 
+import itertools
 import os
-import signal
+import shutil
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,7 @@ from collective_pipeline.training.launch import count_ranks, launch
 from collective_pipeline.training.loop import Fit, evaluate
 from collective_pipeline.training.rank import Job, work
 from collective_pipeline.training.ranks import ALONE, Ranks
+from collective_pipeline.training.snapshots import Snapshots
 
 CPU = torch.device("cpu")
 CONFIG = ImageNetConfig(
@@ -221,33 +224,37 @@ def test_counts_that_are_no_part_of_each_other_are_refused():
     assert count_ranks("auto", CPU) == 1 and count_ranks(3, CPU) == 3
 
 
+class StoppingJob(Job):
+    """Is told to stop after two updates of its second epoch, and does so after three of six."""
+
+    def snapshots(self, device: torch.device, number: int) -> Snapshots:
+        """Which are asked after every update but an epoch's last, and after every epoch."""
+        snapshots, looks = super().snapshots(device, number), itertools.count(1)
+
+        def is_due() -> bool:
+            if next(looks) == 8:
+                interrupt.request(Interrupted("a test"))
+            return False
+
+        snapshots.is_due = is_due
+        return snapshots
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [1, 2])
-def test_an_interrupted_training_of_two_ranks_goes_on_with(number, splits, tmp_path):
-    """SIGTERM saves on all ranks; the rest is trained by as many, or by one that plays both."""
+def test_an_interrupted_training_of_two_ranks_goes_on_with_two_or_one(splits, tmp_path):
+    """In the middle of an epoch: all stop at the same update, and what the first one saves is the state of both."""
     whole, fit = work(make_job(splits, tmp_path / "whole.safetensors", planned=2), ALONE, CPU)
-    state = tmp_path / "state.safetensors"
-    config = CONFIG.model_copy(update={"threads": 1})
+    state, copy = tmp_path / "state" / "last.safetensors", tmp_path / "copy" / "last.safetensors"
+    stopping = StoppingJob(**vars(make_job(splits, state, planned=2)))
 
-    def stop() -> None:
-        while not any(
-            "collective_pipeline.training.rank" in " ".join(p.cmdline()) for p in psutil.Process().children(True)
-        ):
-            time.sleep(0.05)
-        time.sleep(9)
-        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted, match="saved after epoch 1 of 4 and 50 % of the next"):
+        launch(stopping, number=2, environment={"PYTHONPATH": os.pathsep.join(sys.path)})
+    shutil.copytree(state.parent, copy.parent)
+    by_two = launch(make_job(splits, state, planned=2, resume=True), number=2, environment={})
+    by_one = work(make_job(splits, copy, planned=2, resume=True), ALONE, CPU)
 
-    with interrupt.listen():
-        threading.Thread(target=stop, daemon=True).start()
-        try:
-            launch(make_job(splits, state, planned=2, config=config), number=2, environment={})
-        except Interrupted:
-            assert state.exists()
-
-    job = make_job(splits, state, planned=2, resume=True)
-    resumed, rest = work(job, ALONE, CPU) if number == 1 else launch(job, number=2, environment={})
-
-    for mine, other in zip(told(rest), told(fit), strict=True):
-        assert mine == pytest.approx(other, rel=1e-4)
-    for name, tensor in whole.weights.items():
-        assert torch.allclose(resumed.weights[name], tensor, rtol=1e-3, atol=1e-4), name
+    for resumed, rest in (by_two, by_one):
+        for mine, other in zip(told(rest), told(fit), strict=True):
+            assert mine == pytest.approx(other, rel=1e-4)
+        for name, tensor in whole.weights.items():
+            assert torch.allclose(resumed.weights[name], tensor, rtol=1e-3, atol=1e-4), name

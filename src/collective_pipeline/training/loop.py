@@ -277,11 +277,15 @@ def fit(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where training stands: in which phase, after which epoch, and after how many updates of the next one."""
+    """Where training stands: in which phase, after which epoch, and after how many updates of the next one.
+
+    A process had played `ranks_played` ranks: so many batches an update it has counted.
+    """
 
     phase: int = 0
     epoch: int = 0
     update: int = 0
+    ranks_played: int = 1
     seconds: float = 0.0
     finished: bool = False
     usage: Usage = field(default_factory=Usage)
@@ -328,7 +332,7 @@ class _Fitting:
         training = _PhaseTraining(phase, span, self.validation, self.config, self.ranks)
         first_epoch, first_update = before + 1, 0
         if going_on is not None:
-            training.load_state(going_on)
+            training.load_state(going_on, ranks_played=self.place.ranks_played)
             first_epoch, first_update = self.place.epoch + 1, self.place.update
         elif self.training is not None:
             training.carry_on(self.training)
@@ -395,7 +399,8 @@ class _Fitting:
         # All ranks stop at the same update, or those that go on would wait for the others.
         stops = not place.finished and self.ranks.agree(self.snapshots is not None and interrupt.requested())
         if self.snapshots is not None and (stops or place.finished or self.snapshots.is_due()):
-            place = replace(place, seconds=time.perf_counter() - self.started, usage=self.meter.read())
+            seconds, played = time.perf_counter() - self.started, training.batches.ranks_played
+            place = replace(place, ranks_played=played, seconds=seconds, usage=self.meter.read())
             best = {f"best/{name}": tensor for name, tensor in self.result.weights.items()}
             facts = {"place": asdict(place), "fit": self.result.facts()}
             self.snapshots.save(Snapshot(facts, training.state() | best), wait=stops or place.finished)
@@ -578,13 +583,16 @@ class _PhaseTraining:
         state |= {"step": self.step, "steps_done": self.steps_done, "updates_done": self.updates_done}
         return state | {f"totals/{name}": tensor for name, tensor in self.totals.items()}
 
-    def load_state(self, saved: Mapping[str, Tensor]) -> None:
-        """Put every tensor of `state` back."""
+    def load_state(self, saved: Mapping[str, Tensor], *, ranks_played: int) -> None:
+        """Put every tensor of `state` back, of a process that played `ranks_played` ranks."""
         for name, tensor in saved.items():
             if name.startswith("totals/"):
                 self.totals[name.removeprefix("totals/")] = torch.empty_like(tensor, device=self.device)
         for name, tensor in self.state().items():
             tensor.copy_(saved[name])
+        if ranks_played != self.batches.ranks_played:
+            for tensor in (self.step, self.steps_done, *self.totals.values()):
+                tensor.copy_(tensor * self.batches.ranks_played / ranks_played)
 
     @torch.no_grad()
     def carry_on(self, before: "_PhaseTraining") -> None:
@@ -629,8 +637,7 @@ class _PhaseTraining:
     def metrics(self) -> Metrics:
         """The epoch's means of all losses and the accuracies in percent, on the device, each `(S,)`."""
         # In an order of their own, or a run that goes on would have another one than its first epochs.
-        totals = {f"train_{name}": self.totals[name] / len(self.batches) for name in sorted(self.totals)}
-        metrics = self.ranks.mean(totals)
+        metrics = {f"train_{name}": self.totals[name] / len(self.batches) for name in sorted(self.totals)}
         if self.phase.classifies:
             metrics |= {f"val_{name}": values for name, values in self._validate().items()}
             self._set_modes()
@@ -644,6 +651,7 @@ class _PhaseTraining:
         self.optimizer.zero_grad(set_to_none=True)
         self._anneal()
         statistics = _PlayedStatistics(self.statistics, self.batches.ranks_played)
+        told: list[Metrics] = []
         for _ in range(num_batches):
             x, y = self.batches.take(self.step)
             # Ranks that train together have other bits each, as they have other images.
@@ -654,17 +662,14 @@ class _PhaseTraining:
             logits, parts = logits.float(), {name: part.float() for name, part in parts.items()}
             losses = _evaluate_terms(self.phase, logits, parts, y)
             self.scaler.scale(losses["loss"] / num_batches).sum().backward()
-            # Kept on the device: reading a number here would make the host wait at every step.
-            with torch.no_grad():
-                for name, value in losses.items():
-                    if name not in self.totals:
-                        self.totals[name] = torch.zeros_like(value)
-                    self.totals[name] += value
-                self.step += 1
-                self.steps_done += 1
+            told.append({name: value.detach() for name, value in losses.items()})
+            self.step += 1
+            self.steps_done += 1
             statistics.end_batch()
         gradients = [weight.grad for weight in self.parameters if weight.grad is not None]
-        self.ranks.average_([*gradients, *self.statistics])
+        # With the losses, so that the state of every rank is that of all, and any of them can save it.
+        self.ranks.average_([*gradients, *self.statistics, *(value for losses in told for value in losses.values())])
+        self._add_up(told)
         self.scaler.unscale_(gradients)
         if self.config.clip_norm:
             clip_by_seed(gradients, self.config.clip_norm)
@@ -675,6 +680,14 @@ class _PhaseTraining:
         if self.averaged is not None:
             self.averaged.update(self.phase.network, self.start + self.updates_done)
         self.updates_done += 1
+
+    def _add_up(self, told: Sequence[Metrics]) -> None:
+        """On the device: reading a number here would make the host wait at every step."""
+        for losses in told:
+            for name, value in losses.items():
+                if name not in self.totals:
+                    self.totals[name] = torch.zeros_like(value)
+                self.totals[name] += value
 
     def _anneal(self) -> None:
         # In the averaged network too: an average would be of what it was long ago.
