@@ -131,5 +131,5 @@ def driver(monkeypatch) -> Driver:
     perf_counter = gpu.time.perf_counter
     clock = SimpleNamespace(perf_counter=lambda: perf_counter() if driver.now is None else driver.now)
     monkeypatch.setattr(gpu, "time", clock)
-    monkeypatch.setattr(loop, "Meter", lambda device, before: gpu.Meter(torch.device("cuda"), before))
+    monkeypatch.setattr(loop, "Meter", lambda device, before, **more: gpu.Meter(torch.device("cuda"), before, **more))
     return driver

@@ -35,7 +35,7 @@ def tree(tmp_path_factory):
 )
 def test_a_rate_is_found_for_the_first_arm_of_each(project, tree, of, name, parameter):
     """Files, answer and MLflow; nothing of what is trained otherwise."""
-    result = kedro(project, *COMMAND, f"{TINY},lr_finder.of={of}{tree if of == 'imagenet' else ''}")
+    result = kedro(project, *COMMAND, f"{TINY},lr_finder.experiment={of}{tree if of == 'imagenet' else ''}")
     assert result.exit_code == 0, result.output
     table = pd.read_csv(project / REPORTING / "lr_finder.csv")
     summary = json.loads((project / REPORTING / "summary.json").read_text())
@@ -64,7 +64,7 @@ def test_mlflow_has_the_curve_and_the_files(project):
 @pytest.mark.parametrize(
     ("params", "told"),
     [
-        ("lr_finder.of=phase1", "lr_finder.of='phase1' is unknown"),
+        ("lr_finder.experiment=phase1", "lr_finder.experiment='phase1' is unknown"),
         ("lr_finder.lowest=2", "lowest=2 is not below highest=1"),
         ("training.learning_rate=0.1", "it is a parameter of --pipeline single, phase1, sweep"),
         ("tiny_imagenet.seeds=7", "it is a parameter of --pipeline tiny_imagenet"),

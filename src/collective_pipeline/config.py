@@ -957,6 +957,8 @@ class TinyImagenetConfig(Config):
             )
         if not all(stage.image_size for stage in self.stages):
             raise ValueError("stages are those of progressive_resizing: give each its image_size")
+        if any(stage.batch_size for stage in self.stages):
+            raise ValueError("stages: another batch_size would be another number of updates than the other arms have")
         if self.training.strategy != "end_to_end":
             raise ValueError("training.strategy: only a collective has members to pretrain; leave it at end_to_end")
         on = [name for name in ("mixup_alpha", "cutmix_alpha", "ema_decay", "label_smoothing") if self._is_on(name)]
@@ -1101,7 +1103,7 @@ class DemoConfig(Config):
 class LrFinderConfig(Config):
     """`kedro run --pipeline lr_finder`: the first updates of an experiment's first arm, at ever higher rates."""
 
-    of: Literal["single", "deepmoe", "tiny_imagenet", "imagenet"] = Field(
+    experiment: Literal["single", "deepmoe", "tiny_imagenet", "imagenet"] = Field(
         "tiny_imagenet", description="the experiment; its own parameters say what is trained, on what and how"
     )
     lowest: Positive = Field(1e-7, description="learning rate of the first update")

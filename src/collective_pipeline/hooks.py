@@ -38,6 +38,7 @@ from collective_pipeline.io.checkpoints import CheckpointDataset
 from collective_pipeline.pipelines.experiments import DEFAULT, EXPERIMENTS, check_read
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
+from collective_pipeline.training.launch import is_launched
 from collective_pipeline.training.progress import duration
 from collective_pipeline.training.tracking import (
     end_runs_of_the_dead,
@@ -90,6 +91,11 @@ class CheckBeforeRun:
         folders = {Path(path).parent for path in paths if path is not None}
         names = [DEFAULT if name == "__default__" else name for name in run_params["pipeline_names"] or [DEFAULT]]
         try:
+            if is_launched() and names != ["imagenet"]:
+                raise UserError(
+                    f"torchrun starts several processes, and --pipeline {','.join(names)} trains in one: type kedro "
+                    "run, or use it for --pipeline imagenet"
+                )
             given = list_nested(run_params["runtime_params"], lambda value: isinstance(value, Mapping))
             check_read([name for name, _ in given], names)
             needed = SPARE_BYTES + 4 * sum(EXPERIMENTS[name].count_weights(self.settings) for name in names)
@@ -359,6 +365,10 @@ class _Stopped(click.ClickException):
 def command_to_go_on(arguments: Sequence[str]) -> str:
     """What was typed, with `resume=true` among its parameters; a sweep goes on by itself, what is short begins anew."""
     arguments = list(arguments)
+    if is_launched():
+        return "the same torchrun command with resume=true among its --params"
+    if arguments[:1] != ["run"]:  # python -m collective_pipeline
+        arguments.insert(0, "run")
     if not any({"sweep", "predict", "lr_finder"} & set(argument.split("=", 1)) for argument in arguments):
         for place, argument in enumerate(arguments):
             if argument == "--params" and place + 1 < len(arguments):

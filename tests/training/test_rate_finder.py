@@ -83,7 +83,7 @@ def test_stages_mixing_and_pretraining_begin_as_their_training_does(arm, splits,
     ("given", "told"),
     [
         ({"lowest": 0.1, "highest": 0.01}, "lr_finder: lowest=0.1 is not below highest=0.01"),
-        ({"of": "deepmo"}, "did you mean 'deepmoe'"),
+        ({"experiment": "deepmo"}, "did you mean 'deepmoe'"),
         ({"updates": 3}, "lr_finder.updates=3"),
         ({"lowest": 0}, "lr_finder.lowest=0"),
     ],

@@ -131,6 +131,9 @@ class BatchSource(Protocol):
     def begin(self, epoch: int) -> None:
         """From here on batches are of this epoch."""
 
+    def close(self) -> None:
+        """End what reads ahead."""
+
     def load(self, first: int, number: int) -> None:
         """Bring these batches of the epoch, counted from 0, to where `take` finds them."""
 
@@ -188,6 +191,9 @@ class Batches:
 
     def load(self, first: int, number: int) -> None:
         """They are there."""
+
+    def close(self) -> None:
+        """There is nothing to end: what draws an epoch ends with it."""
 
     def for_stage(self, stage: Stage | None) -> Self:
         """The same images in batches as this stage has them; None: these."""

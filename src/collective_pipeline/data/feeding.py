@@ -9,7 +9,7 @@ import logging
 import os
 import queue
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -113,7 +113,7 @@ class Feed:
         """Their names and what is wrong with each, in the order of the source."""
         return self._name(self._problems)
 
-    def batches(self, rows_KB: Tensor, draws_KBD: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, rows_KB: Tensor, draws_KBD: Tensor | None) -> Generator[tuple[Tensor, Tensor], None, None]:
         """For each row of `rows_KB`, in order: images uint8 `(B, 3, s, s)` and labels `(B,)` int64, on the device.
 
         Without draws, `B` is less by the files that are no images, and may be 0.

@@ -316,9 +316,7 @@ def _claim(folder: Path, header: _Header) -> None:
         with files.replacing(folder / HEADER) as partial:
             partial.write_text(json.dumps(asdict(header), indent=1))
     elif differences := there.differences(header):
-        raise UserError(
-            f"{folder} is packed with {', '.join(differences)}: pack into another folder, or remove this one"
-        )
+        raise UserError(f"{folder} is packed with {', '.join(differences)}: remove it, to pack anew")
 
 
 def _read_header(folder: Path) -> _Header | None:

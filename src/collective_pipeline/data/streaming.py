@@ -8,7 +8,7 @@ draws of an image.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -209,6 +209,10 @@ class StreamedSplits:
         """As one of several processes sees them."""
         return self._with(share=share)
 
+    def with_threads(self, threads: int) -> Self:
+        """Read and decoded by so many."""
+        return self._with(threads=threads)
+
     def _with(self, **changes: Any) -> Self:
         parts = {name: replace(getattr(self, name), **changes) for name in ("train", "val", "test")}
         return replace(self, **parts)
@@ -242,7 +246,8 @@ def stream_index(
         images(train, rows[is_val]),
         images(test, torch.arange(len(test))),
         index.class_names,
-        f"{index.digest} {split_seed} {config.val_fraction} {config.pack_side} {config.pack_quality}",
+        f"{index.digest} {split_seed} {config.val_fraction}"
+        + (f" {config.pack_side} {config.pack_quality}" if packed else ""),
         config.augmentation,
     )
 
@@ -288,7 +293,7 @@ class StreamedBatches:
         self.ranks_played = self.share.ranks_played
         self.alphas = (config.mixup_alpha * stage.mixing, config.cutmix_alpha * stage.mixing)
         self._feed = self.images.make_feed()
-        self._arriving: Iterator[tuple[Tensor, Tensor]] | None = None
+        self._arriving: Generator[tuple[Tensor, Tensor], None, None] | None = None
         self._drawer = ThreadPoolExecutor(1)
         self._preparing: tuple[int, Future[list[Tensor]]] | None = None
         self._make_places()
@@ -324,6 +329,13 @@ class StreamedBatches:
         drawn = prepared[1].result() if prepared is not None and prepared[0] == epoch else self._draw(epoch)
         self.rows_KB, self.draws_KBD, self.mixes_KD = drawn
         self._arriving = None
+
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        self._drawer.shutdown(cancel_futures=True)
+        if self._arriving is not None:
+            self._arriving.close()
+            self._arriving = None
 
     def _draw(self, epoch: int) -> list[Tensor]:
         """This process's rows, the draws of each image, and those of each batch."""

@@ -26,7 +26,6 @@ def tabulate(
     num_images: int,
     executed_macs: Sequence[float] | None = None,
     price_per_gpu_hour: float | None = None,
-    num_gpus: int = 1,
 ) -> pd.DataFrame:
     """`comparison.RUN_COLUMNS`, `gpu.GPU_COLUMNS` and what `summarise_runs` needs beside them, a row for each seed.
 
@@ -40,8 +39,6 @@ def tabulate(
         num_images: Of the training set.
         executed_macs: Of a test image with each seed, where gates close some; by default all that there are.
         price_per_gpu_hour: In any currency; None: not known.
-        num_gpus: That trained it together. The history tells of the first; the others were at work as it was, and time
-            and energy are counted for each.
     """
     arm, seeds = checkpoint.arm, checkpoint.seeds
     last = history.groupby("seed").tail(1).set_index("seed").loc[list(seeds)]
@@ -74,9 +71,9 @@ def tabulate(
     # Of all the training; nothing where there was no GPU, or where it told nothing.
     *names, spent = (*USAGE_COLUMNS, "gpu_seconds")
     usage = history.sort_values("seconds").reindex(columns=[*names, spent]).iloc[-1]
-    joules = num_gpus * (usage["joules"] or np.nan)
+    joules = usage["joules"] or np.nan
     results = results.assign(**{**usage[names], "joules": joules / len(seeds), "images_per_joule": images / joules})
-    return add_costs(results, num_gpus * usage[spent] / 3600 / len(seeds), price_per_gpu_hour)
+    return add_costs(results, usage[spent] / 3600 / len(seeds), price_per_gpu_hour)
 
 
 def summarise_runs(results: pd.DataFrame) -> dict[str, dict[str, Any]]:

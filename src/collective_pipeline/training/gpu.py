@@ -85,13 +85,15 @@ class Meter:
     Args:
         device: Where the arm trains.
         before: What was measured before training was interrupted.
+        number: Of devices like this one that are at work alike: energy and time are counted for all of them.
 
     Attributes:
         usage: As of the last reading, which is a second old at most.
     """
 
-    def __init__(self, device: torch.device, before: Usage) -> None:
+    def __init__(self, device: torch.device, before: Usage, *, number: int = 1) -> None:
         self.usage = before
+        self.number = number
         self._card = _card_of(device)
 
     def __enter__(self) -> Self:
@@ -152,9 +154,9 @@ class _Card:
             if energy is not None and self.last_energy is not None:
                 joules = energy - self.last_energy
             for meter in self.meters:
-                share = None if joules is None else joules / len(self.meters)
-                own_seconds = seconds / len(self.meters) if self.is_gpu else 0.0
-                meter.usage += Usage(seconds, values, values, share, own_seconds)
+                part = meter.number / len(self.meters)
+                own_seconds = seconds * part if self.is_gpu else 0.0
+                meter.usage += Usage(seconds, values, values, None if joules is None else joules * part, own_seconds)
             self.last_time, self.last_energy = now, energy
 
     def _watch(self, ended: threading.Event) -> None:

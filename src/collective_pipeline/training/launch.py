@@ -57,6 +57,13 @@ def count_ranks(wanted: int | Literal["auto"], device: torch.device) -> int:
     return wanted
 
 
+def count_own_cores(number: int | None = None) -> int:
+    """A process's share of the cores that it may use; by default of as many processes as the launcher has started."""
+    number = number or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, there // number)
+
+
 def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
     """Run `training.rank` in `number` processes, and return what the first one leaves.
 
@@ -78,7 +85,7 @@ def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
         command = [
             sys.executable, "-m", "collective_pipeline.training.launcher", name, str(number), str(os.getpid())
         ]  # fmt: skip
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // number))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(count_own_cores(number))
         # A session of its own: Ctrl-C reaches the ranks once, from here.
         process = subprocess.Popen(
             command, env={**os.environ, "OMP_NUM_THREADS": threads, **environment}, start_new_session=True
@@ -137,7 +144,9 @@ def _error(folder: Path, code: int) -> Exception:
         return UserError(f"{who} was ended by {failure['signal']}{why}, and the others with it: {go_on}{said}")
     trace = failure["trace"] or f"it ended with code {failure['code']}; it said last:\n{failure['said']}"
     last = trace.strip().splitlines()[-1]
-    mark = f"{UserError.__module__}.{UserError.__qualname__}: "
-    if last.startswith(mark):
-        return UserError(last.removeprefix(mark))
+    kinds: list[type[UserError]] = [UserError, *UserError.__subclasses__()]
+    for kind in kinds:
+        mark = f"{kind.__module__}.{kind.__qualname__}: "
+        if last.startswith(mark):
+            return UserError(last.removeprefix(mark))
     return RuntimeError(f"{who} failed, and the others were ended:\n{trace}")

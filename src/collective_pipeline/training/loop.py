@@ -3,6 +3,7 @@
 All seeds of an arm train side by side: `S` is the first dimension of weights, batches and losses.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from collective_pipeline.config import TrainingConfig, UserError
 from collective_pipeline.data.batches import Batches, BatchSource, ImageSource, MixedLabels, Normalise
+from collective_pipeline.models.layers import ChannelNorm
 from collective_pipeline.models.resnet import set_drop_path
 from collective_pipeline.training import cuda, interrupt
 from collective_pipeline.training.dropout_bits import DropoutBits
@@ -317,17 +319,20 @@ class _Fitting:
         if self.place.finished:
             return self.result
         self.spans = spans = _lay_out(self.phases, self.batches, self.config)
-        with Meter(self.batches.device, self.place.usage) as self.meter:
-            for index, (phase, span) in enumerate(zip(self.phases, spans, strict=True)):
-                if index >= self.place.phase:
-                    going_on = saved.tensors if saved is not None and index == self.place.phase else None
-                    self._train(index, phase, span, going_on)
+        with Meter(self.batches.device, self.place.usage, number=self.ranks.number) as self.meter:
+            try:
+                for index, (phase, span) in enumerate(zip(self.phases, spans, strict=True)):
+                    if index >= self.place.phase and any(self.result.running):
+                        going_on = saved.tensors if saved is not None and index == self.place.phase else None
+                        self._train(index, phase, span, going_on)
+            finally:
+                self._release()
         return self.result
 
     def _train(self, index: int, phase: Phase, span: "_Span", going_on: Mapping[str, Tensor] | None) -> None:
         """All epochs of a phase, or those that are left of it."""
         if not phase.goes_on:
-            self.training = None  # nobody reads it any more, and its memory is wanted
+            self._release()  # nobody reads it any more, and its memory is wanted
         before, batches = span.epochs_before, span.batches
         training = _PhaseTraining(phase, span, self.validation, self.config, self.ranks)
         first_epoch, first_update = before + 1, 0
@@ -336,6 +341,9 @@ class _Fitting:
             first_epoch, first_update = self.place.epoch + 1, self.place.update
         elif self.training is not None:
             training.carry_on(self.training)
+        else:  # machines of other kinds may draw weights that differ in their last bit
+            self.ranks.share_(list(phase.network.state_dict().values()))
+        self._release()
         self.training = training
         for number in range(first_epoch, before + phase.epochs + 1):
             if not any(self.result.running):
@@ -353,6 +361,12 @@ class _Fitting:
             finished = self.result.epochs[-1].finished
             self._pause(_Place(index, number, finished=finished), training)
         training.bits.release()
+
+    def _release(self) -> None:
+        """Let the training of the phase before go."""
+        if self.training is not None:
+            self.training.release()
+        self.training = None
 
     def _end_epoch(self, number: int, index: int, training: "_PhaseTraining") -> None:
         result, config, phase = self.result, self.config, self.phases[index]
@@ -546,7 +560,8 @@ class _PhaseTraining:
         self.steps_done += span.steps_before
         self.totals: Metrics = {}
         # Of norms, which every rank sees other images for.
-        self.statistics = [buffer for buffer in phase.network.buffers() if buffer.is_floating_point()]
+        norms = [module for module in phase.network.modules() if isinstance(module, ChannelNorm)]
+        self.statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
         self.bits = DropoutBits(batches.seeds, self.device)
         self._update: Callable[[int, int], object] = self._run_updates
         self._validate: Callable[[], Metrics] = lambda: evaluate(
@@ -566,6 +581,13 @@ class _PhaseTraining:
             if validated.is_resident:
                 self._validate = cuda.Recorded(self._validate, dict)
         self.bits.attach(phase.network, batches.batch_size)
+
+    def release(self) -> None:
+        """Let recorded steps and threads go: they and what they work on refer to each other, and hold its memory."""
+        self._update, self._validate = self._run_updates, dict
+        self.batches.close()
+        if self.device.type == "cuda":
+            gc.collect()
 
     @property
     def validated(self) -> nn.Module:

@@ -59,12 +59,13 @@ def estimate_need(arm: Arm, config: TrainingConfig, *, num_images: int) -> Need:
         for module in model.modules():
             module.register_forward_hook(count)
         model(torch.empty(1, 1, arm.in_dim))
+    of_feature = BYTES // 2 if config.precision in {"bf16", "fp16"} else BYTES
     copies = WEIGHT_COPIES + 2 * (config.ema_decay is not None)
     draws = 8 + BYTES * count_draws(config.augmentation_strength, config.cutout)
     return Need(
         fixed=BYTES * arm.params * copies + 2 * draws * num_images,
-        per_image=BYTES * (arm.in_dim + sum(widths) + 2 * max(widths)),
-        per_eval_image=BYTES * (arm.in_dim + 3 * max(widths)),
+        per_image=BYTES * arm.in_dim + of_feature * (sum(widths) + 2 * max(widths)),
+        per_eval_image=BYTES * arm.in_dim + 3 * of_feature * max(widths),
         side=0 if arm.image_shape is None else arm.image_shape[1],
     )
 

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from collective_pipeline.config import Arm, Parameters, TrainingConfig, UserError
+from collective_pipeline.config import Arm, Parameters, TrainingConfig, UserError, flatten
 from collective_pipeline.data.streaming import Share, StreamedSplits
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.layers import normalise_over_ranks
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
-from collective_pipeline.training.launch import JOB, RESULT, STOPPED
+from collective_pipeline.training.launch import JOB, RESULT, STOPPED, count_own_cores
 from collective_pipeline.training.loop import Callback, Fit
 from collective_pipeline.training.progress import Progress, weigh_epochs
 from collective_pipeline.training.ranks import Ranks
@@ -68,7 +68,9 @@ class Job:
     def snapshots(self, device: torch.device, number: int) -> Snapshots:
         """Where its state is, for `number` processes."""
         snapshots = snapshots_at(self.state, self.arm, self.splits, self.settings, device)
-        snapshots.identify(num_gpus=self.num_planned, rate_scaling=self.settings.imagenet.rate_scaling)
+        own = self.settings.imagenet
+        seen = {f"augmentation.{name}": value for name, value in flatten(own.augmentation).items()}
+        snapshots.identify(num_gpus=self.num_planned, rate_scaling=own.rate_scaling, sync_norm=own.sync_norm, **seen)
         snapshots.circumstances["processes"] = number
         return snapshots
 
@@ -86,10 +88,13 @@ def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]
             f"imagenet.sync_norm: training was begun on {job.num_planned} GPUs, and its norms see the batches of all "
             f"at once: go on with num_gpus={job.num_planned}"
         )
+    splits = job.splits.for_share(share)
+    if job.settings.imagenet.threads is None:
+        splits = splits.with_threads(count_own_cores())
     snapshots = job.snapshots(device, ranks.number)
     callbacks: list[Callback] = []
     if ranks.is_first:
-        splits, price = job.splits, job.settings.price_per_gpu_hour
+        price = job.settings.price_per_gpu_hour
         progress = Progress(
             job.arm.model_type,
             num_epochs=job.training.epochs,
@@ -102,7 +107,7 @@ def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]
         callbacks = [progress, Curves()]
     return train_arm(
         job.arm,
-        job.splits.for_share(share),
+        splits,
         job.training,
         seeds=job.settings.seeds,
         device=device,

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import torch
 
-from collective_pipeline.config import Arm, LrFinderConfig, TrainingConfig
+from collective_pipeline.config import Arm, LrFinderConfig, NotEnoughMemory, TrainingConfig
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.data.streaming import StreamedSplits
 from collective_pipeline.models.build import count_products
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.loop import try_rates
-from collective_pipeline.training.memory import estimate_need, free_bytes, groups_that_fit
+from collective_pipeline.training.memory import advise, estimate_need, free_bytes, groups_that_fit
 from collective_pipeline.training.progress import SECONDS_BETWEEN_LINES, duration
 from collective_pipeline.training.runtime import set_matmul_precision, side_stream
 from collective_pipeline.training.train import draw_network, draw_phases, make_batches
@@ -43,17 +43,22 @@ def find_rates(
     """
     set_matmul_precision(config, device)
     num_images = len(splits.train) if isinstance(splits, Splits) else 0
-    groups_that_fit([finder.seed], estimate_need(arm, config, num_images=num_images), config, free=free_bytes(device))
+    need, free = estimate_need(arm, config, num_images=num_images), free_bytes(device)
+    groups_that_fit([finder.seed], need, config, free=free)
     exponents = torch.linspace(math.log(finder.lowest), math.log(finder.highest), finder.updates, dtype=torch.float64)
     rates = exponents.exp().float()
     losses: list[float] = []
-    with side_stream(device, depth=count_products(arm)):
-        splits, seeds = splits.to(device), [finder.seed]
-        first, *_ = draw_phases(arm, draw_network(arm, seeds), seeds, config, device)
-        for loss in _tell(try_rates(first, make_batches(splits, seeds, config), splits.val, config, rates), rates, arm):
-            losses.append(loss)
-            if not math.isfinite(loss) or _has_exploded(losses):
-                break
+    try:
+        with side_stream(device, depth=count_products(arm)):
+            splits, seeds = splits.to(device), [finder.seed]
+            first, *_ = draw_phases(arm, draw_network(arm, seeds), seeds, config, device)
+            tried = try_rates(first, make_batches(splits, seeds, config), splits.val, config, rates)
+            for loss in _tell(tried, rates, arm):
+                losses.append(loss)
+                if not math.isfinite(loss) or _has_exploded(losses):
+                    break
+    except torch.OutOfMemoryError as error:
+        raise NotEnoughMemory(f"{arm.model_type}: {advise(need, config, free=free)}") from error
     return rates[: len(losses)].tolist(), losses
 
 

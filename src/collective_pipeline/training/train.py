@@ -19,6 +19,7 @@ from collective_pipeline.config import (
     NotEnoughMemory,
     Parameters,
     TrainingConfig,
+    UserError,
     flatten,
 )
 from collective_pipeline.data.batches import Batches, BatchSource, Normalise
@@ -118,6 +119,7 @@ def train_arm(
     set_matmul_precision(config, device)
     need = estimate_need(arm, config, num_images=len(splits.train) if isinstance(splits, Splits) else 0)
     saved = snapshots.load() if snapshots else None
+    _check_alike(name, saved, ranks)
     free = free_bytes(device) // num_beside
     if saved is not None:
         groups = saved.facts["groups"]
@@ -261,6 +263,16 @@ def draw_phases(
             initialise(phase.new, [make_generator(seed, f"weights/{phase.name}") for seed in seeds])
         phase.network.to(device)
     return phases
+
+
+def _check_alike(name: str, saved: Snapshot | None, ranks: Ranks) -> None:
+    """Refuse to go on from other states on other ranks: on each machine the file may be another, or damaged."""
+    own = None if saved is None else saved.facts["place"]
+    if ranks.tell(own) != own:
+        raise UserError(
+            f"{name}: rank {ranks.rank} has another saved state than the first one: give all machines the same "
+            "data/06_models, or start without resume=true"
+        )
 
 
 def make_batches(splits: Splits | StreamedSplits, seeds: Sequence[int], config: TrainingConfig) -> BatchSource:

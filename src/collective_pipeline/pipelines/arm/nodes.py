@@ -141,9 +141,8 @@ def evaluate(
     splits: Splits | StreamedSplits,
     settings: Parameters,
     device: torch.device,
-    num_gpus: int = 1,
 ) -> pd.DataFrame:
-    """Read the test set, once, with the chosen weights; one row for each seed, with the cost of all GPUs."""
+    """Read the test set, once, with the chosen weights; one row for each seed."""
     test = score(checkpoint, splits.test, splits, settings.training, device=device)
     executed = measure_executed_macs(checkpoint, splits.test, device)
     return tabulate(
@@ -154,5 +153,4 @@ def evaluate(
         num_images=len(splits.train),
         executed_macs=executed,
         price_per_gpu_hour=settings.price_per_gpu_hour,
-        num_gpus=num_gpus,
     )

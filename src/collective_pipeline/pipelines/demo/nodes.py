@@ -24,17 +24,21 @@ class Served:
     accuracy: float
 
     @property
-    def rank(self) -> tuple[bool, float, str]:
-        """The higher, the better: networks on images first, then by accuracy, then the newest."""
+    def rank(self) -> tuple[bool, int, float, str]:
+        """The higher, the better: networks on images first, those of most classes, then by accuracy, then the newest.
+
+        Accuracies on other data cannot be compared: digits are easier than a thousand things.
+        """
         known = -1.0 if math.isnan(self.accuracy) else self.accuracy
-        return self.checkpoint.arm.is_convolutional, known, self.path.parent.name
+        arm = self.checkpoint.arm
+        return arm.is_convolutional, arm.num_classes, known, self.path.parent.name
 
 
 def choose_checkpoint(settings: Parameters, models: Path, outputs: Path) -> Served:
     """The checkpoint that the parameters name, or the best of those that experiments have left here.
 
     The best has the highest validation accuracy among the newest checkpoints of all arms whose network is
-    convolutional; where there is none, of all others.
+    convolutional and knows the most classes; where there is none, of all others.
 
     Args:
         settings: Of the run.

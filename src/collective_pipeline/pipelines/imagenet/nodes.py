@@ -13,7 +13,7 @@ from collective_pipeline.data.packed import pack_images
 from collective_pipeline.data.streaming import Share, StreamedBatches, StreamedSplits, list_files, stream_index
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.image_arms import image_architecture, make_image_arm
-from collective_pipeline.pipelines.arm.nodes import clear, evaluate, tabulate_history
+from collective_pipeline.pipelines.arm.nodes import clear, tabulate_history
 from collective_pipeline.training.launch import count_ranks, is_launched, launch
 from collective_pipeline.training.rank import Job, lead, work
 from collective_pipeline.training.ranks import ALONE
@@ -138,10 +138,3 @@ def train(
     else:
         checkpoint, fit = work(job, ALONE, device)
     return checkpoint, tabulate_history(arm.model_type, fit)
-
-
-def evaluate_network(
-    checkpoint: Checkpoint, history: pd.DataFrame, splits: StreamedSplits, settings: Parameters, device: torch.device
-) -> pd.DataFrame:
-    """As any arm, with the hours and the energy of all GPUs of this run."""
-    return evaluate(checkpoint, history, splits, settings, device, num_gpus=count_ranks(settings.num_gpus, device))

@@ -2,9 +2,9 @@
 
 from kedro.pipeline import Node, Pipeline
 
+from collective_pipeline.pipelines.arm.nodes import evaluate
 from collective_pipeline.pipelines.imagenet.nodes import (
     clear_for_training,
-    evaluate_network,
     index_files,
     make_network,
     open_images,
@@ -50,7 +50,7 @@ def create_pipeline() -> Pipeline:
                 tags=["train"],
             ),
             Node(
-                evaluate_network,
+                evaluate,
                 inputs=["checkpoint", "history", "splits", "settings", "device"],
                 outputs="results",
                 name="evaluate",

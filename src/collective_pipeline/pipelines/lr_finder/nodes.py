@@ -49,7 +49,7 @@ class Subject:
     load: Callable[[Path, Parameters], Splits | StreamedSplits] = load_small_images
 
 
-# By the values of `lr_finder.of`.
+# By the values of `lr_finder.experiment`.
 SUBJECTS = {
     "single": Subject(read_single, lambda settings, splits: [match_to_splits(settings, splits)]),
     "deepmoe": Subject(deepmoe.nodes.read_settings, deepmoe.nodes.make_arms),
@@ -63,18 +63,18 @@ SUBJECTS = {
 
 
 def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
-    """Those of the experiment that `lr_finder.of` names, and the device."""
-    return SUBJECTS[check_parameters(parameters).lr_finder.of].read(parameters)
+    """Those of the experiment that `lr_finder.experiment` names, and the device."""
+    return SUBJECTS[check_parameters(parameters).lr_finder.experiment].read(parameters)
 
 
 def load_splits(folder: Path, settings: Parameters) -> Splits | StreamedSplits:
     """The experiment's images."""
-    return SUBJECTS[settings.lr_finder.of].load(folder, settings)
+    return SUBJECTS[settings.lr_finder.experiment].load(folder, settings)
 
 
 def make_arm(settings: Parameters, splits: Splits | StreamedSplits) -> Arm:
     """The experiment's first arm."""
-    return SUBJECTS[settings.lr_finder.of].make(settings, splits)[0]
+    return SUBJECTS[settings.lr_finder.experiment].make(settings, splits)[0]
 
 
 def find(
@@ -87,8 +87,16 @@ def find(
     log_series({f"lr_finder/{name}": table[name].tolist() for name in table})
     found = suggest_rate(table)
     told = answer_rates(found, table, name=arm.model_type, planned=finder.updates)
-    parameter = "training.learning_rate" if finder.of == "single" else f"{finder.of}.training.learning_rate"
-    return table, {"answer": told, "of": finder.of, "model_type": arm.model_type, "parameter": parameter, **found}
+    parameter = (
+        "training.learning_rate" if finder.experiment == "single" else f"{finder.experiment}.training.learning_rate"
+    )
+    return table, {
+        "answer": told,
+        "experiment": finder.experiment,
+        "model_type": arm.model_type,
+        "parameter": parameter,
+        **found,
+    }
 
 
 def report(
@@ -100,7 +108,7 @@ def report(
 ) -> str:
     """The page that says which rate to try."""
     return write_rate_report(
-        title=f"Which learning rate for {summary['model_type']} of {settings.lr_finder.of}? {settings.dataset}",
+        title=f"Which learning rate for {summary['model_type']} of {settings.lr_finder.experiment}? {settings.dataset}",
         table=table,
         found=summary,
         facts=describe_run(settings, splits, device, "lr_finder"),
