@@ -135,7 +135,7 @@ def test_going_on_in_any_stage_equals_never_stopping(tmp_path, staged, splits, p
     if is_before:
         path.with_name("previous.last").replace(path)
         assert read_snapshot(path).facts["place"] | {"seconds": 0, "usage": 0} == {
-            "phase": 0, "epoch": 2, "update": 0, "finished": False, "seconds": 0, "usage": 0
+            "phase": 0, "epoch": 2, "update": 0, "finished": False, "ranks_played": 1, "seconds": 0, "usage": 0
         }  # fmt: skip
     resumed = train_at(path, staged, splits, settings(resume=True))
 
