@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,10 @@ import pytest
 from PIL import Image
 from tests.test_run import as_params, kedro, runs_of
 
+from collective_pipeline.config import UserError
+from collective_pipeline.data.image_index import index_images
 from collective_pipeline.models.checkpoint import load_checkpoint
+from collective_pipeline.pipelines.imagenet import nodes
 
 REPORTING = "data/08_reporting/imagenet"
 CLASSES = ("red", "green", "blue")
@@ -140,3 +144,14 @@ def test_a_file_that_is_no_image_is_named_and_stops_the_run_beyond_the_limit(
     assert refused.exit_code == 1 and "Traceback" not in refused.output
     assert "0.jpg" in refused.output or "1.jpg" in refused.output
     assert result.exit_code == 0, result.output
+
+
+def test_a_packed_copy_needs_room(tmp_path, monkeypatch):
+    """Told before the first of it is written, in which what is there already needs none."""
+    index = index_images(write_tree(tmp_path / "tree"))
+    monkeypatch.setattr(nodes.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"may take 0\.\d GB: free some"):
+        nodes.check_room(index, tmp_path / "packed", 200)
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "all").write_bytes(bytes(int(index.table["num_bytes"].sum())))
+    nodes.check_room(index, tmp_path / "packed", 200)

@@ -1,13 +1,14 @@
 """From a tree of image files to a trained network."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from collective_pipeline.config import Arm, GateConfig, ImageNetConfig, Parameters, check_parameters
+from collective_pipeline.config import Arm, GateConfig, ImageNetConfig, Parameters, UserError, check_parameters
 from collective_pipeline.data.image_index import ImageIndex, compare_index, index_images
 from collective_pipeline.data.packed import pack_images
 from collective_pipeline.data.streaming import Share, StreamedBatches, StreamedSplits, list_files, stream_index
@@ -22,6 +23,9 @@ from collective_pipeline.training.snapshots import Snapshots
 from collective_pipeline.training.tracking import run_environment
 
 logger = logging.getLogger(__name__)
+
+# About what JPEG of quality 90 takes for photographs.
+PACKED_BYTES_A_PIXEL = 0.5
 
 
 def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
@@ -62,6 +66,7 @@ def open_images(settings: Parameters, index: ImageIndex, folder: Path) -> Stream
     own, packed = settings.imagenet, None
     if own.pack_side is not None:
         packed = (folder / "train", folder / "val")
+        check_room(index, folder, own.pack_side)
         for part in packed:
             pack_images(
                 list_files(index, part.name),
@@ -71,6 +76,20 @@ def open_images(settings: Parameters, index: ImageIndex, folder: Path) -> Stream
                 num_threads=own.threads,
             )
     return stream_index(index, own, split_seed=settings.data.split_seed, packed=packed)
+
+
+def check_room(index: ImageIndex, folder: Path, side: int) -> None:
+    """Raise a `UserError` if the disk has too little room for a packed copy with this shorter side, in `folder`."""
+    largest = PACKED_BYTES_A_PIXEL * side * side * 4 / 3
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    needed = int(index.table["num_bytes"].clip(upper=largest).sum()) - there
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 1e9:.1f} GB of room and a packed copy with imagenet.pack_side={side} may take "
+            f"{needed / 1e9:.1f} GB: free some, choose a smaller side, or leave it out to read the files as they are"
+        )
 
 
 def make_network(settings: Parameters, splits: StreamedSplits) -> Arm:
