@@ -114,6 +114,25 @@ def test_what_kedro_gives_survives_the_round_trip(env):
     assert Parameters.model_validate_json(parameters.model_dump_json()) == parameters
 
 
+@pytest.mark.parametrize(
+    ("env", "stages"),
+    [
+        ("imagenet_seed_90", [(30, 64, 256), (20, 128, 128), (40, 224, 64)]),
+        ("imagenet_seed_110", [(15, 128, 128), (65, 224, 128), (15, 288, 128), (15, 320, 64)]),
+        ("imagenet_fast_32", [(16, 160, 512), (12, 192, 512), (4, 224, 512)]),
+    ],
+)
+def test_plans_for_imagenet_are_environments(env, stages):
+    """The seed documents' plan, the original's later one, and twice the default; the later one ends without mixing."""
+    imagenet = check_parameters(shipped(env)).imagenet
+    plan = imagenet.training.plan()
+
+    assert [(stage.epochs, stage.image_size, stage.batch_size) for stage in plan] == stages
+    assert imagenet.image_size == stages[-1][1]
+    is_mixed = [stage.mixing and imagenet.training.mixup_alpha > 0 for stage in plan]
+    assert is_mixed == {"seed_90": [True] * 3, "seed_110": [True, True, False, False], "fast_32": [False] * 3}[env[9:]]
+
+
 # The one with two letters has none in common with most slips.
 @pytest.mark.parametrize(
     "path", [name for name in parameter_names(Parameters) if name not in {"collective.kind", "deepmoe.gates.mu"}]
