@@ -9,6 +9,7 @@ from collective_pipeline.hooks import command_to_go_on, format_comparison
     [
         ("run", "kedro run --params resume=true"),
         ("run --params seeds=1", "kedro run --params seeds=1,resume=true"),
+        ("run --params seeds=1,resume=true", "kedro run --params seeds=1,resume=true"),
         ("run --params=seeds=1 --env debug", "kedro run --params=seeds=1,resume=true --env debug"),
         ("run --pipeline sweep --params seeds=1", "kedro run --pipeline sweep --params seeds=1"),
         ("run --pipeline=sweep", "kedro run --pipeline=sweep"),

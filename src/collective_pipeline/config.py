@@ -586,7 +586,8 @@ class TrainingConfig(Config):
         planned = sum(stage.epochs for stage in self.stages)
         if self.stages and planned != self.epochs:
             raise ValueError(
-                f"stages have {planned} epochs together and epochs={self.epochs}: give each as many as the others leave"
+                f"stages have {planned} epochs together and epochs={self.epochs}: change both, in a parameters.yml of "
+                "an environment (conf/<name>/, --env <name>), since the command line has no lists"
             )
         if len({stage.image_size is None for stage in self.stages}) > 1:
             raise ValueError("stages: some have an image_size and others none: give it to all of them, or to none")

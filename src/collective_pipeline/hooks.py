@@ -365,6 +365,8 @@ class _Stopped(click.ClickException):
 def command_to_go_on(arguments: Sequence[str]) -> str:
     """What was typed, with `resume=true` among its parameters; a sweep goes on by itself, what is short begins anew."""
     arguments = list(arguments)
+    if any("resume=true" in argument for argument in arguments):
+        return shlex.join(["kedro", *arguments])
     if is_launched():
         return "the same torchrun command with resume=true among its --params"
     if arguments[:1] != ["run"]:  # python -m collective_pipeline

@@ -30,6 +30,7 @@ PRODUCERS = 2  # so that one batch is read while another is cut
 FILES_AT_ONCE = 8  # of a thread: less time at Python's lock than one by one
 NUM_TOLD = 3  # of the unusable files, by name
 CPU = torch.device("cpu")
+_told: set[str] = set()
 
 Item = TypeVar("Item")
 
@@ -215,13 +216,17 @@ class Feed:
         """
         new = {row: problem for row, problem in problems.items() if row not in self._problems}
         self._problems |= new
-        for told in self._name(new):
-            logger.warning("A file is no image that can be read, and left out: %s", told)
         if self.num_bad > self.max_bad * len(self.source):
+            share = 100 * self.num_bad / len(self.source)
             raise UserError(
-                f"more than {100 * self.max_bad:g} % of the {len(self.source):,} image files cannot be read: put good "
-                f"ones in their place ({_list(self.bad_files)})"
+                f"{self.num_bad:,} or more of the {len(self.source):,} image files cannot be read, {share:.2g} %, and "
+                f"{100 * self.max_bad:g} % may be: replace or remove them, or allow more with imagenet.max_bad "
+                f"({_list(self.bad_files)})"
             )
+        for told in self._name(new):
+            if told not in _told:  # another feed may have met it
+                _told.add(told)
+                logger.warning("An image file cannot be read and is left out: %s", told)
 
     def _name(self, problems: dict[int, Problem]) -> list[str]:
         return [f"{self.source.name(row)}: {problem.reason}" for row, problem in sorted(problems.items())]

@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 TRAIN, VAL = "train", "val"
 SECOND_PARTS = ("val", "valid", "validation", "test")
 KNOWN_LAYOUTS = (
-    "Data/CLS-LOC/train and val as ILSVRC and Kaggle have them, train/<class> and val/<class> (or test/<class>), or "
-    "Tiny-ImageNet's train/<class>/images and val/val_annotations.txt"
+    "Data/CLS-LOC/train and val as ILSVRC and Kaggle have them, train/<class> and val/<class> (or valid, validation, "
+    "test), or Tiny-ImageNet's train/<class>/images and val/val_annotations.txt"
 )
 MAX_UNLABELLED = 0.01  # of a part's files, and of the labels whose files are not there
 SHORT = 0.5  # of the median: ImageNet's smallest class has 732 images and most have 1,300
@@ -140,7 +140,8 @@ def _find_tree(root: Path) -> tuple[Path, str]:
         if (folder / "train").is_dir():
             is_tiny = (folder / "val" / "val_annotations.txt").exists()
             return folder, "Tiny-ImageNet" if is_tiny else "folders"
-    names = ", ".join(entry.name for entry in inside[:NUM_TOLD]) or "no folder"
+    more = f" and {len(inside) - NUM_TOLD:,} more" if len(inside) > NUM_TOLD else ""
+    names = (", ".join(entry.name for entry in inside[:NUM_TOLD]) or "no folder") + more
     raise UserError(f"{root} is in no known layout, since it holds {names}: the known ones are {KNOWN_LAYOUTS}")
 
 

@@ -66,7 +66,7 @@ class Share:
         if self.planned % self.number and self.number % self.planned:
             raise UserError(
                 f"training was begun on {self.planned} GPUs and {self.number} are neither a part nor a multiple of "
-                f"them: go on with num_gpus={self.planned}, or another that is"
+                f"them: go on with num_gpus={self.planned}, with 1, or with {2 * self.planned}"
             )
 
     @property

@@ -86,6 +86,7 @@ def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
             sys.executable, "-m", "collective_pipeline.training.launcher", name, str(number), str(os.getpid())
         ]  # fmt: skip
         threads = os.environ.get("OMP_NUM_THREADS") or str(count_own_cores(number))
+        logger.info("Starting %d processes", number)
         # A session of its own: Ctrl-C reaches the ranks once, from here.
         process = subprocess.Popen(
             command, env={**os.environ, "OMP_NUM_THREADS": threads, **environment}, start_new_session=True

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # About what JPEG of quality 90 takes for photographs.
 PACKED_BYTES_A_PIXEL = 0.5
+FEW = 100  # images, of which each is a whole point of accuracy or more
 
 
 def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
@@ -48,6 +49,8 @@ def index_files(settings: Parameters, known: ImageIndex | None) -> tuple[ImageIn
     """
     own = settings.imagenet
     root = Path(own.folder).expanduser()
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}: give that of the images, --params imagenet.folder=<path>")
     index = index_images(root, subset_size=own.subset_size, subset_seed=settings.data.split_seed)
     is_same = known is not None and (known.root, known.subset) == (index.root, index.subset)
     if known is not None and is_same and known.digest != index.digest:
@@ -75,7 +78,15 @@ def open_images(settings: Parameters, index: ImageIndex, folder: Path) -> Stream
                 quality=own.pack_quality,
                 num_threads=own.threads,
             )
-    return stream_index(index, own, split_seed=settings.data.split_seed, packed=packed)
+    splits = stream_index(index, own, split_seed=settings.data.split_seed, packed=packed)
+    if len(splits.val) < FEW:
+        logger.warning(
+            "Only %d images choose the epoch, %.3g points of accuracy each: a larger imagenet.val_fraction may choose "
+            "better.",
+            len(splits.val),
+            100 / len(splits.val),
+        )
+    return splits
 
 
 def check_room(index: ImageIndex, folder: Path, side: int) -> None:
