@@ -90,6 +90,9 @@ def find(
     parameter = (
         "training.learning_rate" if finder.experiment == "single" else f"{finder.experiment}.training.learning_rate"
     )
+    if found["suggested_rate"] is not None:
+        scaled = ", which is multiplied with several GPUs" if finder.experiment == "imagenet" else ""
+        told = f"{told} The parameter is {parameter}{scaled}."
     return table, {
         "answer": told,
         "experiment": finder.experiment,
@@ -108,7 +111,7 @@ def report(
 ) -> str:
     """The page that says which rate to try."""
     return write_rate_report(
-        title=f"Which learning rate for {summary['model_type']} of {settings.lr_finder.experiment}? {settings.dataset}",
+        title=f"Which learning rate for {summary['model_type']} on {settings.dataset}?",
         table=table,
         found=summary,
         facts=describe_run(settings, splits, device, "lr_finder"),
