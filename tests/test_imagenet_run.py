@@ -75,7 +75,8 @@ def test_the_network_is_trained_stage_by_stage_and_tested(trained):
 
     assert list(history["phase"]) == ["48px", "64px"]
     assert list(runs["best_epoch"]) == [2]  # epochs of smaller images are not chosen
-    assert "resnet18 with" in result.stdout and (project / REPORTING / "report.html").exists()
+    page = (project / REPORTING / "report.html").read_text()
+    assert "resnet18 with" in result.stdout and "train: names of folders; val: names of folders" in page
     assert json.loads((project / REPORTING / "results.json").read_text())["resnet18"]["total_epochs"] == 2
     arms = runs_of(project)
     assert set(arms["status"]) == {"FINISHED"} and "resnet18" in set(arms["tags.model_type"])

@@ -8,9 +8,9 @@ draws of an image.
 """
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -165,6 +165,7 @@ class StreamedSplits:
     Attributes:
         digest: Of everything that decides which images these are.
         augmentation: Of the training images.
+        found: What is known of the files, in words by what it is about.
     """
 
     name: str
@@ -176,6 +177,7 @@ class StreamedSplits:
     augmentation: AugmentationConfig
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    found: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -249,6 +251,11 @@ def stream_index(
         f"{index.digest} {split_seed} {config.val_fraction}"
         + (f" {config.pack_side} {config.pack_quality}" if packed else ""),
         config.augmentation,
+        found={
+            "files": f"{index.root} ({index.layout})",
+            "labels": "; ".join(f"{part}: {source}" for part, source in index.label_sources.items()),
+            "problems": "; ".join(problem for of_part in index.problems.values() for problem in of_part) or "none",
+        },
     )
 
 
