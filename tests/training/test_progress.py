@@ -162,7 +162,11 @@ def test_seeds_that_stopped_or_diverged_do_not_count(clock, told):
     assert "98.00 %" in told.text and told.text.strip().endswith("done in 10 s")
 
 
-STAGES = (Stage(epochs=2, image_size=64, batch_size=50), Stage(epochs=1), Stage(epochs=1, image_size=256))
+STAGES = (
+    Stage(epochs=2, image_size=64, batch_size=50),
+    Stage(epochs=1, image_size=128),
+    Stage(epochs=1, image_size=256),
+)
 
 
 def test_the_work_of_an_epoch_is_the_pixels_of_its_images():
