@@ -622,6 +622,11 @@ def _without_stages(training: TrainingConfig) -> TrainingConfig:
     return training
 
 
+def _refuse_phases(training: TrainingConfig) -> None:
+    if training.strategy != "end_to_end":
+        raise ValueError("training.strategy: only a collective has members to pretrain; leave it at end_to_end")
+
+
 UniformTraining = Annotated[TrainingConfig, AfterValidator(_without_stages)]
 
 # What only looks on: trainings that differ in it are the same training.
@@ -848,8 +853,7 @@ class DeepMoeConfig(Config):
 
     @model_validator(mode="after")
     def _check_gates(self) -> Self:
-        if self.training.strategy != "end_to_end":
-            raise ValueError("training.strategy: only a collective has members to pretrain; leave it at end_to_end")
+        _refuse_phases(self.training)
         if "_moe" not in self.model:
             raise ValueError(f"model={self.model} has no gates: choose one with moe in its name")
         if self.training.epochs <= self.gates.freeze_epochs:
@@ -960,8 +964,7 @@ class TinyImagenetConfig(Config):
             raise ValueError("stages are those of progressive_resizing: give each its image_size")
         if any(stage.batch_size for stage in self.stages):
             raise ValueError("stages: another batch_size would be another number of updates than the other arms have")
-        if self.training.strategy != "end_to_end":
-            raise ValueError("training.strategy: only a collective has members to pretrain; leave it at end_to_end")
+        _refuse_phases(self.training)
         on = [name for name in ("mixup_alpha", "cutmix_alpha", "ema_decay", "label_smoothing") if self._is_on(name)]
         if on:
             raise ValueError(
@@ -1076,8 +1079,7 @@ class ImageNetConfig(Config):
     @model_validator(mode="after")
     def _check_training(self) -> Self:
         training = self.training
-        if training.strategy != "end_to_end":
-            raise ValueError("training.strategy: only a collective has members to pretrain; leave it at end_to_end")
+        _refuse_phases(training)
         if not training.stages or None in {stage.image_size for stage in training.stages}:
             raise ValueError("training.stages: give at least one, each with its image_size, since files have any size")
         if training.cutout or training.augmentation_strength != 1:

@@ -11,8 +11,9 @@ import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -265,6 +266,15 @@ def list_files(index: ImageIndex, part: str) -> FileImages:
     return FileImages(index.root, rows["path"].tolist(), torch.tensor(rows["label"].to_numpy()))
 
 
+class _Places(NamedTuple):
+    """Where the batches of an update lie, always at the same addresses, as a CUDA graph needs it."""
+
+    images_AB: Tensor
+    labels_AB: Tensor
+    draws_ABD: Tensor
+    mixes_AD: Tensor
+
+
 class StreamedBatches:
     """What `batches.Batches` is for images that are read while they are needed, of one seed.
 
@@ -303,15 +313,17 @@ class StreamedBatches:
         self._arriving: Generator[tuple[Tensor, Tensor], None, None] | None = None
         self._drawer = ThreadPoolExecutor(1)
         self._preparing: tuple[int, Future[list[Tensor]]] | None = None
-        self._make_places()
 
-    def _make_places(self) -> None:
-        """Where the batches of an update lie, always at the same addresses, as a CUDA graph needs it."""
+    @cached_property
+    def _places(self) -> _Places:
+        """Made for the first batch: a plan has all its stages from the start, and one of them at work."""
         number, size = self.config.accumulation_steps * self.ranks_played, self.image_size
-        self.images_AB = torch.zeros(number, self.batch_size, 3, size, size, dtype=torch.uint8, device=self.device)
-        self.labels_AB = torch.zeros(number, self.batch_size, dtype=torch.int64, device=self.device)
-        self.draws_ABD = torch.zeros(number, self.batch_size, NUM_DRAWS, device=self.device)
-        self.mixes_AD = torch.zeros(number, NUM_MIX_DRAWS, device=self.device)
+        return _Places(
+            torch.zeros(number, self.batch_size, 3, size, size, dtype=torch.uint8, device=self.device),
+            torch.zeros(number, self.batch_size, dtype=torch.int64, device=self.device),
+            torch.zeros(number, self.batch_size, NUM_DRAWS, device=self.device),
+            torch.zeros(number, NUM_MIX_DRAWS, device=self.device),
+        )
 
     @property
     def is_resident(self) -> bool:
@@ -367,24 +379,26 @@ class StreamedBatches:
         """Wait for these batches of the epoch, counted from 0, and put them where `take` finds them."""
         if self._arriving is None:
             self._arriving = self._feed.batches(self.rows_KB[first:], self.draws_KBD[first:, :, :NUM_CROP_DRAWS])
+        places = self._places
         for i in range(number):
             images, labels = next(self._arriving)
-            self.images_AB[i].copy_(images)
-            self.labels_AB[i].copy_(labels)
+            places.images_AB[i].copy_(images)
+            places.labels_AB[i].copy_(labels)
         here = slice(first, first + number)
-        self.draws_ABD[:number].copy_(self.draws_KBD[here, :, NUM_CROP_DRAWS:], non_blocking=True)
-        self.mixes_AD[:number].copy_(self.mixes_KD[here], non_blocking=True)
+        places.draws_ABD[:number].copy_(self.draws_KBD[here, :, NUM_CROP_DRAWS:], non_blocking=True)
+        places.mixes_AD[:number].copy_(self.mixes_KD[here], non_blocking=True)
 
     def take(self, step: Tensor) -> tuple[Tensor, Labels]:
         """Features `(1, B, I)` and labels `(1, B)` of the batch at `step`, an int64 tensor of one element."""
-        place = step % len(self.images_AB)
+        places = self._places
+        place = step % len(places.images_AB)
         images_1BCHW, labels_1B, draws_1BD = (
-            tensor.index_select(0, place) for tensor in (self.images_AB, self.labels_AB, self.draws_ABD)
+            tensor.index_select(0, place) for tensor in (places.images_AB, places.labels_AB, places.draws_ABD)
         )
         x_1BCHW = self._augment(images_1BCHW[0].float(), draws_1BD[0]).unsqueeze(0)
         if not any(self.alphas):
             return x_1BCHW.flatten(2), labels_1B
-        mixed = mix(x_1BCHW, labels_1B, self.mixes_AD.index_select(0, place))
+        mixed = mix(x_1BCHW, labels_1B, places.mixes_AD.index_select(0, place))
         return mixed.images.flatten(2), MixedLabels(labels_1B, mixed.other_labels, mixed.share)
 
     def _augment(self, images: Tensor, draws_BD: Tensor) -> Tensor:

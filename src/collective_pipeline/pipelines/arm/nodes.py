@@ -33,17 +33,20 @@ def match_sizes(settings: Parameters, splits: Splits, model_types: Sequence[Mode
 
 
 def clear_for_training(
-    splits: Splits, settings: Parameters, device: torch.device, *arms_and_files: Arm | Path
+    splits: Splits, settings: Parameters, device: torch.device, *parts: Arm | Path | Parameters
 ) -> list[Snapshots]:
     """Where each arm's training saves its state; with `resume`, what is there is refused here if it is of another run.
 
     Args:
         splits, settings, device: Of all arms.
-        arms_and_files: The arms, and the file of each one's state in the same order.
+        parts: The arms, the file of each one's state in the same order, and their settings where they have their own.
     """
-    arms = [item for item in arms_and_files if isinstance(item, Arm)]
-    files = [item for item in arms_and_files if isinstance(item, Path)]
-    snapshots = [snapshots_at(file, arm, splits, settings, device) for arm, file in zip(arms, files, strict=True)]
+    arms = [part for part in parts if isinstance(part, Arm)]
+    files = [part for part in parts if isinstance(part, Path)]
+    own = [part for part in parts if isinstance(part, Parameters)] or [settings] * len(arms)
+    snapshots = [
+        snapshots_at(file, arm, splits, of_arm, device) for arm, file, of_arm in zip(arms, files, own, strict=True)
+    ]
     clear(snapshots)
     return snapshots
 

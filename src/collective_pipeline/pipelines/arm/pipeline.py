@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial, update_wrapper
+from typing import Any
 
 from kedro.pipeline import Node, Pipeline
 
 from collective_pipeline.config import Arm, ModelType
-from collective_pipeline.pipelines.arm.nodes import clear_for_training, evaluate, match_sizes, train
+from collective_pipeline.pipelines.arm.nodes import clear_for_training, evaluate, match_sizes
+from collective_pipeline.pipelines.arm.nodes import train as train_here
 
 
 def matched(model_types: Sequence[ModelType | None]) -> Callable[..., list[Arm]]:
@@ -14,7 +16,7 @@ def matched(model_types: Sequence[ModelType | None]) -> Callable[..., list[Arm]]
     return update_wrapper(partial(match_sizes, model_types=list(model_types)), match_sizes)
 
 
-def create_preparation(arms: Sequence[str], make: Callable[..., list[Arm]]) -> Pipeline:
+def create_preparation(arms: Sequence[str], make: Callable[..., list[Arm]], *, own_settings: bool = False) -> Pipeline:
     """What all arms pass before any trains.
 
     It is in no arm's namespace: Kedro warns where a path leaves one and enters it again.
@@ -22,7 +24,9 @@ def create_preparation(arms: Sequence[str], make: Callable[..., list[Arm]]) -> P
     Args:
         arms: Their namespaces.
         make: From settings and splits to the arm of each.
+        own_settings: Whether each arm has settings of its own in its namespace.
     """
+    parts = ("arm", "last", "settings") if own_settings else ("arm", "last")
     return Pipeline(
         [
             Node(
@@ -33,7 +37,7 @@ def create_preparation(arms: Sequence[str], make: Callable[..., list[Arm]]) -> P
             ),
             Node(
                 clear_for_training,
-                inputs=["splits", "settings", "device", *(f"{arm}.{part}" for part in ("arm", "last") for arm in arms)],
+                inputs=["splits", "settings", "device", *(f"{arm}.{part}" for part in parts for arm in arms)],
                 outputs=[f"{arm}.snapshots" for arm in arms],
                 name="clear_for_training",
             ),
@@ -41,18 +45,22 @@ def create_preparation(arms: Sequence[str], make: Callable[..., list[Arm]]) -> P
     )
 
 
-def create_pipeline(namespace: str, *, num_arms: int, settings: str = "settings") -> Pipeline:
+def create_pipeline(
+    namespace: str, *, num_arms: int, settings: str = "settings", train: Callable[..., Any] | None = None
+) -> Pipeline:
     """One arm in its namespace; data, settings and device are shared with the others.
 
     Args:
         namespace: Of the arm's own datasets, and its box in Kedro-Viz.
         num_arms: Of the comparison, so that the first epoch can tell how long all of it takes.
         settings: The dataset of its settings.
+        train: What trains it; None: this process.
     """
+    train = train or update_wrapper(partial(train_here, num_arms=num_arms), train_here)
     return Pipeline(
         [
             Node(
-                update_wrapper(partial(train, num_arms=num_arms), train),
+                train,
                 inputs=["arm", "splits", "settings", "device", "snapshots"],
                 outputs=["checkpoint", "history"],
                 name="train",

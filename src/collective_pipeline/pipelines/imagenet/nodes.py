@@ -145,12 +145,12 @@ def clear_for_training(
         UserError: If there are fewer GPUs than wanted, or fewer images than a batch needs.
     """
     number = count_ranks(settings.num_gpus, device)
-    planned = Job(arm, splits, settings, state, number, device.type).snapshots(device, number).recall("num_gpus")
-    job = Job(arm, splits, settings, state, planned or number, device.type)
-    splits = splits.for_share(Share(0, number, job.num_planned))
-    for stage in settings.training.plan():
+    snapshots = Job(arm, splits, settings, state, number, device.type).snapshots(device, number)
+    planned = snapshots.recall("num_gpus") or number
+    snapshots.identify(num_gpus=planned)
+    splits = splits.for_share(Share(0, number, planned))
+    for stage in settings.training.plan():  # refuses what it cannot cut into batches
         StreamedBatches(splits, settings.seeds[:1], settings.training, stage)
-    snapshots = job.snapshots(device, number)
     clear([snapshots])
     return snapshots
 

@@ -2,7 +2,7 @@
 
 from kedro.pipeline import Node, Pipeline
 
-from collective_pipeline.pipelines.arm.nodes import evaluate
+from collective_pipeline.pipelines import arm
 from collective_pipeline.pipelines.imagenet.nodes import (
     clear_for_training,
     index_files,
@@ -40,23 +40,4 @@ def create_pipeline() -> Pipeline:
                 name="clear_for_training",
             ),
         ]
-    ) + Pipeline(
-        [
-            Node(
-                train,
-                inputs=["arm", "splits", "settings", "device", "snapshots"],
-                outputs=["checkpoint", "history"],
-                name="train",
-                tags=["train"],
-            ),
-            Node(
-                evaluate,
-                inputs=["checkpoint", "history", "splits", "settings", "device"],
-                outputs="results",
-                name="evaluate",
-                tags=["evaluate"],
-            ),
-        ],
-        namespace=ARM,
-        inputs={"settings", "splits", "device"},
-    )
+    ) + arm.create_pipeline(ARM, num_arms=1, train=train)

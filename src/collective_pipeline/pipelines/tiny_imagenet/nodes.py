@@ -1,6 +1,5 @@
 """Techniques as arms: what each changes of a network or of its training."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,7 @@ from collective_pipeline.config import (
 )
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.models.image_arms import image_architecture, make_image_arm
-from collective_pipeline.pipelines.arm.nodes import clear
 from collective_pipeline.training.runtime import choose_device
-from collective_pipeline.training.snapshots import Snapshots
-from collective_pipeline.training.train import snapshots_at
 
 
 def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
@@ -73,20 +69,3 @@ def _make_arm(
         at_first = architecture.model_copy(update={"image_shape": (channels, smaller, smaller)})
         make_image_arm(technique, at_first, num_classes=num_classes)
     return make_image_arm(technique, architecture, num_classes=num_classes)
-
-
-def clear_for_training(splits: Splits, device: torch.device, *parts: Arm | Path | Parameters) -> list[Snapshots]:
-    """Where every arm saves its state; with `resume`, what is there is refused here if it is of another run.
-
-    Args:
-        splits, device: Of all arms.
-        parts: The network, the file of the state and the settings of every arm.
-    """
-    arms = [part for part in parts if isinstance(part, Arm)]
-    files = [part for part in parts if isinstance(part, Path)]
-    settings = [part for part in parts if isinstance(part, Parameters)]
-    snapshots = [
-        snapshots_at(file, arm, splits, own, device) for arm, file, own in zip(arms, files, settings, strict=True)
-    ]
-    clear(snapshots)
-    return snapshots
