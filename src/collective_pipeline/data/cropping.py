@@ -1,11 +1,14 @@
 """Which part of an image of any size is seen, and all parts of a batch brought to one size on the device.
 
-Suffixes: B images, A attempts, S side of the output, H and W of the largest part, C channels.
+Suffixes: B images, A attempts.
 A box is `(top, left, height, width)` in whole pixels, inside its image.
 """
 
+import logging
 import math
+import threading
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -13,12 +16,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 ATTEMPTS = 10
 NUM_BOX_DRAWS = 2 * ATTEMPTS + 2  # area and ratio of every attempt, place down, place right
-# Of parts of like size, so that little is spent on what fills up the small ones.
-IMAGES_AT_ONCE = 64
-# A side of so many times the output's, or more, is averaged to less before: what fills up the others stays small.
-MAX_STEP = 4
+_LOADING = threading.Lock()
+_loaded: list[ModuleType | None] = []
 
 
 def random_boxes(
@@ -65,8 +68,8 @@ def centre_boxes(sizes: Tensor, share: float) -> Tensor:
 def resample(images: Sequence[Tensor], boxes: Tensor, flips: Tensor, size: int) -> Tensor:
     """The parts of images of any sizes as one uint8 batch `(B, 3, size, size)` on their device.
 
-    As torch's bilinear resize with antialiasing has it; on the CPU it is that, image by image, which takes a fifth of
-    the time of the matrices there.
+    As torch's bilinear resize with antialiasing has it, one by one; on CUDA the whole batch in one kernel, which may
+    differ from it by one step of the 255.
 
     Args:
         images: B of uint8 `(3, height, width)`.
@@ -74,24 +77,41 @@ def resample(images: Sequence[Tensor], boxes: Tensor, flips: Tensor, size: int) 
         flips: `(B,)`, bool, on the CPU: which to mirror.
         size: Side of the output.
     """
-    if images[0].device.type == "cpu":
-        about = zip(images, boxes.tolist(), flips.tolist(), strict=True)
-        return torch.from_numpy(np.stack([_resize(image, box, flip, size) for image, box, flip in about]))
-    return resample_together(images, boxes, flips, size)
+    about = zip(images, boxes.tolist(), flips.tolist(), strict=True)
+    if (device := images[0].device).type == "cpu":
+        return torch.from_numpy(np.stack([_resize_on_cpu(image, box, flip, size) for image, box, flip in about]))
+    kernel = _load_kernel(device) if device.type == "cuda" else None
+    if kernel is None:
+        return torch.stack([_resize(image, box, flip, size) for image, box, flip in about])
+    batch: Tensor = kernel.resample(images, boxes, flips, size)
+    return batch
 
 
-def resample_together(images: Sequence[Tensor], boxes: Tensor, flips: Tensor, size: int) -> Tensor:
-    """`resample` by two matrix products for every group of images of like size: few calls, whatever the sizes."""
-    order = boxes[:, 2:].amax(dim=1).argsort(stable=True)
-    groups = [
-        _resample_group([images[row] for row in rows.tolist()], boxes[rows], flips[rows], size)
-        for rows in order.split(IMAGES_AT_ONCE)
-    ]
-    return torch.cat(groups)[order.argsort().to(groups[0].device)]
+def _load_kernel(device: torch.device) -> ModuleType | None:
+    """`crop_kernel`, or None, told once, where Triton is missing or cannot compile for this device."""
+    with _LOADING:
+        if not _loaded:
+            try:
+                from collective_pipeline.data import crop_kernel  # noqa: PLC0415  # Triton comes with CUDA builds only
+
+                crop_kernel.try_out(device)
+                _loaded.append(crop_kernel)
+            except Exception as error:  # Triton, its compiler and the driver each have errors of their own
+                logger.warning("Triton cannot be used here (%s): images are cut one by one, which is slower.", error)
+                _loaded.append(None)
+    return _loaded[0]
 
 
-def _resize(image: Tensor, box: Sequence[int], flip: bool, size: int) -> NDArray[np.uint8]:
-    """One image as torch resizes it, `(3, size, size)`.
+def _resize(image: Tensor, box: Sequence[int], flip: bool, size: int) -> Tensor:
+    """One image as torch resizes it, `(3, size, size)`."""
+    top, left, height, width = box
+    part = image[None, :, top : top + height, left : left + width].float()
+    resized = F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0].round().to(torch.uint8)
+    return resized.flip(-1) if flip else resized
+
+
+def _resize_on_cpu(image: Tensor, box: Sequence[int], flip: bool, size: int) -> NDArray[np.uint8]:
+    """`_resize` in less time.
 
     NumPy copies, because torch would copy with as many threads as there are cores in each of the threads that feed: on
     two busy cores that took twenty times as long.
@@ -102,47 +122,3 @@ def _resize(image: Tensor, box: Sequence[int], flip: bool, size: int) -> NDArray
     channels_last = torch.from_numpy(part).permute(2, 0, 1)[None]
     resized: NDArray[np.uint8] = F.interpolate(channels_last, (size, size), mode="bilinear", antialias=True)[0].numpy()
     return resized[..., ::-1] if flip else resized
-
-
-def _resample_group(images: Sequence[Tensor], boxes: Tensor, flips: Tensor, size: int) -> Tensor:
-    device = images[0].device
-    # Bytes are exact in half precision, and weights good to a tenth of a step of the result.
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    pixels_a_cell = (2 * boxes[:, 2:] // (MAX_STEP * size)).clamp(min=1)  # down, right
-    cells = boxes[:, 2:].add(pixels_a_cell - 1) // pixels_a_cell
-    largest_H, largest_W = cells.amax(dim=0).tolist()
-    # Channels between the two sides, so that no product has to be turned for the next one.
-    parts_BHCW = torch.zeros(len(images), largest_H, 3, largest_W, device=device, dtype=dtype)
-    about = zip(images, boxes.tolist(), pixels_a_cell.tolist(), cells.tolist(), strict=True)
-    places, parts = [], []
-    for padded, (image, (top, left, height, width), pooled, (rows, columns)) in zip(parts_BHCW, about, strict=True):
-        part = image[:, top : top + height, left : left + width]
-        if max(pooled) > 1:
-            part = F.avg_pool2d(part.to(dtype), pooled, ceil_mode=True, count_include_pad=False)
-        places.append(padded[:rows, :, :columns])
-        parts.append(part.transpose(0, 1))
-    torch._foreach_copy_(places, parts)  # one call: other threads have Python to themselves meanwhile
-
-    known = torch.cat([boxes[:, 2:], pixels_a_cell, flips[:, None]], dim=1).to(device, torch.float32)
-    height_B, width_B, down_B, right_B, flip_B = known.unbind(dim=1)
-    to_rows_BSH = _weights(height_B, down_B, torch.zeros_like(flip_B), size, largest_H).to(dtype)
-    to_columns_BSW = _weights(width_B, right_B, flip_B, size, largest_W).to(dtype)
-    narrow_BHCS = torch.bmm(parts_BHCW.flatten(1, 2), to_columns_BSW.mT).unflatten(1, (largest_H, 3))
-    small_BSCS: Tensor = torch.bmm(to_rows_BSH, narrow_BHCS.flatten(2, 3)).unflatten(2, (3, size))
-    return small_BSCS.round().clamp(0, 255).to(torch.uint8).transpose(1, 2).contiguous()
-
-
-def _weights(length_B: Tensor, pixels_a_cell_B: Tensor, flip_B: Tensor, size: int, num_cells: int) -> Tensor:
-    """How much every cell of a side weighs in every output pixel, `(B, size, num_cells)`, with sums of 1.
-
-    A triangle about the output pixel's centre that reaches one output pixel or one input pixel to both sides,
-    whichever is more. Cells behind the end weigh nothing; the last one may be narrower than the others.
-    """
-    length, pixels_a_cell, flip = (known[:, None, None] for known in (length_B, pixels_a_cell_B, flip_B))
-    start = torch.arange(num_cells, device=length_B.device) * pixels_a_cell
-    end = torch.minimum(start + pixels_a_cell, length)
-    place = torch.arange(size, device=length_B.device)[:, None]
-    step = length / size
-    centre = (torch.where(flip > 0, size - 1 - place, place) + 0.5) * step
-    weights = (1 - ((start + end) / 2 - centre).abs() / step.clamp(min=1)).clamp(min=0) * (end - start).clamp(min=0)
-    return weights / weights.sum(dim=-1, keepdim=True)
