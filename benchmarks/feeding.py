@@ -1,37 +1,45 @@
 """How many images a second come from JPEG files to the device, and what of a network's speed is left when they do.
 
     python benchmarks/feeding.py [--folder data/ilsvrc] [--images 20000] [--image-sizes 224 128 64] [--sides 256 400]
-    python benchmarks/feeding.py --train resnet50 [--steps 200] [--cpu-shares 0 0.25 0.5 1] [--no-alone]
+    python benchmarks/feeding.py --train resnet50 [--steps 200] [--no-alone] [--augment] [--blur]
 
 The files are those of `--folder` and below, repeated as often as it takes, or 300 made of noise, of 110 KB and 400 x
 500 pixels; the packed ones are made of them first. Decoding alone is of whole images, the feed crops them at random.
-With `--train` that network of torchvision, compiled, in bfloat16 with the channels last, trains on one batch again and
-again, then on what the feed gives, and again on the one batch: the ratio is to the mean of the two.
+With `--train` that network trains as `imagenet` in conf/base says, compiled and in bfloat16 on a GPU, one epoch on a
+batch that lies ready, again and again, one on what the feed gives, and so on in turn: a ratio is to the mean of the
+ready ones before and after it. `--augment` adds all other augmentations, as the environment imagenet_seed_90 has them.
 """
 
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 
+from collective_pipeline.config import AugmentationConfig, ImageNetConfig, Stage
 from collective_pipeline.data.decoding import list_image_files
-from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Feed
+from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Crop, Feed
 from collective_pipeline.data.jpeg import decode, encode
 from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages, pack_images
+from collective_pipeline.data.streaming import StreamedBatches, StreamedImages, StreamedSplits
+from collective_pipeline.pipelines.imagenet.nodes import make_arm
 from collective_pipeline.training.runtime import choose_device
+from collective_pipeline.training.train import train_arm
 from conditions import describe, make_parser
 
 NUM_CLASSES = 1000
 NUM_WARM_UP = 10  # steps that are not timed
+FULL = AugmentationConfig(colour_probability=0.3, move_probability=0.5, cutout_probability=0.5)
 Batch = tuple[Tensor, Tensor]
 
 
@@ -68,7 +76,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ahead", type=int, default=4)
     parser.add_argument("--cpu-shares", type=float, nargs="+", default=[0.0], help="of decoding, where there is a GPU")
     parser.add_argument("--alone", action=argparse.BooleanOptionalAction, default=True, help="feed without a network")
-    parser.add_argument("--train", help="a network of torchvision: resnet50")
+    parser.add_argument("--train", help="a network: resnet50")
+    parser.add_argument("--augment", action="store_true", help="while training: colour, shift, cutout, MixUp, CutMix")
+    parser.add_argument("--blur", action="store_true", help="in the network that trains")
     parser.add_argument("--steps", type=int, default=100, help="of training that are timed")
     return parser.parse_args()
 
@@ -156,55 +166,108 @@ def time_batches(batches: Iterable[Batch], use: Callable[[Batch], None], device:
     return time.perf_counter() - started, num_images
 
 
+@dataclass
+class Sources:
+    """One after another the files, the packed copies, and batches that lie ready, in the epochs of one training."""
+
+    named: dict[str, EncodedImages | None]  # in the order of their epochs; None: what the batch before has left
+    device: torch.device
+    batch_size: int
+    speeds: list[float] = field(default_factory=list)
+    number: int = -1
+
+    @property
+    def now(self) -> EncodedImages | None:
+        """What this epoch's images are from."""
+        return list(self.named.values())[self.number]
+
+    @property
+    def first(self) -> EncodedImages:
+        return next(source for source in self.named.values() if source is not None)
+
+    @property
+    def labels(self) -> Tensor:
+        return self.first.labels
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def name(self, row: int) -> str:
+        return self.first.name(row)
+
+    def read(self, rows: Sequence[int]) -> Sequence[Any]:
+        """Of validation the files."""
+        return (self.now or self.first).read(rows)
+
+    def watch(self, stops: Iterable[int]) -> Iterator[int]:
+        """Around the updates of an epoch, which it times."""
+        self.number += 1
+        *_, last = stops = list(stops)
+        for stop in stops:
+            yield stop
+            if stop == NUM_WARM_UP:
+                synchronise(self.device)
+                started = time.perf_counter()
+        synchronise(self.device)
+        self.speeds.append((last - NUM_WARM_UP) * self.batch_size / (time.perf_counter() - started))
+
+
 def tell_training(sources: dict[str, EncodedImages], options: argparse.Namespace, device: torch.device) -> None:
     """Images a second of a network that trains, and what of its speed on ready batches that is."""
-    print(f"\n{options.train:>16}{'pixels':>8}{'CPU share':>11}{'ready':>10}{'fed':>10}{'ratio':>8}")
+    print(f"\n{options.train:>16}{'pixels':>8}{'ready':>10}{'fed':>10}{'ratio':>8}{'':4}{'GB, peak':>8}")
     for size in options.image_sizes:
-        step = make_step(options.train, device)
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randint(256, (options.batch_size, 3, size, size), dtype=torch.uint8, generator=generator)
-        labels = torch.randint(NUM_CLASSES, (options.batch_size,), generator=generator)
-        ready = images.to(device), labels.to(device)
-        num_batches = NUM_WARM_UP + options.steps
-
-        def speed(batches: Iterable[Batch], step: Callable[[Batch], None] = step) -> float:
-            seconds, num_images = time_batches(batches, step, device)
-            return num_images / seconds
-
-        before = speed(repeat(ready, num_batches))
-        for name, source in sources.items():
-            for share in options.cpu_shares:
-                fed = speed(feed(source, size, share, options, num_batches))
-                after = speed(repeat(ready, num_batches))
-                mean = (before + after) / 2
-                row = f"{name:>16}{size:>8}{share:>11.2f}{mean:>10,.0f}{fed:>10,.0f}{fed / mean:>8.3f}"
-                print(row, flush=True)
-                before = after
+        named: dict[str, EncodedImages | None] = {"warm up": sources["as they are"], "ready 0": None}
+        for number, (name, source) in enumerate(sources.items(), start=1):
+            named |= {name: source, f"ready {number}": None}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        speeds = time_training(Sources(named, device, options.batch_size), size, options, device)
+        gigabytes = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else float("nan")
+        for number, name in enumerate(sources, start=1):
+            ready = (speeds[f"ready {number - 1}"] + speeds[f"ready {number}"]) / 2
+            row = f"{name:>16}{size:>8}{ready:>10,.0f}{speeds[name]:>10,.0f}{speeds[name] / ready:>8.3f}"
+            print(f"{row}{'':4}{gigabytes:>8.1f}", flush=True)
 
 
-def make_step(name: str, device: torch.device) -> Callable[[Batch], None]:
-    """One update of a new network; compiled on a GPU."""
-    torch.manual_seed(0)
-    torch.compiler.reset()  # or it would compile the next size for all sizes
-    network = torchvision.models.get_model(name, num_classes=NUM_CLASSES)
-    network = network.to(device, memory_format=torch.channels_last)
-    on_gpu = device.type == "cuda"
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=on_gpu)
+def time_training(sources: Sources, size: int, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Images a second of each epoch, by the project's own loop."""
+    settings = ImageNetConfig(
+        model=options.train,
+        blur=options.blur,
+        augmentation=FULL if options.augment else AugmentationConfig(),
+        training=ImageNetConfig().training.model_copy(
+            update={
+                "epochs": len(sources.named),
+                "stages": (Stage(epochs=len(sources.named), image_size=size),),
+                "batch_size": options.batch_size,
+                "mixup_alpha": 0.2 * options.augment,
+                "cutmix_alpha": 1.0 * options.augment,
+                "warmup_epochs": 0,
+                "precision": "bf16" if device.type == "cuda" else "fp32",
+            }
+        ),
+    )
+    number = (NUM_WARM_UP + options.steps) * options.batch_size
+    images = StreamedImages(sources, torch.arange(number) % len(sources), size, Crop(), threads=options.threads)
+    few = replace(images, rows=torch.arange(min(len(sources), options.batch_size)))
+    names = tuple(map(str, range(NUM_CLASSES)))
+    splits = StreamedSplits("imagenet", images, few, few, names, "generated", settings.augmentation)
+    load = StreamedBatches.load
 
-    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
-        x = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
-            logits = network(x)
-        return F.cross_entropy(logits.float(), labels)
+    def load_or_not(batches: StreamedBatches, first: int, number: int) -> None:
+        if sources.now is not None:
+            load(batches, first, number)
 
-    compiled = torch.compile(loss_of, dynamic=False) if on_gpu else loss_of
-
-    def step(batch: Batch) -> None:
-        optimizer.zero_grad()
-        compiled(*batch).backward()
-        optimizer.step()
-
-    return step
+    with mock.patch.object(StreamedBatches, "load", load_or_not):
+        train_arm(
+            make_arm(settings, NUM_CLASSES),
+            splits,
+            settings.training,
+            seeds=[0],
+            device=device,
+            watch=sources.watch,
+        )
+    return dict(zip(sources.named, sources.speeds, strict=True))
 
 
 def synchronise(device: torch.device) -> None:

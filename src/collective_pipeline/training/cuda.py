@@ -113,6 +113,7 @@ class Recorded(Generic[Result]):
         try:
             with _RECORDING:
                 self.body(*arguments)
+                _make_room()
                 # Not `torch.cuda.graph`, which waits for all streams: other arms would stand still for every recording.
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
@@ -133,6 +134,13 @@ class Recorded(Generic[Result]):
                 tensor.copy_(before[name])
             else:
                 tensor.zero_()
+
+
+def _make_room() -> None:
+    """Free what was only for a moment in use, if a recording, whose memory is its own, would not find as much again."""
+    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if torch.cuda.mem_get_info()[0] < kept:
+        torch.cuda.empty_cache()
 
 
 _tried: set[torch.device] = set()
