@@ -1,6 +1,7 @@
 """A batch is what its seed, epoch and number say, whoever reads it, and from wherever training goes on."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -61,8 +62,22 @@ def splits(source):
     return StreamedSplits("imagenet", train, val, test, ("a", "b"), "digest", AugmentationConfig())
 
 
-def batches_of(splits, *, share=None, config=CONFIG, stage=None):
-    return StreamedBatches(splits.for_share(share or Share()), (1,), config, stage)
+def batches_of(splits, *, share=None, config=CONFIG, stage=None, fuse=None):
+    return StreamedBatches(splits.for_share(share or Share()), (1,), config, stage, fuse)
+
+
+def test_what_is_made_of_a_batch_can_be_compiled(splits):
+    """As one graph, and to the same features."""
+    taken = []
+    for fuse in (None, partial(torch.compile, backend="aot_eager", fullgraph=True)):
+        batches = batches_of(replace(splits, augmentation=ALL_OF_IT), fuse=fuse).for_stage(Stage(epochs=1))
+        batches.begin(1)
+        batches.load(0, 1)
+        taken.append(batches.take(torch.zeros(1, dtype=torch.int64)))
+    (plain, labels), (compiled, same_labels) = taken
+
+    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
+    assert torch.equal(same_labels.others_SB, labels.others_SB) and torch.equal(same_labels.share_S, labels.share_S)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def as_on_cuda(monkeypatch):
     """Steps go through `Recorded`, some at once; everything else is as on a CPU."""
     monkeypatch.setattr(cuda.torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(cuda.torch.cuda, "Event", Event)
+    monkeypatch.setattr(cuda, "_make_room", lambda: None)
     original = loop._PhaseTraining.__init__
 
     def init(self, *arguments, **options):

@@ -20,8 +20,9 @@ def resample(images: Sequence[Tensor], boxes: Tensor, flips: Tensor, size: int) 
     places_B4 = torch.tensor([(image.data_ptr(), *image.stride()) for image in images])
     top_left_B2 = boxes[:, :2]
     places_B4[:, 0] += (top_left_B2 * places_B4[:, 2:]).sum(dim=1)
-    # In one copy: each has to wait for its turn.
-    about_B7 = torch.cat([places_B4, boxes[:, 2:], flips[:, None]], dim=1).to(device, non_blocking=True)
+    about_B7 = torch.cat([places_B4, boxes[:, 2:], flips[:, None]], dim=1)
+    if device.type == "cuda":  # of other memory a copy makes the host wait for all that came before it
+        about_B7 = about_B7.pin_memory().to(device, non_blocking=True)
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=device)
     grid = (len(images), triton.cdiv(size * size, PIXELS_AT_ONCE))
     _resample[grid](about_B7, out, size, BLOCK=PIXELS_AT_ONCE, num_warps=4)

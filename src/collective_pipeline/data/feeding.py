@@ -102,7 +102,7 @@ class Feed:
         # The same ones for all epochs: memory that one stream has freed serves no other.
         self._streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()
         for _ in range(PRODUCERS if device.type == "cuda" else 0):
-            self._streams.put(torch.cuda.Stream(device))
+            self._streams.put(torch.cuda.Stream(device, priority=-1))  # little work that much waits for
 
     @property
     def num_bad(self) -> int:
@@ -182,7 +182,10 @@ class Feed:
         images = [image for place in used if isinstance(image := decoded[place], Tensor)]
         boxes, flips = self._choose_parts(torch.tensor([image.shape[1:] for image in images]), draws_BD)
         cut = self._resample(images, boxes, flips, readers)
-        return _Made(cut, self.source.labels[rows_B[used]].to(self.device), problems, ready=None)
+        labels = self.source.labels[rows_B[used]]
+        if self.device.type == "cuda":  # of other memory a copy makes the host wait for all that came before it
+            labels = labels.pin_memory().to(self.device, non_blocking=True)
+        return _Made(cut, labels, problems, ready=None)
 
     def _choose_parts(self, sizes: Tensor, draws_BD: Tensor | None) -> tuple[Tensor, Tensor]:
         """A box of every image, and whether it is mirrored."""

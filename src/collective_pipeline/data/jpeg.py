@@ -80,8 +80,7 @@ def _read_frame(file: memoryview) -> tuple[int, int, int] | None:
     while at + 10 <= len(file) and file[at] == 0xFF:
         marker = file[at + 1]
         if marker in FRAMES:
-            height, width = (int.from_bytes(file[start : start + 2]) for start in (at + 5, at + 7))
-            return height, width, file[at + 9]
+            return file[at + 5] << 8 | file[at + 6], file[at + 7] << 8 | file[at + 8], file[at + 9]
         if marker in SCAN:
             break
         if marker == 0xFF:  # fills up
@@ -89,7 +88,7 @@ def _read_frame(file: memoryview) -> tuple[int, int, int] | None:
         elif marker in ALONE:
             at += 2
         else:
-            at += 2 + int.from_bytes(file[at + 2 : at + 4])
+            at += 2 + (file[at + 2] << 8 | file[at + 3])
     return None
 
 

@@ -67,7 +67,7 @@ class FileImages:
         return len(self.paths)
 
     def name(self, row: int) -> str:
-        return str(self.root / self.paths[row])
+        return os.path.join(self.root, self.paths[row])  # noqa: PTH118  # a tenth of what a Path takes
 
     def read(self, rows: Sequence[int]) -> list[Encoded | Problem]:
         return [_read_file(self.name(row)) for row in rows]
@@ -373,9 +373,13 @@ def _map_shard(folder: Path, number: int, table: pa.Table) -> mmap.mmap:
 
 def _read_file(path: str) -> bytearray | Problem:
     try:
-        with Path(path).open("rb", buffering=0) as file:
-            data = bytearray(os.fstat(file.fileno()).st_size)
-            del data[file.readinto(data) :]
+        # As few calls as there can be: after each, this thread waits for Python's lock among all that read and decode.
+        file = os.open(path, os.O_RDONLY)
+        try:
+            data = bytearray(os.fstat(file).st_size)
+            del data[os.readv(file, [data]) :]
+        finally:
+            os.close(file)
     except OSError as error:
         return Problem(error.strerror or str(error))
     return data

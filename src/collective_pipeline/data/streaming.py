@@ -8,7 +8,7 @@ draws of an image.
 """
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -266,6 +266,9 @@ def list_files(index: ImageIndex, part: str) -> FileImages:
     return FileImages(index.root, rows["path"].tolist(), torch.tensor(rows["label"].to_numpy()))
 
 
+MakeFeatures = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
 class _Places(NamedTuple):
     """Where the batches of an update lie, always at the same addresses, as a CUDA graph needs it."""
 
@@ -279,11 +282,16 @@ class StreamedBatches:
     """What `batches.Batches` is for images that are read while they are needed, of one seed.
 
     Order, crops and all other draws of an epoch come from the seed and the number of the epoch alone, for all images,
-    whoever reads them.
+    whoever reads them. `fuse` may put a faster function in place of what makes features of a batch on the device.
     """
 
     def __init__(
-        self, splits: StreamedSplits, seeds: Sequence[int], config: TrainingConfig, stage: Stage | None = None
+        self,
+        splits: StreamedSplits,
+        seeds: Sequence[int],
+        config: TrainingConfig,
+        stage: Stage | None = None,
+        fuse: Callable[[MakeFeatures], MakeFeatures] | None = None,
     ) -> None:
         if len(seeds) != 1:
             raise ValueError("images that are read while they are needed are read for one seed")
@@ -309,6 +317,8 @@ class StreamedBatches:
         self.batch_size = self.planned_size // self.share.parts
         self.ranks_played = self.share.ranks_played
         self.alphas = (config.mixup_alpha * stage.mixing, config.cutmix_alpha * stage.mixing)
+        self.fuse = fuse
+        self.make_features: MakeFeatures = self._make_features if fuse is None else fuse(self._make_features)
         self._feed = self.images.make_feed()
         self._arriving: Generator[tuple[Tensor, Tensor], None, None] | None = None
         self._drawer = ThreadPoolExecutor(1)
@@ -331,7 +341,7 @@ class StreamedBatches:
 
     def for_stage(self, stage: Stage | None) -> Self:
         """The same images in batches as this stage has them; None: these."""
-        return self if stage is None else type(self)(self.splits, self.seeds, self.config, stage)
+        return self if stage is None else type(self)(self.splits, self.seeds, self.config, stage, self.fuse)
 
     def __len__(self) -> int:
         """Batches of an epoch for this process."""
@@ -385,8 +395,12 @@ class StreamedBatches:
             places.images_AB[i].copy_(images)
             places.labels_AB[i].copy_(labels)
         here = slice(first, first + number)
-        places.draws_ABD[:number].copy_(self.draws_KBD[here, :, NUM_CROP_DRAWS:], non_blocking=True)
-        places.mixes_AD[:number].copy_(self.mixes_KD[here], non_blocking=True)
+        for place, drawn in (
+            (places.draws_ABD, self.draws_KBD[here, :, NUM_CROP_DRAWS:]),
+            (places.mixes_AD, self.mixes_KD[here]),
+        ):
+            # From other memory a copy would make the host wait for the update before.
+            place[:number].copy_(drawn.pin_memory() if self.device.type == "cuda" else drawn, non_blocking=True)
 
     def take(self, step: Tensor) -> tuple[Tensor, Labels]:
         """Features `(1, B, I)` and labels `(1, B)` of the batch at `step`, an int64 tensor of one element."""
@@ -395,11 +409,19 @@ class StreamedBatches:
         images_1BCHW, labels_1B, draws_1BD = (
             tensor.index_select(0, place) for tensor in (places.images_AB, places.labels_AB, places.draws_ABD)
         )
-        x_1BCHW = self._augment(images_1BCHW[0].float(), draws_1BD[0]).unsqueeze(0)
+        mixes_1D = places.mixes_AD.index_select(0, place)
+        x_1BI, *mixed = self.make_features(images_1BCHW[0], labels_1B, draws_1BD[0], mixes_1D)
+        return x_1BI, MixedLabels(labels_1B, *mixed) if mixed else labels_1B
+
+    def _make_features(
+        self, images_BCHW: Tensor, labels_1B: Tensor, draws_BD: Tensor, mixes_1D: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Bytes to features `(1, B, I)`; of images that are mixed also the others' labels and the shares."""
+        x_1BCHW = self._augment(images_BCHW.float(), draws_BD).unsqueeze(0)
         if not any(self.alphas):
-            return x_1BCHW.flatten(2), labels_1B
-        mixed = mix(x_1BCHW, labels_1B, places.mixes_AD.index_select(0, place))
-        return mixed.images.flatten(2), MixedLabels(labels_1B, mixed.other_labels, mixed.share)
+            return (x_1BCHW.flatten(2),)
+        mixed = mix(x_1BCHW, labels_1B, mixes_1D)
+        return mixed.images.flatten(2), mixed.other_labels, mixed.share
 
     def _augment(self, images: Tensor, draws_BD: Tensor) -> Tensor:
         """Pixels `(B, C, H, W)` in 0..255 to features of the same shape."""

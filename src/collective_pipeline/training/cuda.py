@@ -43,12 +43,27 @@ def load_kernels(device: torch.device) -> ModuleType | None:
 
 
 def compile_forward(network: nn.Module) -> None:
-    """Let torch.compile fuse what `network` computes while it trains.
-
-    Where its forward pass cannot be compiled, told once, nothing changes.
-    """
+    """Let torch.compile fuse what `network` computes while it trains."""
     if "forward" not in network.__dict__:  # or an earlier phase has done it
         network.__dict__["forward"] = CompiledForward(network)
+
+
+class Compiled:
+    """A function that torch.compile fuses; where it cannot be compiled, told once, nothing changes."""
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        self.plain = plain
+        self.compiled = torch.compile(plain, dynamic=False)
+
+    def __call__(self, *arguments: Any) -> Any:
+        try:
+            return self.compiled(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # its compilers have errors of their own
+            _tell_once("torch.compile cannot be used here (%s): training works without it, and slower.", error)
+            self.compiled = self.plain
+            return self.plain(*arguments)
 
 
 class CompiledForward:
@@ -57,23 +72,14 @@ class CompiledForward:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.plain = type(network).forward.__get__(network)
-        self.compiled = torch.compile(self.plain, dynamic=False)
+        self.compiled = Compiled(self.plain)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)(copy.deepcopy(self.network, memo))
 
     def __call__(self, x_SBI: Tensor) -> Any:
         # Not `training`: where a part is frozen the whole counts as evaluated.
-        if not torch.is_grad_enabled():
-            return self.plain(x_SBI)
-        try:
-            return self.compiled(x_SBI)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # its compilers have errors of their own
-            _tell_once("torch.compile cannot be used here (%s): training works without it, and slower.", error)
-            self.compiled = self.plain
-            return self.plain(x_SBI)
+        return self.compiled(x_SBI) if torch.is_grad_enabled() else self.plain(x_SBI)
 
 
 class Recorded(Generic[Result]):

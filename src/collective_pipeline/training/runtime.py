@@ -40,7 +40,8 @@ def side_stream(device: torch.device, *, depth: int) -> AbstractContextManager[o
     """On CUDA a stream of the caller's own: arms side by side then share the card, and graphs need one.
 
     The deeper a network, the higher its stream's priority: its many small kernels leave room that others fill, and it
-    would otherwise be the last to end, with the card nearly to itself.
+    would otherwise be the last to end, with the card nearly to itself. For 0 it is that of what decodes images, which a
+    higher one would leave waiting for the gaps.
     """
     if device.type != "cuda":
         return contextlib.nullcontext()

@@ -30,6 +30,7 @@ from collective_pipeline.models.build import build_arm, count_products, initiali
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.matching import match_arm
 from collective_pipeline.randomness import make_generator
+from collective_pipeline.training import cuda
 from collective_pipeline.training.loop import EPOCHS_SHUT, Callback, Epoch, Fit, evaluate, fit, to_host
 from collective_pipeline.training.memory import Need, advise, estimate_need, free_bytes, groups_that_fit, split
 from collective_pipeline.training.ranks import ALONE, Ranks
@@ -215,7 +216,8 @@ class _ArmTraining:
 
     def _train(self, seeds: Sequence[int], saved: Snapshot | None, callback: Callback) -> Fit:
         config = self.config
-        with side_stream(self.device, depth=count_products(self.arm)):
+        depth = count_products(self.arm) if isinstance(self.splits, Splits) else 0
+        with side_stream(self.device, depth=depth):
             splits = self.splits.to(self.device)
             model = draw_network(self.arm, seeds)
             if self.prepare is not None:
@@ -278,7 +280,8 @@ def _check_alike(name: str, saved: Snapshot | None, ranks: Ranks) -> None:
 def make_batches(splits: Splits | StreamedSplits, seeds: Sequence[int], config: TrainingConfig) -> BatchSource:
     """The training batches of these seeds, before any stage of the plan."""
     if isinstance(splits, StreamedSplits):
-        return StreamedBatches(splits, seeds, config)
+        on_cuda = splits.train.device.type == "cuda"
+        return StreamedBatches(splits, seeds, config, fuse=cuda.Compiled if config.compile and on_cuda else None)
     return Batches(
         splits,
         seeds,
