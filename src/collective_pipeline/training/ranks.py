@@ -31,7 +31,8 @@ class Ranks:
     @classmethod
     def join(cls) -> Self:
         """Meet the others, as the launcher's environment variables say: NCCL between GPUs, gloo between CPUs."""
-        dist.init_process_group(timeout=PATIENCE)
+        # Both, since ranks on GPUs also tell each other what is on the host.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
