@@ -28,7 +28,7 @@ from torch import Tensor
 
 from collective_pipeline.config import AugmentationConfig, ImageNetConfig, Stage
 from collective_pipeline.data.decoding import list_image_files
-from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Crop, Feed
+from collective_pipeline.data.feeding import NUM_CROP_DRAWS, PRODUCERS, Crop, Feed
 from collective_pipeline.data.jpeg import decode, encode
 from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages, pack_images
 from collective_pipeline.data.streaming import StreamedBatches, StreamedImages, StreamedSplits
@@ -72,9 +72,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[224, 128, 64])
     parser.add_argument("--sides", type=int, nargs="*", default=[256, 400], help="of the packed images")
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--threads", type=int, help="as many as there are cores if not given")
+    parser.add_argument("--threads", type=int, help="that read and, on the CPU, decode")
     parser.add_argument("--ahead", type=int, default=4)
-    parser.add_argument("--cpu-shares", type=float, nargs="+", default=[0.0], help="of decoding, where there is a GPU")
     parser.add_argument("--alone", action=argparse.BooleanOptionalAction, default=True, help="feed without a network")
     parser.add_argument("--train", help="a network: resnet50")
     parser.add_argument("--augment", action="store_true", help="while training: colour, shift, cutout, MixUp, CutMix")
@@ -103,19 +102,18 @@ def find_files(folder: Path) -> FileImages:
 def tell_alone(sources: dict[str, EncodedImages], options: argparse.Namespace, device: torch.device) -> None:
     """Images a second without a network."""
     sizes = "".join(f"{f'{size} px':>10}" for size in options.image_sizes)
-    print(f"\n{'images/s':>16}{'KB a file':>11}{'CPU share':>11}{'decoding':>10}{sizes}")
+    print(f"\n{'images/s':>16}{'KB a file':>11}{'decoding':>10}{sizes}")
     for name, source in sources.items():
         decoding = time_decoding(source, options, device)
         kilobytes = sum(map(len, source.read(range(len(source))))) / len(source) / 1000  # type: ignore[arg-type]
-        for share in options.cpu_shares:
-            speeds = []
-            for size in options.image_sizes:
-                num_batches = NUM_WARM_UP + -(-options.images // options.batch_size)
-                batches = feed(source, size, share, options, num_batches)
-                seconds, num_images = time_batches(batches, lambda batch: None, device)
-                speeds.append(num_images / seconds)
-            row = "".join(f"{speed:>10,.0f}" for speed in speeds)
-            print(f"{name:>16}{kilobytes:>11.0f}{share:>11.2f}{decoding:>10,.0f}{row}", flush=True)
+        speeds = []
+        for size in options.image_sizes:
+            num_batches = NUM_WARM_UP + -(-options.images // options.batch_size)
+            batches = feed(source, size, options, num_batches)
+            seconds, num_images = time_batches(batches, lambda batch: None, device)
+            speeds.append(num_images / seconds)
+        row = "".join(f"{speed:>10,.0f}" for speed in speeds)
+        print(f"{name:>16}{kilobytes:>11.0f}{decoding:>10,.0f}{row}", flush=True)
 
 
 def time_decoding(source: EncodedImages, options: argparse.Namespace, device: torch.device) -> float:
@@ -124,7 +122,7 @@ def time_decoding(source: EncodedImages, options: argparse.Namespace, device: to
     rows = torch.arange(max(options.images, 2 * size)) % len(source)
     lists = [source.read(some.tolist()) for some in rows.split(size)]
     decode(lists[0], device)
-    with ThreadPoolExecutor(1 if device.type == "cuda" else options.threads) as pool:
+    with ThreadPoolExecutor(PRODUCERS if device.type == "cuda" else options.threads) as pool:
         synchronise(device)
         started = time.perf_counter()
         for _ in pool.map(decode, lists, repeat(device)):
@@ -133,9 +131,7 @@ def time_decoding(source: EncodedImages, options: argparse.Namespace, device: to
     return len(rows) / (time.perf_counter() - started)
 
 
-def feed(
-    source: EncodedImages, size: int, share: float, options: argparse.Namespace, num_batches: int
-) -> Iterator[Batch]:
+def feed(source: EncodedImages, size: int, options: argparse.Namespace, num_batches: int) -> Iterator[Batch]:
     """So many batches in random order, with random parts."""
     generator = torch.Generator().manual_seed(0)
     shape = num_batches, options.batch_size
@@ -147,7 +143,6 @@ def feed(
         image_size=size,
         num_threads=options.threads,
         ahead=options.ahead,
-        cpu_share=share,
     )
     return one.batches(rows_KB, draws_KBD)
 

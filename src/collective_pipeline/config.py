@@ -1053,7 +1053,7 @@ class ImageNetConfig(Config):
     )
     sync_norm: bool = Field(False, description="statistics of norms over the batches of all GPUs")
     threads: int | None = Field(
-        None, ge=1, le=512, description="that read images, of each GPU; null: its share of cores"
+        None, ge=1, le=512, description="that read images, of each GPU; null: its share of cores, 8 at most"
     )
     max_bad: Fraction = Field(0.001, description="of the images that cannot be read; beyond it training stops")
     training: TrainingConfig = TrainingConfig(

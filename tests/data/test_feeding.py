@@ -216,13 +216,12 @@ def test_no_batches_are_no_batches(tree):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("cpu_share", [0.0, 0.4, 1.0])
-def test_the_gpu_is_fed_what_the_cpu_is_fed(tree, cpu_share):
+def test_the_gpu_is_fed_what_the_cpu_is_fed(tree):
     """Also while the network's stream is busy."""
     rows_KB = order().repeat(6, 1)
     draws_KBD = draws_for(rows_KB)
     here = feed(tree).batches(rows_KB, draws_KBD)
-    there = feed(tree, device=torch.device("cuda"), cpu_share=cpu_share).batches(rows_KB, draws_KBD)
+    there = feed(tree, device=torch.device("cuda")).batches(rows_KB, draws_KBD)
     busy = torch.rand(2048, 2048, device="cuda")
     for (images, labels), (on_gpu, labels_on_gpu) in zip(here, there, strict=True):
         for _ in range(20):

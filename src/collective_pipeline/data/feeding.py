@@ -27,9 +27,10 @@ logger = logging.getLogger(__name__)
 
 NUM_CROP_DRAWS = NUM_BOX_DRAWS + 1  # the last one mirrors
 PRODUCERS = 2  # so that one batch is read while another is cut
+# Of threads, where a GPU decodes: more of them wait for Python's one lock longer than for a disk.
+MOST_READERS = 8
 FILES_AT_ONCE = 8  # of a thread: less time at Python's lock than one by one
 NUM_TOLD = 3  # of the unusable files, by name
-CPU = torch.device("cpu")
 _told: set[str] = set()
 
 Item = TypeVar("Item")
@@ -72,9 +73,9 @@ class Feed:
         device: Where batches are wanted. On a GPU, its own decoder decodes.
         image_size: Side in pixels.
         crop: What is seen of an image.
-        num_threads: That read files, and decode those of the CPU; as many as there are cores if not given.
+        num_threads: That read files, and decode those of the CPU; if not given, as many as there are cores, and at
+            most `MOST_READERS` where a GPU decodes.
         ahead: Batches at most, and at least 1, that are made or wait, without the one that was taken last.
-        cpu_share: Of every batch, decoded by the CPU though there is a GPU, which is then free for the network.
         max_bad: Share of the files of `source` that may be no images.
     """
 
@@ -87,16 +88,14 @@ class Feed:
         crop: Crop | None = None,
         num_threads: int | None = None,
         ahead: int = 4,
-        cpu_share: float = 0.0,
         max_bad: float = 0.01,
     ) -> None:
         self.source = source
         self.device = device
         self.image_size = image_size
         self.crop = crop or Crop()
-        self.num_threads = num_threads or os.cpu_count() or 1
+        self.num_threads = num_threads or choose_threads(os.cpu_count() or 1, device)
         self.ahead = ahead
-        self.cpu_share = cpu_share if device.type == "cuda" else 1.0
         self.max_bad = max_bad
         self._problems: dict[int, Problem] = {}
         # The same ones for all epochs: memory that one stream has freed serves no other.
@@ -196,13 +195,11 @@ class Feed:
         return boxes, draws_BD[:, NUM_BOX_DRAWS] < self.crop.flip
 
     def _decode(self, rows: Sequence[int], readers: ThreadPoolExecutor) -> list[Tensor | Problem]:
-        """The first of a batch by the CPU, the others by the GPU at the same time."""
-        num_on_cpu = round(self.cpu_share * len(rows))
-        # Reading comes first: it is soon done, and the GPU waits for it.
-        for_device = readers.map(self.source.read, _chunks(rows[num_on_cpu:]))
-        on_cpu = readers.map(lambda some: decode(self.source.read(some), CPU), _chunks(rows[:num_on_cpu]))
-        on_device = decode(list(itertools.chain.from_iterable(for_device)), self.device)
-        return [*_to_device(list(itertools.chain.from_iterable(on_cpu)), self.device), *on_device]
+        if self.device.type == "cuda":  # decodes them together
+            files = readers.map(self.source.read, _chunks(rows))
+            return decode(list(itertools.chain.from_iterable(files)), self.device)
+        decoded = readers.map(lambda some: decode(self.source.read(some), self.device), _chunks(rows))
+        return list(itertools.chain.from_iterable(decoded))
 
     def _resample(self, images: Sequence[Tensor], boxes: Tensor, flips: Tensor, readers: ThreadPoolExecutor) -> Tensor:
         if self.device.type != "cpu":
@@ -235,6 +232,11 @@ class Feed:
         return [f"{self.source.name(row)}: {problem.reason}" for row, problem in sorted(problems.items())]
 
 
+def choose_threads(num_cores: int, device: torch.device) -> int:
+    """How many threads read, and on the CPU decode, if as many cores may be used."""
+    return min(num_cores, MOST_READERS) if device.type == "cuda" else num_cores
+
+
 def _next_good(good: Sequence[int], num_places: int) -> list[int]:
     """For every place the next one that is good, itself if it is; behind the last one follows the first."""
     after = [bisect.bisect_left(good, place) for place in range(num_places)]
@@ -247,16 +249,3 @@ def _list(told: Sequence[str]) -> str:
 
 def _chunks(items: Sequence[Item]) -> list[Sequence[Item]]:
     return [items[start : start + FILES_AT_ONCE] for start in range(0, len(items), FILES_AT_ONCE)]
-
-
-def _to_device(images: Sequence[Tensor | Problem], device: torch.device) -> list[Tensor | Problem]:
-    """The same on the device, in one copy; put together by NumPy, which leaves the other cores alone."""
-    good = [image.permute(1, 2, 0) for image in images if isinstance(image, Tensor)]  # as they lie in memory
-    if device.type == "cpu" or not good:
-        return list(images)
-    sizes = [image.numel() for image in good]
-    together = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    np.concatenate([image.numpy().reshape(-1) for image in good], out=together.numpy())
-    pieces = together.to(device, non_blocking=True).split(sizes)
-    moved = (piece.view(image.shape).permute(2, 0, 1) for piece, image in zip(pieces, good, strict=True))
-    return [next(moved) if isinstance(image, Tensor) else image for image in images]

@@ -20,6 +20,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from collective_pipeline.config import Arm, Parameters, TrainingConfig, UserError, flatten
+from collective_pipeline.data.feeding import choose_threads
 from collective_pipeline.data.streaming import Share, StreamedSplits
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.layers import normalise_over_ranks
@@ -90,7 +91,7 @@ def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]
         )
     splits = job.splits.for_share(share)
     if job.settings.imagenet.threads is None:
-        splits = splits.with_threads(count_own_cores())
+        splits = splits.with_threads(choose_threads(count_own_cores(), device))
     snapshots = job.snapshots(device, ranks.number)
     callbacks: list[Callback] = []
     if ranks.is_first:
