@@ -28,7 +28,7 @@ from torch import Tensor
 
 from collective_pipeline.config import AugmentationConfig, ImageNetConfig, Stage
 from collective_pipeline.data.decoding import list_image_files
-from collective_pipeline.data.feeding import NUM_CROP_DRAWS, PRODUCERS, Crop, Feed
+from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Crop, Feed
 from collective_pipeline.data.jpeg import decode, encode
 from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages, pack_images
 from collective_pipeline.data.streaming import StreamedBatches, StreamedImages, StreamedSplits
@@ -122,7 +122,7 @@ def time_decoding(source: EncodedImages, options: argparse.Namespace, device: to
     rows = torch.arange(max(options.images, 2 * size)) % len(source)
     lists = [source.read(some.tolist()) for some in rows.split(size)]
     decode(lists[0], device)
-    with ThreadPoolExecutor(PRODUCERS if device.type == "cuda" else options.threads) as pool:
+    with ThreadPoolExecutor(1 if device.type == "cuda" else options.threads) as pool:
         synchronise(device)
         started = time.perf_counter()
         for _ in pool.map(decode, lists, repeat(device)):

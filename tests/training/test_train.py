@@ -5,17 +5,18 @@ import math
 import pytest
 import torch
 
-from collective_pipeline.config import MODEL_TYPES, BaselineConfig, UserError, check_parameters
+from collective_pipeline.config import MODEL_TYPES, BaselineConfig, GateConfig, UserError, check_parameters
 from collective_pipeline.data.batches import Batches, Normalise
 from collective_pipeline.data.splits import Images
 from collective_pipeline.models.build import build_arm, initialise
+from collective_pipeline.models.image_arms import image_architecture, make_image_arm
 from collective_pipeline.models.layers import Linear, Stack
 from collective_pipeline.models.matching import match_arm
 from collective_pipeline.randomness import make_generator
 from collective_pipeline.training import loop
 from collective_pipeline.training.loop import evaluate, fit
 from collective_pipeline.training.losses import cross_entropy, weighted_sum
-from collective_pipeline.training.strategies import Phase
+from collective_pipeline.training.strategies import Phase, plan_phases
 from collective_pipeline.training.train import score, train_arm
 
 CPU = torch.device("cpu")
@@ -373,6 +374,20 @@ def test_stops_of_an_epoch(arm, splits, training, monkeypatch, accumulation, fir
         phase_training.device = torch.device("cuda")
 
     assert phase_training.stops(first) == stops
+
+
+def test_updates_of_convolutions_are_done_one_by_one(splits, training):
+    """Ten of them would take too long to record."""
+    arm = make_image_arm(
+        "resnet18", image_architecture("resnet18", splits.image_shape, GateConfig(), width=2), num_classes=10
+    )
+    batches = Batches(splits, (1,), batch_size=32, augmentation_strength=0.0)
+    phases = plan_phases(arm, build_arm(arm, num_seeds=1), training, num_seeds=1)
+    spans = loop._lay_out(phases, batches, training)
+    phase_training = loop._PhaseTraining(phases[0], spans[0], splits.val, training)
+    phase_training.device = torch.device("cuda")
+
+    assert phase_training.stops(0) == [*range(1, len(batches) + 1)]
 
 
 def test_updates_at_once_are_updates_one_by_one(arm, splits, training, monkeypatch):

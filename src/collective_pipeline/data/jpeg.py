@@ -7,14 +7,12 @@ warning cannot be kept silent in one thread alone.
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torchvision.io  # registers the operators
 from PIL import Image
 from torch import Tensor
 
-from collective_pipeline.data import nvjpeg
 from collective_pipeline.data.decoding import reason_of, to_mode, to_tensor
 
 Encoded = bytes | bytearray | memoryview  # one file
@@ -24,7 +22,6 @@ RGB = torchvision.io.ImageReadMode.RGB.value
 MAX_PIXELS = 89_478_485
 # Some writers leave a few bytes behind the end.
 TAIL = 1024
-BASELINE = 0xC0
 START, END = b"\xff\xd8", b"\xff\xd9"
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that give height, width and channels
 ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
@@ -41,14 +38,15 @@ class Problem:
 def decode(files: Sequence[Encoded | Problem], device: torch.device) -> list[Tensor | Problem]:
     """Every file as uint8 `(3, H, W)` on the device, or what is wrong with it; a problem given stays one.
 
-    Whole JPEG files are decoded by the GPU together where there is one; CMYK, PNG or BMP under another name, and
+    Whole JPEG files are decoded by the GPU in one call where there is one; CMYK, PNG or BMP under another name, and
     whatever the GPU refuses, on the CPU. Truncated files are refused, and what their camera says of their orientation
-    is left alone. Many threads may call it and run side by side. On the GPU torchvision's decoder has a stream of its
-    own that does not wait for the caller's: memory that the caller's stream has freed must be at rest.
+    is left alone. Many threads may call it: on the CPU they run side by side. On the GPU the decoder has a stream of
+    its own that does not wait for the caller's: memory that the caller's stream has freed must be at rest.
     """
     if device.type != "cuda":
         return [_to_device(_decode_on_host(file), device) for file in files]
-    images = _decode_on_gpu(files, device)
+    plain = [row for row, file in enumerate(files) if is_plain(file)]
+    images = dict(zip(plain, _decode_on_gpu([_as_tensor(files[row]) for row in plain], device), strict=True))  # type: ignore[arg-type]
     decoded: list[Tensor | Problem] = []
     for row, file in enumerate(files):
         image = images.get(row)
@@ -64,37 +62,25 @@ def encode(image: Tensor, quality: int) -> bytes:
 
 def is_plain(file: Encoded | Problem) -> bool:
     """Whether it is a whole JPEG file, grey or coloured, of a size that can be decoded."""
-    return not isinstance(file, Problem) and _read_plain_frame(file) is not None
-
-
-class _Frame(NamedTuple):
-    """What the header of a JPEG file says."""
-
-    height: int
-    width: int
-    channels: int
-    is_baseline: bool
-
-
-def _read_plain_frame(file: Encoded) -> _Frame | None:
-    """That of a whole JPEG file which can be decoded, grey or coloured."""
+    if isinstance(file, Problem):
+        return False
     frame = _read_frame(memoryview(file))
-    if frame is None or frame.channels not in {1, 3} or not 0 < frame.height * frame.width <= MAX_PIXELS:
-        return None
+    if frame is None:
+        return False
+    height, width, channels = frame
     # Coded pixels never hold the mark of the end. The GPU would fill with grey what a truncated file lacks.
-    return frame if END in bytes(file[-TAIL:]) else None
+    return channels in {1, 3} and 0 < height * width <= MAX_PIXELS and END in bytes(file[-TAIL:])
 
 
-def _read_frame(file: memoryview) -> _Frame | None:
-    """Nothing where there is none."""
+def _read_frame(file: memoryview) -> tuple[int, int, int] | None:
+    """Height, width and channels as the header of a JPEG file says; nothing where there is none."""
     if file[:2] != START:
         return None
     at = 2
     while at + 10 <= len(file) and file[at] == 0xFF:
         marker = file[at + 1]
         if marker in FRAMES:
-            height, width = file[at + 5] << 8 | file[at + 6], file[at + 7] << 8 | file[at + 8]
-            return _Frame(height, width, file[at + 9], is_baseline=marker == BASELINE)
+            return file[at + 5] << 8 | file[at + 6], file[at + 7] << 8 | file[at + 8], file[at + 9]
         if marker in SCAN:
             break
         if marker == 0xFF:  # fills up
@@ -106,26 +92,7 @@ def _read_frame(file: memoryview) -> _Frame | None:
     return None
 
 
-def _decode_on_gpu(files: Sequence[Encoded | Problem], device: torch.device) -> dict[int, Tensor | None]:
-    """Images by their rows; nothing of those that it cannot decode."""
-    plain = {
-        row: (file, frame)
-        for row, file in enumerate(files)
-        if not isinstance(file, Problem) and (frame := _read_plain_frame(file)) is not None
-    }
-    images: dict[int, Tensor | None] = {}
-    baseline = [row for row, (_, frame) in plain.items() if frame.is_baseline]
-    with nvjpeg.borrow(device) as decoder:
-        if decoder is not None:
-            sizes = [plain[row][1][:2] for row in baseline]
-            decoded = decoder.decode([plain[row][0] for row in baseline], sizes, device)
-            images.update(zip(baseline, decoded, strict=True))
-    others = [row for row in plain if images.get(row) is None]
-    decoded = _decode_by_torchvision([_as_tensor(plain[row][0]) for row in others], device)
-    return images | dict(zip(others, decoded, strict=True))
-
-
-def _decode_by_torchvision(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
+def _decode_on_gpu(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
     """The images; nothing in place of those that it cannot decode."""
     if not files:
         return []
@@ -138,7 +105,7 @@ def _decode_by_torchvision(files: list[Tensor], device: torch.device) -> list[Te
         if len(files) == 1:
             return [None]
         half = len(files) // 2
-        return _decode_by_torchvision(files[:half], device) + _decode_by_torchvision(files[half:], device)
+        return _decode_on_gpu(files[:half], device) + _decode_on_gpu(files[half:], device)
 
 
 def _decode_on_host(file: Encoded | Problem) -> Tensor | Problem:
@@ -149,7 +116,7 @@ def _decode_on_host(file: Encoded | Problem) -> Tensor | Problem:
     frame = _read_frame(memoryview(file))
     if frame is None:
         return _decode_by_pillow(file)
-    height, width = frame[:2]
+    height, width, _ = frame
     if height * width > MAX_PIXELS:
         return Problem(f"its header says {height:,} x {width:,} pixels")
     try:
