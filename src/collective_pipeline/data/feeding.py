@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from collective_pipeline.data.jpeg import Problem, decode
 from collective_pipeline.data.packed import EncodedImages
 
 logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
 
 NUM_CROP_DRAWS = NUM_BOX_DRAWS + 1  # the last one mirrors
 PRODUCERS = 2  # so that one batch is read while another is cut
@@ -75,6 +77,7 @@ class Feed:
         crop: What is seen of an image.
         num_threads: That read files, and decode those of the CPU; if not given, as many as there are cores, and at
             most `MOST_READERS` where a GPU decodes.
+        cpu_share: Of every batch, decoded by the threads though there is a GPU, which is then free for the network.
         ahead: Batches at most, and at least 1, that are made or wait, without the one that was taken last.
         max_bad: Share of the files of `source` that may be no images.
     """
@@ -87,6 +90,7 @@ class Feed:
         image_size: int,
         crop: Crop | None = None,
         num_threads: int | None = None,
+        cpu_share: float = 0.0,
         ahead: int = 4,
         max_bad: float = 0.01,
     ) -> None:
@@ -94,7 +98,8 @@ class Feed:
         self.device = device
         self.image_size = image_size
         self.crop = crop or Crop()
-        self.num_threads = num_threads or choose_threads(os.cpu_count() or 1, device)
+        self.cpu_share = cpu_share if device.type == "cuda" else 1.0
+        self.num_threads = num_threads or choose_threads(os.cpu_count() or 1, cpu_share=self.cpu_share)
         self.ahead = ahead
         self.max_bad = max_bad
         self._problems: dict[int, Problem] = {}
@@ -195,11 +200,18 @@ class Feed:
         return boxes, draws_BD[:, NUM_BOX_DRAWS] < self.crop.flip
 
     def _decode(self, rows: Sequence[int], readers: ThreadPoolExecutor) -> list[Tensor | Problem]:
-        if self.device.type == "cuda":  # decodes them together
-            files = readers.map(self.source.read, _chunks(rows))
-            return decode(list(itertools.chain.from_iterable(files)), self.device)
-        decoded = readers.map(lambda some: decode(self.source.read(some), self.device), _chunks(rows))
-        return list(itertools.chain.from_iterable(decoded))
+        """The first of a batch by the threads, the others by the GPU at the same time."""
+        num_on_cpu = round(self.cpu_share * len(rows))
+        # Reading comes first: it is soon done, and the GPU waits for it.
+        files = readers.map(self.source.read, _chunks(rows[num_on_cpu:]))
+        on_cpu = readers.map(self._decode_on_cpu, _chunks(rows[:num_on_cpu]))
+        on_device = decode(list(itertools.chain.from_iterable(files)), self.device)
+        decoded = itertools.chain.from_iterable(some.on(self.device) for some in on_cpu)
+        return [*decoded, *on_device]
+
+    def _decode_on_cpu(self, rows: Sequence[int]) -> "_Decoded":
+        images = decode(self.source.read(rows), CPU)
+        return _Decoded.pack(images, pinned=True) if self.device.type == "cuda" else _Decoded(images)
 
     def _resample(self, images: Sequence[Tensor], boxes: Tensor, flips: Tensor, readers: ThreadPoolExecutor) -> Tensor:
         if self.device.type != "cpu":
@@ -232,9 +244,37 @@ class Feed:
         return [f"{self.source.name(row)}: {problem.reason}" for row, problem in sorted(problems.items())]
 
 
-def choose_threads(num_cores: int, device: torch.device) -> int:
-    """How many threads read, and on the CPU decode, if as many cores may be used."""
-    return min(num_cores, MOST_READERS) if device.type == "cuda" else num_cores
+@dataclass(frozen=True)
+class _Decoded:
+    """Images, or what is wrong with a file; `memory` is what all images lie in, one behind the other."""
+
+    images: Sequence[Tensor | Problem]
+    memory: Tensor | None = None
+
+    @classmethod
+    def pack(cls, images: Sequence[Tensor | Problem], *, pinned: bool) -> Self:
+        """Brought to one piece of memory, `pinned` for a GPU: NumPy leaves Python's lock and the other cores alone."""
+        good = [image.permute(1, 2, 0).numpy() for image in images if isinstance(image, Tensor)]  # as they lie
+        memory = torch.empty(sum(image.size for image in good), dtype=torch.uint8, pin_memory=pinned)
+        if good:
+            np.concatenate([image.reshape(-1) for image in good], out=memory.numpy())
+        return cls(images, memory)
+
+    def on(self, device: torch.device) -> Sequence[Tensor | Problem]:
+        """There, by one copy."""
+        if self.memory is None:
+            return self.images
+        sizes = [image.numel() for image in self.images if isinstance(image, Tensor)]
+        pieces = iter(self.memory.to(device, non_blocking=True).split(sizes))
+        return [
+            image if isinstance(image, Problem) else next(pieces).view(*image.shape[1:], 3).permute(2, 0, 1)
+            for image in self.images
+        ]
+
+
+def choose_threads(num_cores: int, *, cpu_share: float) -> int:
+    """How many threads read, and decode if they have a share of it, where as many cores may be used."""
+    return num_cores if cpu_share else min(num_cores, MOST_READERS)
 
 
 def _next_good(good: Sequence[int], num_places: int) -> list[int]:

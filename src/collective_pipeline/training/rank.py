@@ -71,7 +71,8 @@ class Job:
         snapshots = snapshots_at(self.state, self.arm, self.splits, self.settings, device)
         own = self.settings.imagenet
         seen = {f"augmentation.{name}": value for name, value in flatten(own.augmentation).items()}
-        snapshots.identify(num_gpus=self.num_planned, rate_scaling=own.rate_scaling, sync_norm=own.sync_norm, **seen)
+        names = ("rate_scaling", "sync_norm", "cpu_share")
+        snapshots.identify(num_gpus=self.num_planned, **{name: getattr(own, name) for name in names}, **seen)
         snapshots.circumstances["processes"] = number
         return snapshots
 
@@ -91,7 +92,8 @@ def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]
         )
     splits = job.splits.for_share(share)
     if job.settings.imagenet.threads is None:
-        splits = splits.with_threads(choose_threads(count_own_cores(), device))
+        share_of_cpu = job.settings.imagenet.cpu_share if device.type == "cuda" else 1.0
+        splits = splits.with_threads(choose_threads(count_own_cores(), cpu_share=share_of_cpu))
     snapshots = job.snapshots(device, ranks.number)
     callbacks: list[Callback] = []
     if ranks.is_first:
