@@ -76,6 +76,8 @@ def test_the_network_is_trained_stage_by_stage_and_tested(trained):
     assert list(history["phase"]) == ["48px", "64px"]
     assert list(runs["best_epoch"]) == [2]  # epochs of smaller images are not chosen
     page = (project / REPORTING / "report.html").read_text()
+    assert "64 px" in (project / REPORTING / "training_curves.json").read_text()
+    assert "Test accuracy against size" not in page and not (project / REPORTING / "accuracy.json").exists()
     assert "resnet18 with" in result.stdout and "train: names of folders; val: names of folders" in page
     assert json.loads((project / REPORTING / "results.json").read_text())["resnet18"]["total_epochs"] == 2
     arms = runs_of(project)

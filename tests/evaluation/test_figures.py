@@ -18,6 +18,7 @@ from collective_pipeline.evaluation.figures import (
     plot_experts,
     plot_samples,
     plot_training_curves,
+    size_changes,
 )
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS
 
@@ -142,6 +143,22 @@ def test_curves_are_means_inside_the_band_of_the_seeds():
 def test_one_epoch_is_drawn_as_points():
     _, _, history = make_run(("collective",), 3, 1)
     assert {trace.mode for trace in plot_training_curves(history).data[1::2]} == {"markers"}
+
+
+def test_curves_are_marked_where_an_arm_changes_the_size_of_its_images():
+    """In every panel, before the first epoch of the other size; a stage that keeps the size has no mark."""
+    _, _, history = make_run(("plain", "progressive_resizing"), 2, 4)
+    sizes = {1: "160px", 2: "192px", 3: "192px", 4: "224px"}
+    resized = history["model_type"] == "progressive_resizing"
+    history.loc[resized, "phase"] = history.loc[resized, "epoch"].map(sizes)
+    figure = plot_training_curves(history)
+
+    assert size_changes(history) == {2: "192 px", 4: "224 px"}
+    assert sorted((line.x0, line.yref) for line in figure.layout.shapes) == [
+        (x, f"y{panel} domain") for x in (1.5, 3.5) for panel in ("", 2, 3)
+    ]
+    assert [(text.x, text.text) for text in figure.layout.annotations[3:]] == [(1.5, "192 px"), (3.5, "224 px")]
+    assert not plot_training_curves(history[~resized]).layout.shapes
 
 
 IMAGES = Images(torch.arange(7 * 3 * 4 * 5).view(7, 3, 4, 5).to(torch.uint8), torch.arange(7))

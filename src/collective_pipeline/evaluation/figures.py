@@ -105,7 +105,10 @@ def _plot_against(cost: str, unit: str, results: pd.DataFrame, comparison: pd.Da
 
 
 def plot_training_curves(history: pd.DataFrame) -> go.Figure:
-    """Validation accuracy and both losses against the epoch: mean over seeds, and the band from lowest to highest."""
+    """Validation accuracy and both losses against the epoch: mean over seeds, and the band from lowest to highest.
+
+    A line stands where the size of training images changes, in those arms in which it does.
+    """
     figure = make_subplots(
         rows=len(PANELS),
         shared_xaxes=True,
@@ -148,6 +151,11 @@ def plot_training_curves(history: pd.DataFrame) -> go.Figure:
                 col=1,
             )
     figure.update_annotations(x=0, xanchor="left", font_size=15)
+    for epoch, size in size_changes(history).items():
+        figure.add_vline(x=epoch - 0.5, line={"color": COLORS[6], "width": 1, "dash": "dot"}, row="all", col=1)
+        figure.add_annotation(
+            x=epoch - 0.5, y=0, xref="x", yref="y domain", text=size, xanchor="left", yanchor="bottom", showarrow=False
+        )
     # Ticks at 1, 2 and 5 of every decade, written in full.
     figure.update_yaxes(title_text="Loss (log scale)", type="log", dtick="D2", tickformat="~g")
     figure.update_yaxes(
@@ -162,6 +170,21 @@ def plot_training_curves(history: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(dtick=1 if num_epochs <= 10 else None)
     figure.update_xaxes(title_text="Epoch", row=len(PANELS), col=1)
     return finish(figure, "Training curves", None, None, height=900)
+
+
+def size_changes(history: pd.DataFrame) -> dict[int, str]:
+    """The first epoch of every other size of training images, in their order, and the size: {9: "192 px"}.
+
+    Where the plan of an arm has sizes, its phases are called by them; where arms differ, all of them are named.
+    """
+    changes: dict[int, set[str]] = {}
+    for _, arm in history.groupby("model_type"):
+        phases = arm.groupby("epoch")["phase"].first()
+        sizes = phases[phases.str.fullmatch(r"\d+px")]
+        changed = sizes[sizes != sizes.shift()].iloc[1:]
+        for epoch, size in zip(changed.index.tolist(), changed, strict=True):
+            changes.setdefault(epoch, set()).add(size.replace("px", " px"))
+    return {epoch: ", ".join(sorted(changes[epoch])) for epoch in sorted(changes)}
 
 
 def plot_experts(classes: pd.DataFrame) -> go.Figure:

@@ -23,6 +23,7 @@ from collective_pipeline.evaluation.figures import (
     plot_experts,
     plot_samples,
     plot_training_curves,
+    size_changes,
 )
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS, amount, describe_costs, hints
 from collective_pipeline.evaluation.latency import SKIPPING_COLUMNS
@@ -389,6 +390,22 @@ def _size(arm: Any) -> tuple[str, str]:
 def _figures(
     results: pd.DataFrame, comparison: pd.DataFrame, history: pd.DataFrame, reference: str, compared: bool
 ) -> Iterable[Figure]:
+    if len(comparison) > 1:
+        yield from _figures_side_by_side(results, comparison, reference, compared)
+    yield make_figure(
+        plot_training_curves(history),
+        "Lines are means over seeds, bands reach from the lowest to the highest seed. The axis of accuracy leaves out "
+        "the first leaps of the training."
+        + (" Dotted lines are where the size of training images changes." if size_changes(history) else ""),
+        curve_points(history),
+        "training_curves.csv",
+    )
+
+
+def _figures_side_by_side(
+    results: pd.DataFrame, comparison: pd.DataFrame, reference: str, compared: bool
+) -> Iterable[Figure]:
+    """What says something of two arms or more; of one, all of it is in the key figures."""
     yield make_figure(
         plot_accuracy(comparison, reference=reference),
         "Points are means over seeds, bars their intervals.",
@@ -418,13 +435,6 @@ def _figures(
             results[list(RUN_COLUMNS)],
             "runs.csv",
         )
-    yield make_figure(
-        plot_training_curves(history),
-        "Lines are means over seeds, bands reach from the lowest to the highest seed. The axis of accuracy leaves out "
-        "the first leaps of the training.",
-        curve_points(history),
-        "training_curves.csv",
-    )
 
 
 def _expert_tables(experts: ExpertAnalysis) -> Iterable[Table]:

@@ -70,8 +70,6 @@ def create_pipeline(
             outputs=experts,
             name="analyse_experts",
         ),
-        draw(plot_accuracy, "accuracy"),
-        draw(plot_accuracy_against_params, "params", tables),
         Node(join_histories, inputs=[*histories], outputs="histories", name="join_histories"),
         Node(plot_training_curves, inputs="histories", outputs="curves_figure", name="plot_curves"),
         Node(
@@ -98,5 +96,9 @@ def create_pipeline(
         inputs = ["latency", f"{gated}_checkpoint", f"{dense}_checkpoint", "splits", "device"]
         nodes.append(Node(measure_shut_gates, inputs=inputs, outputs="skipping", name="measure_shut_gates"))
     if len(arms) > 1:
-        nodes.append(draw(plot_differences, "differences"))
+        nodes += [
+            draw(plot_accuracy, "accuracy"),
+            draw(plot_differences, "differences"),
+            draw(plot_accuracy_against_params, "params", tables),
+        ]
     return Pipeline(nodes, namespace=namespace, inputs=shared | models | results | histories | checkpoints)
