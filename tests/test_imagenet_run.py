@@ -111,6 +111,22 @@ def test_a_packed_copy_gives_the_same_images_where_they_are_small(trained, tmp_p
     pd.testing.assert_frame_equal(packed, plain)
 
 
+def test_the_report_says_what_an_update_and_its_rate_were(trained):
+    """Of each stage, with the GPUs that training was begun on, whatever the parameters say of one."""
+    stages = ({"epochs": 8, "image_size": 160}, {"epochs": 1, "image_size": 192, "batch_size": 256})
+    training = {"epochs": 9, "stages": stages, "batch_size": 512, "accumulation_steps": 2, "learning_rate": 0.5}
+    settings, _ = nodes.read_settings({"imagenet": {"training": training, "rate_scaling": "sqrt"}})
+
+    assert nodes.describe_updates(settings, SimpleNamespace(identity={"num_gpus": 4})) == {
+        "Plan": {
+            "epochs 1 to 8": "160 px, 4,096 images an update (512 x 4 GPUs x 2 accumulated)",
+            "epoch 9": "192 px, 2,048 images an update (256 x 4 GPUs x 2 accumulated)",
+            "learning rate": "1 at most (0.5, scaled for 4 GPUs: sqrt)",
+        }
+    }
+    assert "48 px, 32 images an update" in (trained[0] / REPORTING / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -59,7 +59,11 @@ def register_pipelines() -> dict[str, Pipeline]:
         gated_and_dense=("deepmoe_gated", "deepmoe_dense"),
     )
     merged = comparison.create_pipeline(
-        "merged_moe", arms=merged_moe.ARMS, analysed=[merged_moe.MIXTURE, merged_moe.COLLECTIVE], is_merged=True
+        "merged_moe",
+        arms=merged_moe.ARMS,
+        analysed=[merged_moe.MIXTURE, merged_moe.COLLECTIVE],
+        has_facts=True,
+        is_merged=True,
     )
     pipelines = {
         "single": make_experiment("single", images, ["single"], arm.matched([None]), analysed=["single"]),
@@ -69,7 +73,7 @@ def register_pipelines() -> dict[str, Pipeline]:
         "tiny_imagenet": tiny_imagenet.create_pipeline()
         + comparison.create_pipeline("tiny_imagenet", arms=tiny_imagenet.ARMS, analysed=tiny_imagenet.ARMS[:1]),
         "imagenet": imagenet.create_pipeline()
-        + comparison.create_pipeline("imagenet", arms=[imagenet.ARM], analysed=[imagenet.ARM]),
+        + comparison.create_pipeline("imagenet", arms=[imagenet.ARM], analysed=[imagenet.ARM], has_facts=True),
         "sweep": images + sweep.create_pipeline("sweep"),
         "lr_finder": lr_finder.create_pipeline("lr_finder"),
         "predict": predict.create_pipeline(),

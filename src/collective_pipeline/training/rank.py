@@ -62,9 +62,7 @@ class Job:
     @property
     def training(self) -> TrainingConfig:
         """With the learning rate for as many GPUs as planned."""
-        training = self.settings.training
-        factor = SCALINGS[self.settings.imagenet.rate_scaling](self.num_planned)
-        return training.model_copy(update={"learning_rate": factor * training.learning_rate})
+        return scale_rate(self.settings, self.num_planned)
 
     def snapshots(self, device: torch.device, number: int) -> Snapshots:
         """Where its state is, for `number` processes."""
@@ -75,6 +73,13 @@ class Job:
         snapshots.identify(num_gpus=self.num_planned, **{name: getattr(own, name) for name in names}, **seen)
         snapshots.circumstances["processes"] = number
         return snapshots
+
+
+def scale_rate(settings: Parameters, number: int) -> TrainingConfig:
+    """The training of these settings with its learning rate for `number` GPUs, by `imagenet.rate_scaling`."""
+    training = settings.training
+    factor = SCALINGS[settings.imagenet.rate_scaling](number)
+    return training.model_copy(update={"learning_rate": factor * training.learning_rate})
 
 
 def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]:

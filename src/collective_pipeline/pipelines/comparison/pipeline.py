@@ -37,6 +37,7 @@ def create_pipeline(
     arms: Sequence[str],
     analysed: Sequence[str],
     gated_and_dense: tuple[str, str] | None = None,
+    has_facts: bool = False,
     is_merged: bool = False,
 ) -> Pipeline:
     """The comparison of these arms, each named by the namespace of its own pipeline.
@@ -46,7 +47,8 @@ def create_pipeline(
         arms: In their order in tables.
         analysed: Those whose experts, members or gates are looked into, where they turn out to have any.
         gated_and_dense: One of these and the same one without gates, to measure what skipping shut gates saves.
-        is_merged: Whether its datasets `sub_model_classes` and `facts` tell what the reference was made of.
+        has_facts: Whether its dataset `facts` tells more of how it was run, by section and name.
+        is_merged: Whether its dataset `sub_model_classes` tells what the reference was made of.
     """
     # Names without dots inside the pipeline; each is mapped to the arm's own dataset.
     models = {f"{arm}_arm": f"{arm}.arm" for arm in arms}
@@ -58,7 +60,7 @@ def create_pipeline(
     shared = {"settings": "settings", "splits": "splits", "device": "device"}
     tables = ["runs", "comparison"]
     experts = ["expert_analysis", "expert_analysis_by_class", "expert_analysis_by_seed", "sample_predictions"]
-    more = ["skipping"] if gated_and_dense is not None else ["facts"] if is_merged else []
+    more = ["skipping"] if gated_and_dense is not None else ["facts"] if has_facts else []
     sub_models = ["sub_model_classes"] if is_merged else []
     nodes = [
         Node(measure, inputs=["device", *models, *results], outputs="latency", name="measure_latency"),

@@ -16,7 +16,7 @@ from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.image_arms import image_architecture, make_image_arm
 from collective_pipeline.pipelines.arm.nodes import clear, tabulate_history
 from collective_pipeline.training.launch import count_ranks, is_launched, launch
-from collective_pipeline.training.rank import Job, lead, work
+from collective_pipeline.training.rank import Job, lead, scale_rate, work
 from collective_pipeline.training.ranks import ALONE
 from collective_pipeline.training.runtime import choose_device
 from collective_pipeline.training.snapshots import Snapshots
@@ -153,6 +153,24 @@ def clear_for_training(
         StreamedBatches(splits, settings.seeds[:1], settings.training, stage)
     clear([snapshots])
     return snapshots
+
+
+def describe_updates(settings: Parameters, snapshots: Snapshots) -> dict[str, dict[str, str]]:
+    """For the report, the images and the learning rate of an update, on as many GPUs as training was begun on."""
+    number, steps = snapshots.identity["num_gpus"], settings.training.accumulation_steps
+    factors = f" x {number} GPUs" * (number > 1) + f" x {steps} accumulated" * (steps > 1)
+    stages, first = {}, 1
+    for stage in settings.training.plan():
+        size, last = stage.batch_size or settings.training.batch_size, first + stage.epochs - 1
+        stages[f"epochs {first} to {last}" if last > first else f"epoch {first}"] = (
+            f"{stage.image_size} px, {size * number * steps:,} images an update"
+            + (f" ({size:,}{factors})" if factors else "")
+        )
+        first = last + 1
+    rate = f"{scale_rate(settings, number).learning_rate:g} at most"
+    if number > 1:
+        rate += f" ({settings.training.learning_rate:g}, scaled for {number} GPUs: {settings.imagenet.rate_scaling})"
+    return {"Plan": {**stages, "learning rate": rate}}
 
 
 def train(

@@ -5,6 +5,7 @@ from kedro.pipeline import Node, Pipeline
 from collective_pipeline.pipelines import arm
 from collective_pipeline.pipelines.imagenet.nodes import (
     clear_for_training,
+    describe_updates,
     index_files,
     make_network,
     open_images,
@@ -38,6 +39,12 @@ def create_pipeline() -> Pipeline:
                 inputs=["splits", "settings", "device", f"{ARM}.arm", f"{ARM}.last"],
                 outputs=f"{ARM}.snapshots",
                 name="clear_for_training",
+            ),
+            Node(
+                describe_updates,
+                inputs=["settings", f"{ARM}.snapshots"],
+                outputs="imagenet.facts",
+                name="describe_updates",
             ),
         ]
     ) + arm.create_pipeline(ARM, num_arms=1, train=train)
