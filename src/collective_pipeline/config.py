@@ -61,6 +61,8 @@ MODEL_TYPES: tuple[ModelType, ...] = get_args(ModelType)
 TECHNIQUES: tuple[Technique, ...] = get_args(Technique)
 IMAGE_MODEL_TYPES: tuple[ImageModelType, ...] = get_args(ImageModelType)
 DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
+# Of the column that lines of progress begin with.
+ARM_NAME_WIDTH = max(len(name) for name in get_args(ArmName))
 
 # What people who come from the originals type.
 ORIGINAL_NAMES = {

@@ -2,10 +2,11 @@
 
 import logging
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
-from collective_pipeline.config import Stage, TrainingConfig
+from collective_pipeline.config import ArmName, Stage, TrainingConfig
 from collective_pipeline.training import progress
 from collective_pipeline.training.loop import Epoch
 from collective_pipeline.training.progress import Progress, duration, measure_pace, weigh_epochs
@@ -37,6 +38,14 @@ def test_a_line_says_where_it_is_and_how_long_it_takes(clock, told):
 
     (line,) = told.messages
     assert " ".join(line.split()) == "shallow epoch 1/10 validation accuracy 97.00 % 2.0 s/epoch 18 s left"
+
+
+def test_lines_of_all_arms_begin_in_the_same_column(clock, told):
+    """Behind the longest of their names."""
+    for name in get_args(ArmName):
+        Progress(name, num_epochs=10, num_arms=1, device_type="cpu")(epoch(1, 2.0))
+
+    assert len({line.rindex("epoch 1/10") for line in told.messages}) == 1
 
 
 def test_seeds_that_train_in_turn_have_a_pace_each_and_the_time_of_all_that_is_left(clock, told):

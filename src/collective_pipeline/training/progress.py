@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from collective_pipeline.config import DEBUG, TrainingConfig
+from collective_pipeline.config import ARM_NAME_WIDTH, DEBUG, TrainingConfig
 from collective_pipeline.training.loop import Epoch
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class Progress:
 
     def _log(self, text: str) -> None:
         self.last_line = time.perf_counter()
-        logger.info("%-16s  %s", self.arm, text)
+        logger.info("%-*s  %s", ARM_NAME_WIDTH, self.arm, text)
 
 
 def weigh_epochs(config: TrainingConfig, *, num_images: int, image_size: int) -> list[float]:

@@ -78,7 +78,7 @@ def _tell(losses: Iterator[float], rates: torch.Tensor, arm: Arm) -> Iterator[fl
             left = duration((now - started) / done * (len(rates) - done))
             rate = float(rates[done - 1])
             logger.info(
-                "%-16s  update %d/%d  rate %.1e  loss %.4f  %s left", arm.model_type, done, len(rates), rate, loss, left
+                "%s  update %d/%d  rate %.1e  loss %.4f  %s left", arm.model_type, done, len(rates), rate, loss, left
             )
         if interrupt.requested():
             interrupt.stop(f"nothing is written of the {done} of {len(rates)} updates that were done")

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from collective_pipeline.config import UserError
+from collective_pipeline.config import ARM_NAME_WIDTH, UserError
 from collective_pipeline.files import replacing, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ class Snapshots:
                         now,
                     )
             return snapshot
-        logger.info("%-16s  nothing was saved of it: it begins from the start", self.name)
+        logger.info("%-*s  nothing was saved of it: it begins from the start", ARM_NAME_WIDTH, self.name)
         return None
 
     def _compare(self, path: Path, header: Mapping[str, Any], apart_from: Collection[str] = ()) -> None:

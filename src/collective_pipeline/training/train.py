@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import collective_pipeline
 from collective_pipeline.config import (
+    ARM_NAME_WIDTH,
     LOOKS_ON,
     Arm,
     ModelType,
@@ -133,7 +134,7 @@ def train_arm(
     if saved is not None and not saved.facts["place"]["finished"]:
         place = saved.facts["place"]
         within = f" and {place['update']} updates of the next" if place["update"] else ""
-        logger.info("%-16s  goes on after epoch %d/%d%s", name, place["epoch"], config.epochs, within)
+        logger.info("%-*s  goes on after epoch %d/%d%s", ARM_NAME_WIDTH, name, place["epoch"], config.epochs, within)
     training = _ArmTraining(name, arm, splits, config, device, list(callbacks), watch, snapshots, prepare, look, ranks)
     fits = training.run(groups, need, saved)
     result = Fit.join(fits)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from collective_pipeline.config import (
+    ARM_NAME_WIDTH,
     Arm,
     MergedMoeConfig,
     MixtureArchitecture,
@@ -244,7 +245,7 @@ def train_sub_models(
     checkpoints, histories = {}, [pd.DataFrame(columns=["model_type", "seed", "epoch", "seconds"])]
     is_alone = threading.current_thread() is threading.main_thread()
     for plan in plans:
-        logger.info("%-16s  learns %s", plan.name, _told(plan.splits))
+        logger.info("%-*s  learns %s", ARM_NAME_WIDTH, plan.name, _told(plan.splits))
         tags = {"model_type": plan.arm.model_type, "dataset": settings.dataset}
         params = {"classes": _told(plan.splits), "params": plan.arm.params}
         with nested_run(plan.name, snapshots[plan.name].run_file, tags=tags, params=params):
