@@ -1,7 +1,11 @@
+import signal
+
 import pandas as pd
 import pytest
 
-from collective_pipeline.hooks import command_to_go_on, format_comparison
+from collective_pipeline.hooks import StopCleanly, command_to_go_on, format_comparison
+from collective_pipeline.pipeline_registry import register_pipelines
+from collective_pipeline.training import interrupt
 
 
 @pytest.mark.parametrize(
@@ -17,6 +21,19 @@ from collective_pipeline.hooks import command_to_go_on, format_comparison
 )
 def test_who_was_stopped_is_told_the_whole_command_to_go_on(typed, told):
     assert command_to_go_on(typed.split()) == told
+
+
+@pytest.mark.parametrize("pipeline", register_pipelines())
+def test_who_stops_a_run_is_told_of_a_saved_state_only_where_there_will_be_one(pipeline, caplog):
+    stopping = StopCleanly()
+    stopping.before_pipeline_run(register_pipelines()[pipeline])
+    signal.raise_signal(signal.SIGTERM)
+    was_requested = interrupt.requested()
+    stopping.after_pipeline_run()
+
+    (line,) = caplog.messages
+    assert was_requested and line.startswith("SIGTERM: the run ")
+    assert ("saves its state" in line) == (pipeline not in {"demo", "predict", "lr_finder"})
 
 
 @pytest.mark.parametrize("reference", ["collective", "shallow"])

@@ -86,8 +86,7 @@ class CheckBeforeRun:
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
         """What `--params` gives is read; all folders that the run writes to can be written to and have room."""
-        states = {name for name in pipeline.inputs() if name.endswith((".last", ".states"))}  # written by their nodes
-        paths = (_filepath(catalog, name) for name in pipeline.all_outputs() | states)
+        paths = (_filepath(catalog, name) for name in pipeline.all_outputs() | _list_states(pipeline))
         folders = {Path(path).parent for path in paths if path is not None}
         names = [DEFAULT if name == "__default__" else name for name in run_params["pipeline_names"] or [DEFAULT]]
         try:
@@ -103,6 +102,11 @@ class CheckBeforeRun:
                 check_writable(folder, needed)
         except UserError as error:
             raise _for_person(error) from error
+
+
+def _list_states(pipeline: Pipeline) -> set[str]:
+    """The datasets in which its nodes themselves save training that is not over."""
+    return {name for name in pipeline.inputs() if name.endswith((".last", ".states"))}
 
 
 def check_writable(folder: Path, num_bytes: int) -> None:
@@ -133,9 +137,9 @@ class StopCleanly:
 
     # Kedro does not tell of an error in the hooks of this moment: no other may come after this one.
     @hook_impl(trylast=True)
-    def before_pipeline_run(self) -> None:
+    def before_pipeline_run(self, pipeline: Pipeline) -> None:
         """From now on."""
-        self.listening.enter_context(interrupt.listen())
+        self.listening.enter_context(interrupt.listen(saves=bool(_list_states(pipeline))))
 
     @hook_impl(tryfirst=True)
     def before_node_run(self, node: Node) -> None:

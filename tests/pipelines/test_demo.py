@@ -277,4 +277,5 @@ def test_a_command_serves_until_it_is_stopped(new_project, tmp_path, stop):
                 process.send_signal(stop)
 
     assert process.returncode == 0, "".join(told)
+    assert f"{stop.name}: the run ends as soon as it can." in told[-2]
     assert "The demo has ended." in told[-1] and "Traceback" not in "".join(told)

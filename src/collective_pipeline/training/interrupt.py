@@ -48,10 +48,14 @@ def stop(what: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def listen(*, patient: bool = False) -> Iterator[None]:
+def listen(*, patient: bool = False, saves: bool = True) -> Iterator[None]:
     """Notice SIGTERM and SIGINT; a second one ends the process at once, unless it is `patient`.
 
     Only the main thread can listen. A worker hears of one stop from its terminal and from the process that started it.
+
+    Args:
+        patient: Whether it waits for what was told to stop, however often it is told.
+        saves: Whether what it does is training whose state is saved, as whoever stops it is told.
     """
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if is_main else {}
@@ -64,7 +68,8 @@ def listen(*, patient: bool = False) -> Iterator[None]:
         _received.append(signal.Signals(number))
         # What is patient was told by a process that says so itself.
         level = logging.DEBUG if patient else logging.WARNING
-        logger.log(level, "%s: the run stops at the next step; what trains saves its state.", _received[-1].name)
+        how = "stops at the next step; what trains saves its state" if saves else "ends as soon as it can"
+        logger.log(level, "%s: the run %s.", _received[-1].name, how)
         if not patient:
             restore()
 
