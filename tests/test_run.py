@@ -674,18 +674,20 @@ def test_an_arm_that_fails_stops_the_others(tmp_path, new_project, monkeypatch):
 
 
 def test_what_was_saved_stays_where_a_run_cannot_begin(tmp_path, new_project):
-    """A slip of the finger costs nothing: states are given up only once every arm may train."""
+    """A slip of the finger costs nothing, and leaves no run: states are given up only once every arm may train."""
     project = new_project(tmp_path)
     command = ("run", "--pipeline", "phase1", "--env", "debug", "--params")
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, "shallow", 1)
         kedro(project, *command, as_params(TINY))
     states = {path: path.read_bytes() for path in project.rglob("last.safetensors")}
+    runs = set(runs_of(project)["run_id"])
     refused = [{"device": "cuda:99"}, {"training.batch_size": 1000}, {"baselines.target_params": 3189}]
     for change in refused:
         assert kedro(project, *command, as_params(TINY | change)).exit_code == 1
 
     assert len(states) >= 2 and {path: path.read_bytes() for path in states} == states
+    assert runs and set(runs_of(project)["run_id"]) == runs
 
 
 def test_one_seed_that_diverges_late_is_reported(tmp_path, new_project, monkeypatch):

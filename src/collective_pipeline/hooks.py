@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from kedro.framework.hooks import hook_impl
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from omegaconf import OmegaConf
 
 from collective_pipeline.config import (
@@ -48,6 +49,7 @@ from collective_pipeline.training.tracking import (
     set_up_system_metrics,
     start_run,
 )
+from collective_pipeline.tuning.tracking import STUDY_TAG
 
 SPARE_BYTES = 64 * 2**20
 
@@ -242,10 +244,18 @@ class TrackArms:
 
     @hook_impl(trylast=True)
     def on_pipeline_error(self, error: Exception) -> None:
-        """End the run of this command as failed, or as stopped: to kedro-mlflow all errors are failures."""
+        """End the run of this command as failed, or as stopped: to kedro-mlflow all errors are failures.
+
+        A command that was refused before anything was tracked leaves no run.
+        """
         _end_runs(_status(error))
-        if self.command_run is not None:
-            mlflow.MlflowClient().set_terminated(self.command_run, _status(error))
+        if self.command_run is None:
+            return
+        client = mlflow.MlflowClient()
+        client.set_terminated(self.command_run, _status(error))
+        refusal = next((cause for cause in _causes(error) if isinstance(cause, UserError)), None)
+        if refusal is not None and not isinstance(refusal, Interrupted) and _is_empty(client, self.command_run):
+            client.delete_run(self.command_run)
 
 
 class LogModels:
@@ -264,6 +274,13 @@ class LogModels:
 
 def _status(error: Exception) -> str:
     return "KILLED" if isinstance(error, Interrupted) else "FAILED"
+
+
+def _is_empty(client: mlflow.MlflowClient, run_id: str) -> bool:
+    """Whether nothing was trained in this run of a command, and no study of a sweep has it as its own."""
+    run = client.get_run(run_id)
+    inside = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'"
+    return STUDY_TAG not in run.data.tags and not client.search_runs([run.info.experiment_id], inside, max_results=1)
 
 
 def _end_runs(status: str) -> None:
@@ -337,8 +354,7 @@ class PlainErrors:
     @hook_impl(trylast=True)
     def on_pipeline_error(self, error: Exception) -> None:
         """Say it plainly if the user can do something about it."""
-        cause: BaseException | None = error
-        while cause is not None:
+        for cause in _causes(error):
             if isinstance(cause, UserError):
                 raise _for_person(cause) from error
             if isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT}:
@@ -349,7 +365,14 @@ class PlainErrors:
                         "with --params resume=true, which does not train again what is done"
                     )
                 ) from error
-            cause = cause.__cause__ or cause.__context__
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it came of, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _for_person(error: UserError) -> Exception:
