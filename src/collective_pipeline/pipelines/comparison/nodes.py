@@ -20,7 +20,7 @@ from collective_pipeline.evaluation.experts import ExpertAnalysis, describe_expe
 from collective_pipeline.evaluation.figures import plot_samples
 from collective_pipeline.evaluation.latency import measure_latency, measure_skipping
 from collective_pipeline.evaluation.report import write_report
-from collective_pipeline.evaluation.results import summarise_runs
+from collective_pipeline.evaluation.results import OF_CLASS, summarise_runs
 from collective_pipeline.evaluation.verdict import answer, answer_worth
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.pipelines.experiments import EXPERIMENTS
@@ -37,7 +37,8 @@ def compare(
     settings: Parameters, latency: dict[str, float], *results: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """All runs, one row for each arm, and the answer with the figures that it rests on."""
-    runs = pd.concat(results, ignore_index=True)
+    # A table from a file has a block of memory for each column: one more behind a thousand classes would be slow.
+    runs = pd.concat([of_arm.loc[:, ~of_arm.columns.str.startswith(OF_CLASS)] for of_arm in results], ignore_index=True)
     reference: str = settings.comparison.reference
     timed = runs.assign(latency_ms=runs["model_type"].map(latency))
     comparison = compare_arms(timed, settings.comparison, reference=reference)
