@@ -5,11 +5,13 @@ from dataclasses import replace
 from typing import get_args
 
 import pytest
+import torch
 
-from collective_pipeline.config import ArmName, Stage, TrainingConfig
+from collective_pipeline.config import ArmName, Parameters, Stage, TrainingConfig
 from collective_pipeline.training import progress
 from collective_pipeline.training.loop import Epoch
-from collective_pipeline.training.progress import Progress, duration, measure_pace, weigh_epochs
+from collective_pipeline.training.progress import Progress, duration, make_progress, measure_pace, weigh_epochs
+from collective_pipeline.training.train import match_to_splits
 
 
 @pytest.fixture
@@ -203,6 +205,18 @@ def test_two_minutes_within_the_first_epoch_tell_the_whole_plan(clock, told):
 
     (line,) = (line for line in told.messages if "take about" in line and "At this pace" not in line)
     assert line.endswith("at the pace of its updates all 3 epochs take about 6.0 h and cost 12.00")
+
+
+@pytest.mark.parametrize(
+    ("device_type", "num_gpus", "price"), [("cuda", 4, 12.0), ("cuda", 0.5, 1.5), ("cpu", 1, None)]
+)
+def test_an_arm_costs_what_its_gpus_do(splits, device_type, num_gpus, price):
+    """All of them, or a part of one that it shares; nothing is told on a CPU."""
+    settings = Parameters(price_per_gpu_hour=3.0, training=TrainingConfig(epochs=7))
+    arm = match_to_splits(settings, splits, "shallow")
+    report = make_progress("name", arm, splits, settings, torch.device(device_type), num_gpus=num_gpus)
+
+    assert report.price_per_hour == price and len(report.weights) == report.num_epochs == 7
 
 
 def test_time_left_counts_stages_that_are_still_to_come_by_their_pixels(clock, told):

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from collective_pipeline.config import ARM_NAME_WIDTH, DEBUG, TrainingConfig
+from collective_pipeline.config import ARM_NAME_WIDTH, DEBUG, Arm, Parameters, TrainingConfig
+from collective_pipeline.data.splits import Splits
+from collective_pipeline.data.streaming import StreamedSplits
 from collective_pipeline.training.loop import Epoch
 
 logger = logging.getLogger(__name__)
@@ -190,6 +192,35 @@ class Progress:
     def _log(self, text: str) -> None:
         self.last_line = time.perf_counter()
         logger.info("%-*s  %s", ARM_NAME_WIDTH, self.arm, text)
+
+
+def make_progress(
+    name: str,
+    arm: Arm,
+    splits: Splits | StreamedSplits,
+    settings: Parameters,
+    device: torch.device,
+    *,
+    num_gpus: float,
+    num_arms: int = 1,
+) -> Progress:
+    """What tells of the arm called `name` while it trains as the settings say.
+
+    Args:
+        name, arm, splits, settings, device: What trains, and where.
+        num_gpus: That the arm has for itself, if it trains on GPUs: a half of one if it shares one with another arm.
+        num_arms: That are trained one after another, this one among them.
+    """
+    training, price = settings.training, settings.price_per_gpu_hour
+    return Progress(
+        name,
+        num_epochs=training.epochs,
+        num_arms=num_arms,
+        device_type=device.type,
+        num_parts=len(settings.seeds) if arm.is_convolutional else 1,
+        weights=weigh_epochs(training, num_images=len(splits.train), image_size=splits.image_shape[-1]),
+        price_per_hour=None if price is None or device.type != "cuda" else num_gpus * price,
+    )
 
 
 def weigh_epochs(config: TrainingConfig, *, num_images: int, image_size: int) -> list[float]:

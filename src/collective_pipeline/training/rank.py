@@ -28,7 +28,7 @@ from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.launch import JOB, RESULT, STOPPED, count_own_cores
 from collective_pipeline.training.loop import Callback, Fit
-from collective_pipeline.training.progress import Progress, weigh_epochs
+from collective_pipeline.training.progress import make_progress
 from collective_pipeline.training.ranks import Ranks
 from collective_pipeline.training.snapshots import Snapshots
 from collective_pipeline.training.tracking import Curves, join_run
@@ -102,16 +102,7 @@ def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]
     snapshots = job.snapshots(device, ranks.number)
     callbacks: list[Callback] = []
     if ranks.is_first:
-        price = job.settings.price_per_gpu_hour
-        progress = Progress(
-            job.arm.model_type,
-            num_epochs=job.training.epochs,
-            num_arms=1,
-            device_type=device.type,
-            num_parts=len(job.settings.seeds),
-            weights=weigh_epochs(job.training, num_images=len(splits.train), image_size=splits.image_shape[-1]),
-            price_per_hour=None if price is None or device.type != "cuda" else price * ranks.number,
-        )
+        progress = make_progress(job.arm.model_type, job.arm, splits, job.settings, device, num_gpus=ranks.number)
         callbacks = [progress, Curves()]
     return train_arm(
         job.arm,

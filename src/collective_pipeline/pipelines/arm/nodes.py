@@ -19,7 +19,7 @@ from collective_pipeline.evaluation.figures import plot_experts, plot_samples
 from collective_pipeline.evaluation.results import tabulate
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.training.loop import Fit
-from collective_pipeline.training.progress import Progress, weigh_epochs
+from collective_pipeline.training.progress import make_progress
 from collective_pipeline.training.snapshots import Snapshots
 from collective_pipeline.training.tracking import Curves, is_tracked, log_figure
 from collective_pipeline.training.train import match_to_splits, score, snapshots_at, train_arm
@@ -85,15 +85,8 @@ def train(
     # A thread of its own means that all arms train at the same time.
     is_alone = threading.current_thread() is threading.main_thread()
     num_beside = 1 if is_alone else num_arms
-    price = settings.price_per_gpu_hour
-    progress = Progress(
-        name,
-        num_epochs=settings.training.epochs,
-        num_arms=num_arms if is_alone else 1,
-        device_type=device.type,
-        num_parts=len(settings.seeds) if arm.is_convolutional else 1,
-        weights=weigh_epochs(settings.training, num_images=len(splits.train), image_size=splits.image_shape[-1]),
-        price_per_hour=None if price is None or device.type != "cuda" else price / num_beside,
+    progress = make_progress(
+        name, arm, splits, settings, device, num_gpus=1 / num_beside, num_arms=num_arms if is_alone else 1
     )
     checkpoint, result = train_arm(
         arm,
