@@ -110,7 +110,7 @@ def train(splits: StreamedSplits, state: Path, options: argparse.Namespace) -> t
     """By as many ranks, going on from `state`."""
     # Ranks look for the class in this file's module, which has another name when it is the script.
     make_job = importlib.import_module(Path(__file__).stem).HastyJob
-    settings = Parameters(imagenet=CONFIG, resume=True).of_experiment(CONFIG, reference=CONFIG.model)
+    settings = Parameters(imagenet=CONFIG, resume=True).of_experiment("imagenet")
     job = make_job(make_arm(CONFIG, splits.num_classes), splits, settings, state, options.ranks, options.device)
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     result: tuple[Checkpoint, Fit] = launch(job, number=options.ranks, environment={"PYTHONPATH": path})

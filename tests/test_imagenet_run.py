@@ -13,6 +13,7 @@ from tests.test_run import as_params, kedro, runs_of
 from collective_pipeline.config import UserError
 from collective_pipeline.data.image_index import index_images
 from collective_pipeline.models.checkpoint import load_checkpoint
+from collective_pipeline.pipelines.data.nodes import read_settings
 from collective_pipeline.pipelines.imagenet import nodes
 
 REPORTING = "data/08_reporting/imagenet"
@@ -115,7 +116,7 @@ def test_the_report_says_what_an_update_and_its_rate_were(trained):
     """Of each stage, with the GPUs that training was begun on, whatever the parameters say of one."""
     stages = ({"epochs": 8, "image_size": 160}, {"epochs": 1, "image_size": 192, "batch_size": 256})
     training = {"epochs": 9, "stages": stages, "batch_size": 512, "accumulation_steps": 2, "learning_rate": 0.5}
-    settings, _ = nodes.read_settings({"imagenet": {"training": training, "rate_scaling": "sqrt"}})
+    settings, _ = read_settings({"imagenet": {"training": training, "rate_scaling": "sqrt"}}, "imagenet")
 
     assert nodes.describe_updates(settings, SimpleNamespace(identity={"num_gpus": 4})) == {
         "Plan": {

@@ -53,6 +53,8 @@ Head = Literal["linear", "conv"]
 MixtureModelType = Literal["merged_moe", "single_expert", "dense", "conv_collective", "sub_model"]
 # Of every experiment.
 ArmName = Literal[ModelType, ImageModelType, NarrowModelType, MixtureModelType, Technique]
+# With a data set, seeds and training of their own, in a section of their own.
+OwnExperiment = Literal["deepmoe", "merged_moe", "tiny_imagenet", "imagenet"]
 DatasetName = Literal["mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenet64"]
 Strategy = Literal["end_to_end", "pretrain_freeze_finetune", "layerwise_autoencoding"]
 
@@ -1182,10 +1184,10 @@ class Parameters(Config):
             )
         return self
 
-    def of_experiment(
-        self, own: DeepMoeConfig | MergedMoeConfig | TinyImagenetConfig | ImageNetConfig, *, reference: str
-    ) -> Self:
-        """The same with an experiment's own data set, seeds and training, its arms compared to `reference`."""
+    def of_experiment(self, name: OwnExperiment) -> Self:
+        """The same with the experiment's own data set, seeds and training, and the reference of its arms."""
+        own = getattr(self, name)
+        reference = {"merged_moe": "merged_moe", "tiny_imagenet": "plain"}.get(name) or own.model
         comparison = self.comparison.model_copy(update={"reference": reference})
         shared = {"dataset": own.dataset, "seeds": own.seeds, "training": own.training, "comparison": comparison}
         return self.model_copy(update=shared)

@@ -52,7 +52,7 @@ def register_pipelines() -> dict[str, Pipeline]:
     phase1 = make_experiment("phase1", images, MODEL_TYPES, arm.matched(MODEL_TYPES), analysed=["collective"])
     gated = make_experiment(
         "deepmoe",
-        data.create_pipeline(deepmoe.read_settings, raw_images="deepmoe.raw_images"),
+        data.create_pipeline("deepmoe"),
         ["deepmoe_gated", "deepmoe_dense", "deepmoe_narrow"],
         deepmoe.make_arms,
         analysed=["deepmoe_gated"],

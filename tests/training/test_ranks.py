@@ -75,7 +75,7 @@ def splits(tmp_path_factory) -> StreamedSplits:
 def make_job(
     splits: StreamedSplits, state: Path, *, planned: int, config: ImageNetConfig = CONFIG, resume=False
 ) -> Job:
-    settings = Parameters(imagenet=config, resume=resume).of_experiment(config, reference="resnet18")
+    settings = Parameters(imagenet=config, resume=resume).of_experiment("imagenet")
     return Job(make_arm(config, 3), splits, settings, state, planned, "cpu")
 
 

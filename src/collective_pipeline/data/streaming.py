@@ -189,10 +189,6 @@ class StreamedSplits:
         return 3, self.test.image_size, self.test.image_size
 
     @property
-    def in_dim(self) -> int:
-        return math.prod(self.image_shape)
-
-    @property
     def num_classes(self) -> int:
         return len(self.class_names)
 

@@ -4,15 +4,19 @@ from typing import Any
 
 import torch
 
-from collective_pipeline.config import Parameters, check_parameters
+from collective_pipeline.config import OwnExperiment, Parameters, check_parameters
 from collective_pipeline.data.batches import check_batches
 from collective_pipeline.data.splits import RawImages, Splits, make_splits
 from collective_pipeline.training.runtime import choose_device
 
 
-def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
-    """All parameters, typed, and the device that they name."""
+def read_settings(
+    parameters: dict[str, Any], experiment: OwnExperiment | None = None
+) -> tuple[Parameters, torch.device]:
+    """All parameters, typed, with what this experiment has of its own, and the device that they name."""
     settings = check_parameters(parameters)
+    if experiment is not None:
+        settings = settings.of_experiment(experiment)
     return settings, choose_device(settings.device)
 
 

@@ -1,30 +1,26 @@
 """Parameters and raw images to settings and splits."""
 
-from collections.abc import Callable
+from functools import partial, update_wrapper
 
-import torch
 from kedro.pipeline import Node, Pipeline
 
-from collective_pipeline.config import Parameters
+from collective_pipeline.config import OwnExperiment
 from collective_pipeline.pipelines.data.nodes import read_settings, split_images
 
 
-def create_pipeline(
-    read: Callable[..., tuple[Parameters, torch.device]] = read_settings,
-    *,
-    raw_images: str = "raw_images",
-    splits: str = "splits",
-) -> Pipeline:
+def create_reader(experiment: OwnExperiment | None = None) -> Node:
+    """The node that gives the device and the settings, those of an experiment with a section of its own."""
+    read = update_wrapper(partial(read_settings, experiment=experiment), read_settings)
+    return Node(read, inputs="parameters", outputs=["settings", "device"], name="read_settings")
+
+
+def create_pipeline(experiment: OwnExperiment | None = None, *, splits: str = "splits") -> Pipeline:
     """What comes before any arm: everything that can be wrong with the input shows here.
 
     Args:
-        read: From all parameters to the settings of the experiment, and the device.
-        raw_images: The catalog's entry.
+        experiment: Whose settings and raw images.
         splits: What the split images are called.
     """
-    return Pipeline(
-        [
-            Node(read, inputs="parameters", outputs=["settings", "device"], name="read_settings"),
-            Node(split_images, inputs=[raw_images, "settings"], outputs=splits, name="split_images"),
-        ]
-    )
+    raw_images = "raw_images" if experiment is None else f"{experiment}.raw_images"
+    split = Node(split_images, inputs=[raw_images, "settings"], outputs=splits, name="split_images")
+    return Pipeline([create_reader(experiment), split])

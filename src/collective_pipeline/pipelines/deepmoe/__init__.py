@@ -1,5 +1,5 @@
 """Networks with gated channels beside those without."""
 
-from collective_pipeline.pipelines.deepmoe.nodes import list_arms, make_arms, read_settings
+from collective_pipeline.pipelines.deepmoe.nodes import list_arms, make_arms
 
-__all__ = ["list_arms", "make_arms", "read_settings"]
+__all__ = ["list_arms", "make_arms"]

@@ -1,27 +1,14 @@
 """What the parameters of DeepMoE say, in the form that every experiment has."""
 
-from typing import Any
-
-import torch
-
 from collective_pipeline.config import (
     Arm,
     DeepMoeConfig,
     ImageModelType,
     NarrowModelType,
     Parameters,
-    check_parameters,
 )
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.models.image_arms import image_architecture, make_image_arm
-from collective_pipeline.training.runtime import choose_device
-
-
-def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
-    """The settings with the data, seeds, training and reference of `deepmoe`, and the device."""
-    settings = check_parameters(parameters)
-    own = settings.deepmoe
-    return settings.of_experiment(own, reference=own.model), choose_device(settings.device)
 
 
 def make_arms(settings: Parameters, splits: Splits) -> list[Arm]:

@@ -2,15 +2,13 @@
 
 from kedro.pipeline import Node, Pipeline
 
-from collective_pipeline.pipelines.data.nodes import read_settings
+from collective_pipeline.pipelines.data import create_reader
 from collective_pipeline.pipelines.demo.nodes import choose_checkpoint, serve
 
 
 def create_pipeline() -> Pipeline:
     """From the parameters `demo`, `checkpoint` and `checkpoint_seed` to a page that answers until it is stopped."""
-    return Pipeline(
-        [Node(read_settings, inputs="parameters", outputs=["settings", "device"], name="read_settings")]
-    ) + Pipeline(
+    return Pipeline([create_reader()]) + Pipeline(
         [
             Node(
                 choose_checkpoint, inputs=["settings", "models", "outputs"], outputs="served", name="choose_checkpoint"

@@ -3,12 +3,11 @@
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 
-from collective_pipeline.config import Arm, GateConfig, ImageNetConfig, Parameters, UserError, check_parameters
+from collective_pipeline.config import Arm, GateConfig, ImageNetConfig, Parameters, UserError
 from collective_pipeline.data.image_index import ImageIndex, compare_index, index_images
 from collective_pipeline.data.packed import pack_images
 from collective_pipeline.data.streaming import Share, StreamedBatches, StreamedSplits, list_files, stream_index
@@ -18,7 +17,6 @@ from collective_pipeline.pipelines.arm.nodes import clear, tabulate_history
 from collective_pipeline.training.launch import count_ranks, is_launched, launch
 from collective_pipeline.training.rank import Job, lead, scale_rate, work
 from collective_pipeline.training.ranks import ALONE
-from collective_pipeline.training.runtime import choose_device
 from collective_pipeline.training.snapshots import Snapshots
 from collective_pipeline.training.tracking import run_environment
 
@@ -27,12 +25,6 @@ logger = logging.getLogger(__name__)
 # About what JPEG of quality 90 takes for photographs.
 PACKED_BYTES_A_PIXEL = 0.5
 FEW = 100  # images, of which each is a whole point of accuracy or more
-
-
-def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
-    """The settings with the data, seeds and training of `imagenet`, and the device."""
-    settings = check_parameters(parameters)
-    return settings.of_experiment(settings.imagenet, reference=settings.imagenet.model), choose_device(settings.device)
 
 
 def index_files(settings: Parameters, known: ImageIndex | None) -> tuple[ImageIndex, pd.DataFrame]:

@@ -3,13 +3,13 @@
 from kedro.pipeline import Node, Pipeline
 
 from collective_pipeline.pipelines import arm
+from collective_pipeline.pipelines.data import create_reader
 from collective_pipeline.pipelines.imagenet.nodes import (
     clear_for_training,
     describe_updates,
     index_files,
     make_network,
     open_images,
-    read_settings,
     train,
 )
 
@@ -20,7 +20,7 @@ def create_pipeline() -> Pipeline:
     """From a folder of images to the results of the network."""
     return Pipeline(
         [
-            Node(read_settings, inputs="parameters", outputs=["settings", "device"], name="read_settings"),
+            create_reader("imagenet"),
             Node(
                 index_files,
                 inputs=["settings", "imagenet.known_index"],

@@ -15,7 +15,7 @@ from collective_pipeline.data.streaming import StreamedSplits
 from collective_pipeline.evaluation.rates import answer_rates, suggest_rate, tabulate_rates, write_rate_report
 from collective_pipeline.pipelines import deepmoe, imagenet, tiny_imagenet
 from collective_pipeline.pipelines.comparison.nodes import describe_run
-from collective_pipeline.pipelines.data.nodes import read_settings as read_single
+from collective_pipeline.pipelines.data.nodes import read_settings as read_parameters
 from collective_pipeline.pipelines.data.nodes import split_images
 from collective_pipeline.training.rate_finder import find_rates
 from collective_pipeline.training.tracking import log_series
@@ -39,23 +39,20 @@ class Subject:
     """An experiment, as far as its first arm needs it.
 
     Attributes:
-        read: From all parameters to its settings, and the device.
-        make: From these and its images to its arms; the first one is trained.
+        make: From its settings and its images to its arms; the first one is trained.
         load: From the folder of all raw images and its settings to its images.
     """
 
-    read: Callable[[dict[str, Any]], tuple[Parameters, torch.device]]
     make: Callable[[Parameters, Any], list[Arm]]
     load: Callable[[Path, Parameters], Splits | StreamedSplits] = load_small_images
 
 
 # By the values of `lr_finder.experiment`.
 SUBJECTS = {
-    "single": Subject(read_single, lambda settings, splits: [match_to_splits(settings, splits)]),
-    "deepmoe": Subject(deepmoe.nodes.read_settings, deepmoe.nodes.make_arms),
-    "tiny_imagenet": Subject(tiny_imagenet.nodes.read_settings, tiny_imagenet.nodes.make_arms),
+    "single": Subject(lambda settings, splits: [match_to_splits(settings, splits)]),
+    "deepmoe": Subject(deepmoe.nodes.make_arms),
+    "tiny_imagenet": Subject(tiny_imagenet.nodes.make_arms),
     "imagenet": Subject(
-        imagenet.nodes.read_settings,
         lambda settings, splits: [imagenet.nodes.make_network(settings, splits)],
         open_image_files,
     ),
@@ -64,7 +61,8 @@ SUBJECTS = {
 
 def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
     """Those of the experiment that `lr_finder.experiment` names, and the device."""
-    return SUBJECTS[check_parameters(parameters).lr_finder.experiment].read(parameters)
+    experiment = check_parameters(parameters).lr_finder.experiment
+    return read_parameters(parameters, None if experiment == "single" else experiment)
 
 
 def load_splits(folder: Path, settings: Parameters) -> Splits | StreamedSplits:

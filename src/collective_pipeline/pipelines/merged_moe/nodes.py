@@ -5,7 +5,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -19,7 +18,6 @@ from collective_pipeline.config import (
     Parameters,
     TrainingConfig,
     UserError,
-    check_parameters,
 )
 from collective_pipeline.data.batches import check_batches
 from collective_pipeline.data.class_groups import GROUPS, ClassGroups, resolve_groups, restrict
@@ -36,7 +34,6 @@ from collective_pipeline.models.mixture_arms import (
     sub_model_arm,
 )
 from collective_pipeline.pipelines.arm.nodes import clear, evaluate, train
-from collective_pipeline.training.runtime import choose_device
 from collective_pipeline.training.snapshots import Snapshots, digest_of
 from collective_pipeline.training.tracking import nested_run
 from collective_pipeline.training.train import snapshots_at
@@ -54,12 +51,6 @@ class SubModelPlan:
     name: str
     arm: Arm
     splits: Splits
-
-
-def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
-    """The settings with the data, seeds and training of `merged_moe`, whose mixture is the reference; the device."""
-    settings = check_parameters(parameters)
-    return settings.of_experiment(settings.merged_moe, reference="merged_moe"), choose_device(settings.device)
 
 
 def group_classes(settings: Parameters, all_classes: Splits) -> tuple[Splits, ClassGroups]:

@@ -11,7 +11,6 @@ from collective_pipeline.pipelines.merged_moe.nodes import (
     evaluate_mixture,
     group_classes,
     make_arms,
-    read_settings,
     set_baseline_epochs,
     train_mixture,
     train_sub_models,
@@ -24,7 +23,7 @@ ARMS = (MIXTURE, *BASELINES)
 
 def create_pipeline() -> Pipeline:
     """From raw images to the results of all arms."""
-    images = data.create_pipeline(read_settings, raw_images="merged_moe.raw_images", splits="merged_moe.all_classes")
+    images = data.create_pipeline("merged_moe", splits="merged_moe.all_classes")
     baselines = (
         arm.create_pipeline(name, num_arms=len(ARMS), settings="merged_moe.baseline_settings") for name in BASELINES
     )

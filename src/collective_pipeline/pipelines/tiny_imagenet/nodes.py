@@ -1,9 +1,5 @@
 """Techniques as arms: what each changes of a network or of its training."""
 
-from typing import Any
-
-import torch
-
 from collective_pipeline.config import (
     TECHNIQUES,
     Arm,
@@ -11,17 +7,9 @@ from collective_pipeline.config import (
     Parameters,
     Technique,
     TinyImagenetConfig,
-    check_parameters,
 )
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.models.image_arms import image_architecture, make_image_arm
-from collective_pipeline.training.runtime import choose_device
-
-
-def read_settings(parameters: dict[str, Any]) -> tuple[Parameters, torch.device]:
-    """The settings with the data, seeds and training of `tiny_imagenet`, whose plain network is the reference."""
-    settings = check_parameters(parameters)
-    return settings.of_experiment(settings.tiny_imagenet, reference="plain"), choose_device(settings.device)
 
 
 def set_recipes(settings: Parameters) -> list[Parameters]:
