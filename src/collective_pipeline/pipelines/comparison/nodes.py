@@ -128,7 +128,7 @@ def report(
         results=runs,
         comparison=comparison,
         history=history,
-        facts=describe_run(settings, splits, device, experiment) | (more if isinstance(more, dict) else {}),
+        facts=(more if isinstance(more, dict) else {}) | describe_run(settings, splits, device, experiment),
         reference=settings.comparison.reference,
         experts=ExpertAnalysis(units, classes, seeds, samples),
         images=splits.test,
