@@ -3,12 +3,14 @@
 A launch starts three interpreters that import torch: ten seconds or more each on a busy machine, so there are few.
 """
 
+import ctypes
 import itertools
 import os
 import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +218,78 @@ def test_a_rank_that_is_killed_is_named_and_no_process_is_left(splits, tmp_path,
 
     assert ranks() == []
     assert "torch" not in capfd.readouterr().err
+
+
+class SlowJob(Job):
+    """Is at its third look for several times the grace of a rank that is alone; tells when that begins."""
+
+    def snapshots(self, device: torch.device, number: int) -> Snapshots:
+        """Which are asked after every update, of the first rank alone."""
+        sys.modules["__main__"].GRACE_SECONDS = 1.0
+        snapshots, looks = super().snapshots(device, number), itertools.count(1)
+
+        def is_due() -> bool:
+            if next(looks) == 3:
+                self.state.with_suffix(".slow").touch()
+                self.linger()
+            return False
+
+        snapshots.is_due = is_due
+        return snapshots
+
+    def linger(self) -> None:
+        """A slow disk."""
+        time.sleep(6)
+
+
+class HangingJob(SlowJob):
+    """Waits then, as in a collective that no other rank takes part in: not even for signals."""
+
+    def linger(self) -> None:
+        """A lock that is taken twice."""
+        libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+        libc.pthread_mutex_lock(lock)
+        libc.pthread_mutex_lock(lock)
+
+
+def launch_slowly(job: SlowJob, do: Callable[[], None]) -> None:
+    """By two ranks; `do` it when they begin to be slow."""
+
+    def wait() -> None:
+        while not job.state.with_suffix(".slow").exists():
+            time.sleep(0.05)
+        do()
+
+    job.state.parent.mkdir()
+    threading.Thread(target=wait, daemon=True).start()
+    with interrupt.listen():
+        launch(job, number=2, environment={"PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def test_ranks_that_are_told_to_stop_save_however_long_their_update_takes(splits, tmp_path):
+    job = SlowJob(**vars(make_job(splits, tmp_path / "state" / "last.safetensors", planned=2)))
+
+    with pytest.raises(Interrupted, match="saved after epoch 0 of 4 and 67 % of the next"):
+        launch_slowly(job, lambda: interrupt.request(Interrupted("a test")))
+
+    assert job.state.exists() and ranks() == []
+
+
+def test_a_rank_that_dies_ends_one_that_hangs_though_all_were_told_to_stop(splits, tmp_path):
+    """By its own watch: the agent would need half a minute."""
+    job = HangingJob(**vars(make_job(splits, tmp_path / "state" / "last.safetensors", planned=2)))
+    killed_at = []
+
+    def stop_and_kill() -> None:
+        interrupt.request(Interrupted("a test"))
+        time.sleep(3)
+        killed_at.append(time.perf_counter())
+        max(ranks(), key=lambda rank: rank.pid).kill()
+
+    with pytest.raises(UserError, match=r"rank 1 \(process \d+\) was ended by SIGKILL"):
+        launch_slowly(job, stop_and_kill)
+
+    assert time.perf_counter() - killed_at[0] < 20 and ranks() == []
 
 
 def test_counts_that_are_no_part_of_each_other_are_refused():

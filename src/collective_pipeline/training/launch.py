@@ -7,6 +7,7 @@ trains.
 import contextlib
 import json
 import logging
+import math
 import os
 import pickle
 import signal
@@ -27,11 +28,10 @@ from collective_pipeline.training import interrupt
 logger = logging.getLogger(__name__)
 
 # In the folder of a job.
-JOB, RESULT, STOPPED, FAILURE = "job.pickle", "result.pickle", "stopped", "failure.json"
+JOB, RESULT, STOP, STOPPED, FAILURE = "job.pickle", "result.pickle", "stop", "stopped", "failure.json"
 LOGS, LOG = "logs", "launcher.log"
 SECONDS_BETWEEN = 0.2
-# After being told to stop, for ranks to save; the launcher itself waits 30 s for them.
-PATIENCE_SECONDS = 60.0
+SECONDS_UNTIL_TOLD = 30.0  # of waiting for ranks that are to stop
 
 
 def is_launched() -> bool:
@@ -92,28 +92,32 @@ def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
             command, env={**os.environ, "OMP_NUM_THREADS": threads, **environment}, start_new_session=True
         )
         try:
-            _wait(process)
+            _wait(process, folder / STOP)
         finally:
             _end(process, name)
         stopped = folder / STOPPED
         if stopped.exists():
             interrupt.stop(stopped.read_text())
-        if process.returncode and interrupt.requested():
+        if process.returncode and interrupt.requested() and not (folder / FAILURE).exists():
             interrupt.stop("the ranks were ended before they could save; what they had saved before is there")
         if process.returncode:
             raise _error(folder, process.returncode)
         return pickle.loads((folder / RESULT).read_bytes())
 
 
-def _wait(process: subprocess.Popen[bytes]) -> None:
-    """Until it ends; if this process is told to stop, it is told too."""
+def _wait(process: subprocess.Popen[bytes], stop: Path) -> None:
+    """Until it ends; if this process is told to stop, the ranks are, with the file `stop`.
+
+    Not with a signal: the launcher sends one when a rank is gone, and then there is nothing to be patient for.
+    """
     told_at: float | None = None
     while process.poll() is None:
         if told_at is None and interrupt.requested():
             told_at = time.perf_counter()
-            process.terminate()
-        if told_at is not None and time.perf_counter() - told_at > PATIENCE_SECONDS:
-            return
+            stop.touch()
+        if told_at is not None and time.perf_counter() - told_at > SECONDS_UNTIL_TOLD:
+            told_at = math.inf
+            logger.warning("The ranks stop after what they are at now; a second signal ends them at once, unsaved.")
         time.sleep(SECONDS_BETWEEN)
 
 

@@ -17,11 +17,12 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from collective_pipeline.training.launch import FAILURE, LOG, LOGS
+from collective_pipeline.training.launch import FAILURE, LOG, LOGS, STOP
 
 SECONDS_BETWEEN = 0.5  # of looking at the ranks, and at the process that started this one
 NUM_LINES = 20  # of the last ones that a rank has said
@@ -32,7 +33,7 @@ def main(folder: Path, number: int, parent: int) -> None:
     logs = folder / LOGS
     logs.mkdir()
     _log_into(logs / LOG)
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    threading.Thread(target=_watch, args=(parent, folder / STOP), daemon=True).start()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -90,11 +91,14 @@ def _describe(error: ChildFailedError, logs: Path) -> dict[str, Any]:
     }
 
 
-def _watch(parent: int) -> None:
-    """Let the ranks save and stop when the process that started this one is gone."""
+def _watch(parent: int, stop: Path) -> None:
+    """Let the ranks save and stop when the process that started this one is gone; at once if they had been told to."""
     while os.getppid() == parent:
         time.sleep(SECONDS_BETWEEN)
-    os.kill(os.getpid(), signal.SIGTERM)
+    if stop.exists():
+        for rank in psutil.Process().children():
+            rank.kill()
+    stop.touch()
 
 
 if __name__ == "__main__":

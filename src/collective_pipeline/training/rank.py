@@ -9,6 +9,8 @@ import logging
 import math
 import os
 import pickle
+import select
+import signal
 import sys
 import threading
 import time
@@ -26,7 +28,7 @@ from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.layers import normalise_over_ranks
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
-from collective_pipeline.training.launch import JOB, RESULT, STOPPED, count_own_cores
+from collective_pipeline.training.launch import JOB, RESULT, STOP, STOPPED, count_own_cores
 from collective_pipeline.training.loop import Callback, Fit
 from collective_pipeline.training.progress import make_progress
 from collective_pipeline.training.ranks import Ranks
@@ -34,8 +36,9 @@ from collective_pipeline.training.snapshots import Snapshots
 from collective_pipeline.training.tracking import Curves, join_run
 from collective_pipeline.training.train import snapshots_at, train_arm
 
-# A rank that was told to stop and waits for one that is no longer there ends itself after this time.
+# A rank that may wait for one that is no longer there ends itself after this time.
 GRACE_SECONDS = 20.0
+SECONDS_BETWEEN = 0.5  # of looking whether it is to stop
 SCALINGS = {"none": lambda number: 1.0, "sqrt": math.sqrt, "linear": float}
 
 
@@ -142,7 +145,7 @@ def follow() -> None:
 def main(folder: Path, launcher: int) -> None:
     """Do the job in `folder`; the first rank leaves there what came of it."""
     sys.excepthook = _say_nothing
-    with _listening(launcher):
+    with _listening(launcher, folder / STOP):
         job: Job = pickle.loads((folder / JOB).read_bytes())
         ranks = Ranks.join()
         try:
@@ -162,12 +165,24 @@ def _say_nothing(*error: object) -> None:
 
 
 @contextlib.contextmanager
-def _listening(parent: int) -> Iterator[None]:
-    """Log as the command does; stop when told to, and when the process that started this one, `parent`, is gone."""
+def _listening(parent: int, stop: Path | None = None) -> Iterator[None]:
+    """Log as the command does; stop when told to, and when the process that started this one, `parent`, is gone.
+
+    Args:
+        parent: Its launcher, or torchrun.
+        stop: The file with which the launcher tells it.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
-    with interrupt.listen(patient=True):
-        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-        yield
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    # Python handles a signal when the main thread is next in Python, so never in a collective; this tells at once.
+    before = signal.set_wakeup_fd(told)
+    try:
+        with interrupt.listen(patient=True):
+            threading.Thread(target=_watch, args=(parent, stop, heard), daemon=True).start()
+            yield
+    finally:
+        signal.set_wakeup_fd(before)
 
 
 def _own_device(device_type: str) -> torch.device:
@@ -179,17 +194,25 @@ def _own_device(device_type: str) -> torch.device:
     return device
 
 
-def _watch(parent: int) -> None:
-    """Stop when the process that started this one is gone, and end what cannot stop because another rank is gone."""
-    told_at: float | None = None
+def _watch(parent: int, stop: Path | None, signals: int) -> None:
+    """Stop when told to, however long the present update takes; end where there may be no other rank to stop with.
+
+    That is where the process that started this one is gone, which watches over all, and where the launcher sends a
+    signal, which it does when a rank is gone; whoever wants to stop tells with a file. Under torchrun, which sends the
+    same signal for both, torchrun says how long it waits.
+    """
+    alone_at: float | None = None
     while True:
-        time.sleep(0.5)
-        if os.getppid() != parent:
-            interrupt.request(Interrupted("the process that started it is gone"))
-        if interrupt.requested():
-            told_at = told_at or time.perf_counter()
-            if time.perf_counter() - told_at > GRACE_SECONDS:
-                os._exit(1)
+        heard = select.select([signals], [], [], SECONDS_BETWEEN)[0]
+        if heard:
+            os.read(signals, 1)
+        is_orphan = os.getppid() != parent
+        if not interrupt.requested() and (is_orphan or (stop is not None and stop.exists())):
+            interrupt.request(Interrupted("it was told to"))
+        if is_orphan or (heard and stop is not None):
+            alone_at = alone_at or time.perf_counter()
+        if alone_at is not None and time.perf_counter() - alone_at > GRACE_SECONDS:
+            os._exit(1)
 
 
 if __name__ == "__main__":
