@@ -604,11 +604,6 @@ class TrainingConfig(Config):
         stages = self.stages or (Stage(epochs=self.epochs),)
         return tuple(stage.model_copy(update={"batch_size": stage.batch_size or self.batch_size}) for stage in stages)
 
-    def count_images(self, num_images: int, epochs: int) -> int:
-        """How many images are trained on in the first `epochs`, of a training part of `num_images`."""
-        batch_sizes = [stage.batch_size or self.batch_size for stage in self.plan() for _ in range(stage.epochs)]
-        return sum(num_images // batch_size * batch_size for batch_size in batch_sizes[:epochs])
-
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
         if self.warmup_epochs and self.schedule == "one_cycle":

@@ -160,6 +160,8 @@ def test_tables_hold_what_training_used(driver, arm, splits, training):
     assert joules.is_monotonic_increasing and joules.iloc[-1] > 0
     assert results["joules"].sum() == pytest.approx(joules.iloc[-1])
     images = results["samples_per_second"] * history["seconds"].max()
+    batches = len(splits.train) // training.batch_size
+    assert images.to_numpy() == pytest.approx(3 * training.epochs * batches * training.batch_size)
     assert results["images_per_joule"].to_numpy() == pytest.approx((images / joules.iloc[-1]).to_numpy())
     assert set(results["gpu_utilization_mean"]) == {40} and set(results["gpu_power_watts_limit"]) == {700}
     assert 3600 * results["gpu_hours"].sum() == pytest.approx(history["gpu_seconds"].max(), abs=1e-3)
@@ -174,7 +176,7 @@ def test_cost_is_gpu_hours_times_their_price(driver, arm, splits, training):
     history, test = pd.DataFrame(fit.history), {"accuracy": [90.0, 91.0]}
 
     def table(**about):
-        return tabulate(checkpoint, history, test, training, num_images=len(splits.train), **about)
+        return tabulate(checkpoint, history, test, training, **about)
 
     one = table(price_per_gpu_hour=3.6)
     seconds = 10 * (training.epochs - 1) / 2

@@ -188,6 +188,13 @@ def test_two_ranks_train_as_one_process_that_plays_both(splits, tmp_path):
     assert max(rates) > CONFIG.training.learning_rate
 
 
+def test_images_are_counted_that_all_ranks_have_trained_on(splits, tmp_path):
+    """Of 50 those in whole batches of all four: of 4 images for each in the first stage, of 8 in the second."""
+    _, fit = work(make_job(splits, tmp_path / "state.safetensors", planned=4), ALONE, CPU)
+
+    assert [row["images"] for row in fit.history] == [48, 96, 96 + 32, 96 + 64]
+
+
 @pytest.mark.slow
 def test_what_a_rank_fails_of_is_told_and_no_process_is_left(splits, tmp_path):
     root = tmp_path / "images"

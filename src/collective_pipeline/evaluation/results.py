@@ -23,7 +23,6 @@ def tabulate(
     test: Mapping[str, Sequence[float]],
     config: TrainingConfig,
     *,
-    num_images: int,
     executed_macs: Sequence[float] | None = None,
     price_per_gpu_hour: float | None = None,
 ) -> pd.DataFrame:
@@ -36,14 +35,13 @@ def tabulate(
         history: A row per seed and epoch.
         test: What `training.train.score` says of the test set, one number for each seed.
         config: How it was trained.
-        num_images: Of the training set.
         executed_macs: Of a test image with each seed, where gates close some; by default all that there are.
         price_per_gpu_hour: In any currency; None: not known.
     """
     arm, seeds = checkpoint.arm, checkpoint.seeds
     last = history.groupby("seed").tail(1).set_index("seed").loc[list(seeds)]
     seconds = float(history["seconds"].max())
-    images = sum(config.count_images(num_images, epochs) for epochs in last["epoch"])
+    images = last["images"].sum()
     results = pd.DataFrame(
         {
             "model_type": arm.model_type,

@@ -55,6 +55,7 @@ class Epoch:
         restored: Whether it is only told again: it was trained before the run was interrupted, or in groups of seeds.
         group: Which of how many groups of seeds it is of, where they train one after another.
         usage: Of the GPU since training began, as of its last reading.
+        images: On which each seed was trained since training began, by all ranks together.
     """
 
     number: int
@@ -68,6 +69,7 @@ class Epoch:
     restored: bool = False
     group: tuple[int, int] = (1, 1)
     usage: Usage = field(default_factory=Usage)
+    images: int = 0
 
     @property
     def partial(self) -> bool:
@@ -131,6 +133,7 @@ class Fit:
                 **{name: values[s] for name, values in epoch.metrics.items()},
                 "learning_rate": epoch.learning_rate,
                 "seconds": epoch.seconds,
+                "images": epoch.images,
                 **epoch.usage.figures,
             }
             for epoch in self.epochs
@@ -373,7 +376,8 @@ class _Fitting:
         result, config, phase = self.result, self.config, self.phases[index]
         metrics, rate = to_host(training.metrics()), training.learning_rate(number)
         seconds = time.perf_counter() - self.started
-        epoch = Epoch(number, config.epochs, phase.name, metrics, tuple(result.running), rate, seconds)
+        images = (result.epochs[-1].images if result.epochs else 0) + training.images_of_epoch
+        epoch = Epoch(number, config.epochs, phase.name, metrics, tuple(result.running), rate, seconds, images=images)
         result.record(epoch)
         if phase.selects:
             result.select(epoch, training.validated)
@@ -536,6 +540,7 @@ class _PhaseTraining:
         self.config = config
         self.ranks = ranks
         self.batches_per_update = config.accumulation_steps * batches.ranks_played
+        self.images_of_epoch = len(batches) * batches.batch_size * ranks.number  # whole batches alone
         validated = validation if phase.stage is None else validation.for_stage(phase.stage)
         self.device = batches.device
         phase.network.requires_grad_(False)

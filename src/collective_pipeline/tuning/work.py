@@ -403,7 +403,6 @@ class Worker:
             history,
             test,
             settings.training,
-            num_images=len(splits.train),
             price_per_gpu_hour=settings.price_per_gpu_hour,
         )
         claim.trial.set_user_attr("arm", arm.model_dump(mode="json"))

@@ -146,7 +146,6 @@ def evaluate(
         history,
         test,
         settings.training,
-        num_images=len(splits.train),
         executed_macs=executed,
         price_per_gpu_hour=settings.price_per_gpu_hour,
     )
