@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from collective_pipeline.data import jpeg
 from collective_pipeline.data.jpeg import Problem, decode, encode, is_plain
@@ -83,6 +83,34 @@ def test_what_pillow_reads_is_read_as_pillow_reads_it(kind):
 
     assert image.dtype == torch.uint8 and image.shape == (3, 60, 80)
     assert (image.int() - by_pillow(GOOD[kind]).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_file_is_turned_as_its_camera_says(gpu, orientation, order):
+    """As `predict` turns it; the GPU, which does not, gets only what is upright."""
+    tags = Image.Exif()
+    tags.endian = {"little": "<", "big": ">"}[order]
+    tags[0x010F], tags[0x0112] = "a camera", orientation
+    files = [encoded(smooth_image(60, 80, mode=mode), exif=tags) for mode in ("RGB", "L", "CMYK")]
+    files += [encoded(smooth_image(60, 80), "PNG", exif=tags)]
+
+    for device in (CPU, torch.device("cuda")):
+        for image, file in zip(decode(files, device), files, strict=True):
+            turned = ImageOps.exif_transpose(Image.open(io.BytesIO(file))).convert("RGB")
+            assert image.shape == (3, turned.height, turned.width)
+            assert (image.int() - torch.from_numpy(np.array(turned)).permute(2, 0, 1).int()).abs().max() <= 1
+    assert is_plain(files[0]) == (orientation not in range(2, 9)) == bool(gpu)
+
+
+@pytest.mark.parametrize(
+    "says", [b"", b"II*\0", b"MM\0*" + 60 * b"\xff", b"II*\0\x08\0\0\0\xff\xff" + 60 * b"\x12\x01"]
+)
+def test_a_camera_that_says_nonsense_is_not_heard(says):
+    header = b"\xff\xe1" + (len(says) + 8).to_bytes(2) + b"Exif\0\0" + says
+
+    file = JPEG[:2] + header + JPEG[2:]
+    assert is_plain(file) and torch.equal(decode([file], CPU)[0], decode([JPEG], CPU)[0])
 
 
 @pytest.mark.parametrize("kind", BAD)

@@ -7,10 +7,11 @@ warning cannot be kept silent in one thread alone.
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torchvision.io  # registers the operators
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from collective_pipeline.data.decoding import reason_of, to_mode, to_tensor
@@ -26,6 +27,8 @@ START, END = b"\xff\xd8", b"\xff\xd9"
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that give height, width and channels
 ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
 SCAN = {0xDA, 0xD9}  # behind these come no more headers
+APP1, EXIF = 0xE1, b"Exif\0\0"  # a header that may be the camera's, and how that begins
+ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,10 @@ class Problem:
 def decode(files: Sequence[Encoded | Problem], device: torch.device) -> list[Tensor | Problem]:
     """Every file as uint8 `(3, H, W)` on the device, or what is wrong with it; a problem given stays one.
 
-    Whole JPEG files are decoded by the GPU in one call where there is one; CMYK, PNG or BMP under another name, and
-    whatever the GPU refuses, on the CPU. Truncated files are refused, and what their camera says of their orientation
-    is left alone. Many threads may call it: on the CPU they run side by side. On the GPU the decoder has a stream of
-    its own that does not wait for the caller's: memory that the caller's stream has freed must be at rest.
+    Whole JPEG files are decoded by the GPU in one call where there is one; CMYK, PNG or BMP under another name, what is
+    to be turned as its camera says, and whatever the GPU refuses, on the CPU. Truncated files are refused. Many threads
+    may call it: on the CPU they run side by side. On the GPU the decoder has a stream of its own that does not wait for
+    the caller's: memory that the caller's stream has freed must be at rest.
     """
     if device.type != "cuda":
         return [_to_device(_decode_on_host(file), device) for file in files]
@@ -61,26 +64,33 @@ def encode(image: Tensor, quality: int) -> bytes:
 
 
 def is_plain(file: Encoded | Problem) -> bool:
-    """Whether it is a whole JPEG file, grey or coloured, of a size that can be decoded."""
-    if isinstance(file, Problem):
+    """Whether it is a whole JPEG file, grey or coloured, of a size that can be decoded, and its pixels are upright."""
+    if isinstance(file, Problem) or (frame := _read_frame(memoryview(file))) is None:
         return False
-    frame = _read_frame(memoryview(file))
-    if frame is None:
-        return False
-    height, width, channels = frame
+    can_be_decoded = frame.channels in {1, 3} and 0 < frame.height * frame.width <= MAX_PIXELS
     # Coded pixels never hold the mark of the end. The GPU would fill with grey what a truncated file lacks.
-    return channels in {1, 3} and 0 < height * width <= MAX_PIXELS and END in bytes(file[-TAIL:])
+    return can_be_decoded and frame.is_upright and END in bytes(file[-TAIL:])
 
 
-def _read_frame(file: memoryview) -> tuple[int, int, int] | None:
-    """Height, width and channels as the header of a JPEG file says; nothing where there is none."""
+class _Frame(NamedTuple):
+    """What the header of a JPEG file says."""
+
+    height: int
+    width: int
+    channels: int
+    is_upright: bool
+
+
+def _read_frame(file: memoryview) -> _Frame | None:
+    """Nothing where there is no such header."""
     if file[:2] != START:
         return None
-    at = 2
+    at, is_upright = 2, True
     while at + 10 <= len(file) and file[at] == 0xFF:
         marker = file[at + 1]
         if marker in FRAMES:
-            return file[at + 5] << 8 | file[at + 6], file[at + 7] << 8 | file[at + 8], file[at + 9]
+            height, width = file[at + 5] << 8 | file[at + 6], file[at + 7] << 8 | file[at + 8]
+            return _Frame(height, width, file[at + 9], is_upright)
         if marker in SCAN:
             break
         if marker == 0xFF:  # fills up
@@ -88,8 +98,24 @@ def _read_frame(file: memoryview) -> tuple[int, int, int] | None:
         elif marker in ALONE:
             at += 2
         else:
-            at += 2 + (file[at + 2] << 8 | file[at + 3])
+            end = at + 2 + (file[at + 2] << 8 | file[at + 3])
+            if marker == APP1 and bytes(file[at + 4 : at + 10]) == EXIF:
+                is_upright = _is_upright(file[at + 10 : end])
+            at = end
     return None
+
+
+def _is_upright(exif: memoryview) -> bool:
+    """Whether a camera says so, or nothing."""
+    order: Literal["little", "big"] = "little" if bytes(exif[:2]) == b"II" else "big"
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(exif[at : at + size], order)
+
+    first = number(4, 4)
+    end = min(first + 2 + 12 * number(first, 2), len(exif))
+    said = [number(entry + 8, 2) for entry in range(first + 2, end, 12) if number(entry, 2) == ORIENTATION]
+    return not said or not 2 <= said[0] <= 8
 
 
 def _decode_on_gpu(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
@@ -116,11 +142,11 @@ def _decode_on_host(file: Encoded | Problem) -> Tensor | Problem:
     frame = _read_frame(memoryview(file))
     if frame is None:
         return _decode_by_pillow(file)
-    height, width, _ = frame
+    height, width = frame[:2]
     if height * width > MAX_PIXELS:
         return Problem(f"its header says {height:,} x {width:,} pixels")
     try:
-        image: Tensor = torch.ops.image.decode_jpeg(_as_tensor(file), RGB, False)
+        image: Tensor = torch.ops.image.decode_jpeg(_as_tensor(file), RGB, True)  # turned as its camera says
     except RuntimeError:
         return _decode_by_pillow(file)
     return image
@@ -131,6 +157,7 @@ def _decode_by_pillow(file: Encoded) -> Tensor | Problem:
         with Image.open(io.BytesIO(file)) as image:
             if image.width * image.height > MAX_PIXELS:
                 return Problem(f"its header says {image.height:,} x {image.width:,} pixels")
+            ImageOps.exif_transpose(image, in_place=True)
             return to_tensor(to_mode(image, "RGB"))
     except Exception as error:  # damaged images raise almost anything
         return Problem(reason_of(error))
