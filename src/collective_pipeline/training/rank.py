@@ -37,7 +37,7 @@ from collective_pipeline.training.tracking import Curves, join_run
 from collective_pipeline.training.train import snapshots_at, train_arm
 
 # A rank that may wait for one that is no longer there ends itself after this time.
-GRACE_SECONDS = 20.0
+GRACE_SECONDS = 8.0
 SECONDS_BETWEEN = 0.5  # of looking whether it is to stop
 SCALINGS = {"none": lambda number: 1.0, "sqrt": math.sqrt, "linear": float}
 
