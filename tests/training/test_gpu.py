@@ -82,6 +82,21 @@ def test_joules_and_seconds_of_arms_side_by_side_sum_to_the_card_s(driver, refus
     assert measure(driver, 1)["joules"] == pytest.approx(300)
 
 
+def test_what_is_no_training_counts_for_nobody_or_for_those_beside(driver):
+    driver.now = 0.0
+    with Meter(CUDA, Usage()) as paused, Meter(CUDA, Usage()) as other:
+        driver.now = 2.0
+        with paused.paused():
+            driver.now = 5.0
+        driver.now = 6.0
+    assert (paused.usage.seconds, other.usage.seconds) == pytest.approx((3, 6))
+    assert (paused.usage.joules, other.usage.joules) == pytest.approx((3 * 150, 3 * 150 + 3 * 300))
+    driver.now = 7.0
+    with Meter(CUDA, Usage()) as alone, alone.paused():
+        driver.now = 9.0
+    assert alone.usage.joules is None or alone.usage.joules == 0
+
+
 def test_usage_of_several_times_is_that_of_all_of_it():
     parts = [Usage(1, {"power": 8.0}, {"power": 9.0}, 8.0), Usage(3, {"power": 4.0}, {"power": 5.0}, 12.0)]
     assert sum(parts, Usage()) == Usage(4, {"power": 5.0}, {"power": 9.0}, 20.0)

@@ -5,10 +5,11 @@ same time see the same ones; the card's energy and time are divided evenly among
 sum to the card's.
 """
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -104,6 +105,15 @@ class Meter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._card.end(self)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What the card does meanwhile is not for the training."""
+        self._card.end(self)
+        try:
+            yield
+        finally:
+            self._card.begin(self)
 
     def read(self) -> Usage:
         """The usage as of now."""

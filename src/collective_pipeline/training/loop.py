@@ -406,7 +406,8 @@ class _Fitting:
     def _show(self, look: Look, epoch: Epoch, network: nn.Module) -> None:
         """A copy of the network's weights: whatever is done with it, training is as it was."""
         began = time.perf_counter()
-        look(epoch, {name: tensor.clone() for name, tensor in network.state_dict().items()})
+        with self.meter.paused():
+            look(epoch, {name: tensor.clone() for name, tensor in network.state_dict().items()})
         self.started += time.perf_counter() - began  # which was no training
 
     def _tell(self, epoch: Epoch) -> None:
