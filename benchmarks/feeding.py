@@ -196,7 +196,7 @@ class Sources:
         return self.first.name(row)
 
     def read(self, rows: Sequence[int]) -> Sequence[Any]:
-        """Of validation the files."""
+        """Where batches lie ready those of validation, which is not timed."""
         return (self.now or self.first).read(rows)
 
     def watch(self, stops: Iterable[int]) -> Iterator[int]:

@@ -1052,7 +1052,10 @@ class ImageNetConfig(Config):
     )
     sync_norm: bool = Field(False, description="statistics of norms over the batches of all GPUs")
     threads: int | None = Field(
-        None, ge=1, le=512, description="that read images, of each GPU; null: its share of cores, 8 at most"
+        None,
+        ge=1,
+        le=512,
+        description="that read images, of each GPU; null: its share of cores, 8 where a GPU decodes",
     )
     cpu_share: float = Field(
         0.0, ge=0, le=1, description="of every batch, decoded by these threads though there is a GPU"

@@ -228,6 +228,13 @@ def test_what_threads_decode_for_a_gpu_arrives_in_one_piece_as_it_was():
     assert feeding._Decoded.pack(mixed[:1], pinned=False).on(CPU) == mixed[:1]
 
 
+def test_batches_are_on_the_device_that_is_asked_for(tree):
+    """Also where the CPU decodes for another kind of device than CUDA."""
+    batches = feed(tree, device=torch.device("meta")).batches(order(), None)
+
+    assert {tensor.device.type for batch in batches for tensor in batch} == {"meta"}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("cpu_share", [0.0, 0.4, 1.0])
 def test_the_gpu_is_fed_what_the_cpu_is_fed(tree, cpu_share):

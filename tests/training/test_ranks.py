@@ -282,6 +282,22 @@ def test_ranks_that_are_told_to_stop_save_however_long_their_update_takes(splits
     assert job.state.exists() and ranks() == []
 
 
+@pytest.mark.slow
+def test_ranks_that_a_scheduler_signals_one_by_one_save_all_the_same(splits, tmp_path):
+    """Nobody is gone: the signal that says so elsewhere starts no clock."""
+    job = SlowJob(**vars(make_job(splits, tmp_path / "state" / "last.safetensors", planned=2)))
+
+    def signal_all() -> None:
+        for rank in ranks():
+            rank.terminate()
+        interrupt.request(Interrupted("a test"))
+
+    with pytest.raises(Interrupted, match="saved after epoch 0 of 4 and 67 % of the next"):
+        launch_slowly(job, signal_all)
+
+    assert job.state.exists() and ranks() == []
+
+
 def test_a_rank_that_dies_ends_one_that_hangs_though_all_were_told_to_stop(splits, tmp_path):
     """By its own watch: the agent would need half a minute."""
     job = HangingJob(**vars(make_job(splits, tmp_path / "state" / "last.safetensors", planned=2)))

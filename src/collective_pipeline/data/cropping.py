@@ -96,6 +96,8 @@ def _load_kernel(device: torch.device) -> ModuleType | None:
 
                 crop_kernel.try_out(device)
                 _loaded.append(crop_kernel)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # Triton, its compiler and the driver each have errors of their own
                 logger.warning("Triton cannot be used here (%s): images are cut one by one, which is slower.", error)
                 _loaded.append(None)

@@ -4,6 +4,7 @@ Suffixes: K batches, B images of one, D draws.
 """
 
 import bisect
+import functools
 import itertools
 import logging
 import os
@@ -103,10 +104,7 @@ class Feed:
         self.ahead = ahead
         self.max_bad = max_bad
         self._problems: dict[int, Problem] = {}
-        # The same ones for all epochs: memory that one stream has freed serves no other.
-        self._streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()
-        for _ in range(PRODUCERS if device.type == "cuda" else 0):
-            self._streams.put(torch.cuda.Stream(device, priority=-1))  # little work that much waits for
+        self._streams = _streams_of(device)
 
     @property
     def num_bad(self) -> int:
@@ -188,8 +186,9 @@ class Feed:
         cut = self._resample(images, boxes, flips, readers)
         labels = self.source.labels[rows_B[used]]
         if self.device.type == "cuda":  # of other memory a copy makes the host wait for all that came before it
-            labels = labels.pin_memory().to(self.device, non_blocking=True)
-        return _Made(cut, labels, problems, ready=None)
+            labels = labels.pin_memory()
+        there = [part.to(self.device, non_blocking=True) for part in (cut, labels)]
+        return _Made(there[0], there[1], problems, ready=None)
 
     def _choose_parts(self, sizes: Tensor, draws_BD: Tensor | None) -> tuple[Tensor, Tensor]:
         """A box of every image, and whether it is mirrored."""
@@ -214,7 +213,7 @@ class Feed:
         return _Decoded.pack(images, pinned=True) if self.device.type == "cuda" else _Decoded(images)
 
     def _resample(self, images: Sequence[Tensor], boxes: Tensor, flips: Tensor, readers: ThreadPoolExecutor) -> Tensor:
-        if self.device.type != "cpu":
+        if images[0].device.type != "cpu":
             return resample(images, boxes, flips, self.image_size)
         parts = _chunks(images), boxes.split(FILES_AT_ONCE), flips.split(FILES_AT_ONCE)
         batch = [part.numpy() for part in readers.map(resample, *parts, itertools.repeat(self.image_size))]
@@ -242,6 +241,15 @@ class Feed:
 
     def _name(self, problems: dict[int, Problem]) -> list[str]:
         return [f"{self.source.name(row)}: {problem.reason}" for row, problem in sorted(problems.items())]
+
+
+@functools.cache
+def _streams_of(device: torch.device) -> "queue.SimpleQueue[torch.cuda.Stream]":
+    """For the producers of all feeds of a GPU: memory that one stream has freed serves no other."""
+    streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()
+    for _ in range(PRODUCERS if device.type == "cuda" else 0):
+        streams.put(torch.cuda.Stream(device, priority=-1))  # little work that much waits for
+    return streams
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that give height, 
 ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
 SCAN = {0xDA, 0xD9}  # behind these come no more headers
 APP1, EXIF = 0xE1, b"Exif\0\0"  # a header that may be the camera's, and how that begins
-ORIENTATION = 0x0112
+ORIENTATION, SHORT, UPRIGHT = 0x0112, 3, 1  # a tag, its type, its usual value
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ def _read_frame(file: memoryview) -> _Frame | None:
         else:
             end = at + 2 + (file[at + 2] << 8 | file[at + 3])
             if marker == APP1 and bytes(file[at + 4 : at + 10]) == EXIF:
-                is_upright = _is_upright(file[at + 10 : end])
+                is_upright &= _is_upright(file[at + 10 : end])
             at = end
     return None
 
 
 def _is_upright(exif: memoryview) -> bool:
-    """Whether a camera says so, or nothing."""
+    """Whether a camera says so, or nothing; where it may say something else, Pillow finds out."""
     order: Literal["little", "big"] = "little" if bytes(exif[:2]) == b"II" else "big"
 
     def number(at: int, size: int) -> int:
@@ -114,8 +114,8 @@ def _is_upright(exif: memoryview) -> bool:
 
     first = number(4, 4)
     end = min(first + 2 + 12 * number(first, 2), len(exif))
-    said = [number(entry + 8, 2) for entry in range(first + 2, end, 12) if number(entry, 2) == ORIENTATION]
-    return not said or not 2 <= said[0] <= 8
+    entries = [entry for entry in range(first + 2, end, 12) if number(entry, 2) == ORIENTATION]
+    return all((number(entry + 2, 2), number(entry + 8, 2)) == (SHORT, UPRIGHT) for entry in entries)
 
 
 def _decode_on_gpu(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
@@ -140,13 +140,13 @@ def _decode_on_host(file: Encoded | Problem) -> Tensor | Problem:
     if len(file) == 0:
         return Problem("it is empty")
     frame = _read_frame(memoryview(file))
-    if frame is None:
+    if frame is None or not frame.is_upright:
         return _decode_by_pillow(file)
     height, width = frame[:2]
     if height * width > MAX_PIXELS:
         return Problem(f"its header says {height:,} x {width:,} pixels")
     try:
-        image: Tensor = torch.ops.image.decode_jpeg(_as_tensor(file), RGB, True)  # turned as its camera says
+        image: Tensor = torch.ops.image.decode_jpeg(_as_tensor(file), RGB, False)
     except RuntimeError:
         return _decode_by_pillow(file)
     return image

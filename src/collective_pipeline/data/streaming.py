@@ -401,13 +401,14 @@ class StreamedBatches:
             images, labels = next(self._arriving)
             places.images_AB[i].copy_(images)
             places.labels_AB[i].copy_(labels)
-        here = slice(first, first + number)
+        batches = slice(first, first + number)
         for place, drawn in (
-            (places.draws_ABD, self.draws_KBD[here, :, NUM_CROP_DRAWS:]),
-            (places.mixes_AD, self.mixes_KD[here]),
+            (places.draws_ABD, self.draws_KBD[batches, :, NUM_CROP_DRAWS:]),
+            (places.mixes_AD, self.mixes_KD[batches]),
         ):
             # From other memory a copy would make the host wait for the update before.
-            place[:number].copy_(drawn.pin_memory() if self.device.type == "cuda" else drawn, non_blocking=True)
+            here = drawn.contiguous().pin_memory() if self.device.type == "cuda" else drawn
+            place[:number].copy_(here, non_blocking=True)
 
     def take(self, step: Tensor) -> tuple[Tensor, Labels]:
         """Features `(1, B, I)` and labels `(1, B)` of the batch at `step`, an int64 tensor of one element."""

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -195,24 +196,36 @@ def _own_device(device_type: str) -> torch.device:
 
 
 def _watch(parent: int, stop: Path | None, signals: int) -> None:
-    """Stop when told to, however long the present update takes; end where there may be no other rank to stop with.
+    """Stop when told to, however long the present update takes; end where there is no other rank to stop with.
 
     That is where the process that started this one is gone, which watches over all, and where the launcher sends a
-    signal, which it does when a rank is gone; whoever wants to stop tells with a file. Under torchrun, which sends the
-    same signal for both, torchrun says how long it waits.
+    signal because a rank is gone. Whoever wants to stop tells with a file; a scheduler that sends its signal to all
+    processes leaves them there. Under torchrun, which sends the same signal for both, torchrun says how long it waits.
     """
     alone_at: float | None = None
+    was_signalled = False
     while True:
         heard = select.select([signals], [], [], SECONDS_BETWEEN)[0]
         if heard:
             os.read(signals, 1)
+            was_signalled = True
         is_orphan = os.getppid() != parent
         if not interrupt.requested() and (is_orphan or (stop is not None and stop.exists())):
             interrupt.request(Interrupted("it was told to"))
-        if is_orphan or (heard and stop is not None):
+        if is_orphan or (was_signalled and stop is not None and _is_one_gone(parent)):
             alone_at = alone_at or time.perf_counter()
         if alone_at is not None and time.perf_counter() - alone_at > GRACE_SECONDS:
             os._exit(1)
+
+
+def _is_one_gone(launcher: int) -> bool:
+    """Whether a rank that it has started is no more."""
+    try:
+        ranks = psutil.Process(launcher).children()
+        at_work = [rank for rank in ranks if rank.status() != psutil.STATUS_ZOMBIE]
+    except psutil.Error:
+        return True
+    return len(at_work) < int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 if __name__ == "__main__":
