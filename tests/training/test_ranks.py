@@ -298,6 +298,7 @@ def test_ranks_that_a_scheduler_signals_one_by_one_save_all_the_same(splits, tmp
     assert job.state.exists() and ranks() == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_one_that_hangs_though_all_were_told_to_stop(splits, tmp_path):
     """By its own watch: the agent would need half a minute."""
     job = HangingJob(**vars(make_job(splits, tmp_path / "state" / "last.safetensors", planned=2)))
