@@ -100,7 +100,23 @@ def test_a_file_is_turned_as_its_camera_says(gpu, orientation, order):
             turned = ImageOps.exif_transpose(Image.open(io.BytesIO(file))).convert("RGB")
             assert image.shape == (3, turned.height, turned.width)
             assert (image.int() - torch.from_numpy(np.array(turned)).permute(2, 0, 1).int()).abs().max() <= 1
-    assert is_plain(files[0]) == (orientation == 1) == bool(gpu)
+    assert is_plain(files[0]) == (orientation not in range(2, 9)) == bool(gpu)
+
+
+def test_of_several_things_that_a_camera_says_none_is_overheard():
+    """A number of another type, and a second header after it."""
+    turned = b"MM\0*\0\0\0\x08\0\1\1\x12\0\4\0\0\0\1\0\0\0\6\0\0\0\0"
+    upright = turned.replace(b"\0\0\0\6", b"\0\0\0\1")
+
+    def with_headers(*said):
+        return JPEG[:2] + b"".join(b"\xff\xe1" + (len(s) + 8).to_bytes(2) + b"Exif\0\0" + s for s in said) + JPEG[2:]
+
+    assert [is_plain(with_headers(*said)) for said in ((upright,), (turned,), (turned, upright))] == [
+        True,
+        False,
+        False,
+    ]
+    assert decode([with_headers(turned)], CPU)[0].shape == (3, 80, 60)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +124,6 @@ def test_a_file_is_turned_as_its_camera_says(gpu, orientation, order):
 )
 def test_a_camera_that_says_nonsense_is_not_heard(says):
     header = b"\xff\xe1" + (len(says) + 8).to_bytes(2) + b"Exif\0\0" + says
-
     file = JPEG[:2] + header + JPEG[2:]
     assert is_plain(file) and torch.equal(decode([file], CPU)[0], decode([JPEG], CPU)[0])
 

@@ -28,7 +28,8 @@ FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that give height, 
 ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
 SCAN = {0xDA, 0xD9}  # behind these come no more headers
 APP1, EXIF = 0xE1, b"Exif\0\0"  # a header that may be the camera's, and how that begins
-ORIENTATION, SHORT, UPRIGHT = 0x0112, 3, 1  # a tag, its type, its usual value
+ORIENTATION = 0x0112
+SIZES = {3: 2, 4: 4}  # bytes of a number of these types, short and long
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _read_frame(file: memoryview) -> _Frame | None:
 
 
 def _is_upright(exif: memoryview) -> bool:
-    """Whether a camera says so, or nothing; where it may say something else, Pillow finds out."""
+    """Whether a camera says so, or nothing that can be understood."""
     order: Literal["little", "big"] = "little" if bytes(exif[:2]) == b"II" else "big"
 
     def number(at: int, size: int) -> int:
@@ -114,8 +115,9 @@ def _is_upright(exif: memoryview) -> bool:
 
     first = number(4, 4)
     end = min(first + 2 + 12 * number(first, 2), len(exif))
-    entries = [entry for entry in range(first + 2, end, 12) if number(entry, 2) == ORIENTATION]
-    return all((number(entry + 2, 2), number(entry + 8, 2)) == (SHORT, UPRIGHT) for entry in entries)
+    entries = (entry for entry in range(first + 2, end, 12) if number(entry, 2) == ORIENTATION)
+    said = {number(entry + 8, SIZES.get(number(entry + 2, 2), 0)) for entry in entries}
+    return said.isdisjoint(range(2, 9))
 
 
 def _decode_on_gpu(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
