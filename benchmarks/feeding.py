@@ -13,7 +13,7 @@ ready ones before and after it. `--augment` adds all other augmentations, as the
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -112,7 +112,7 @@ def tell_alone(sources: dict[str, EncodedImages], options: argparse.Namespace, d
             for size in options.image_sizes:
                 num_batches = NUM_WARM_UP + -(-options.images // options.batch_size)
                 batches = feed(source, size, share, options, num_batches)
-                seconds, num_images = time_batches(batches, lambda batch: None, device)
+                seconds, num_images = time_batches(batches, device)
                 speeds.append(num_images / seconds)
             row = "".join(f"{speed:>10,.0f}" for speed in speeds)
             print(f"{name:>16}{kilobytes:>11.0f}{decoding:>10,.0f}{share:>11.2f}{row}", flush=True)
@@ -152,11 +152,10 @@ def feed(
     return one.batches(rows_KB, draws_KBD)
 
 
-def time_batches(batches: Iterable[Batch], use: Callable[[Batch], None], device: torch.device) -> tuple[float, int]:
-    """Seconds to use all batches but the first ones, and the number of their images."""
+def time_batches(batches: Iterable[Batch], device: torch.device) -> tuple[float, int]:
+    """Seconds until all batches but the first ones have come, and the number of their images."""
     num_images, started = 0, 0.0
     for step, batch in enumerate(batches, start=1):
-        use(batch)
         if step == NUM_WARM_UP:
             synchronise(device)
             started = time.perf_counter()

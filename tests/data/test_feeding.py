@@ -220,12 +220,12 @@ def test_what_threads_decode_for_a_gpu_arrives_in_one_piece_as_it_was():
     """Images of any sizes, with problems among them, or nothing else."""
     images = decode([encoded(smooth_image(*size)) for size in [(20, 30), (33, 7), (1, 1)]], CPU)
     mixed = [Problem("one"), *images, Problem("two")]
-    arrived = feeding._Decoded.pack(mixed, pinned=False).on(CPU)
+    arrived = feeding._Decoded.pack(mixed).on(CPU)
 
     assert arrived[0] == mixed[0] and arrived[-1] == mixed[-1]
     assert all(torch.equal(there, image) for there, image in zip(arrived[1:-1], images, strict=True))
     assert len({image.untyped_storage().data_ptr() for image in arrived[1:-1]}) == 1
-    assert feeding._Decoded.pack(mixed[:1], pinned=False).on(CPU) == mixed[:1]
+    assert feeding._Decoded.pack(mixed[:1]).on(CPU) == mixed[:1]
 
 
 def test_batches_are_on_the_device_that_is_asked_for(tree):

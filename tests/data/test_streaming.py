@@ -93,7 +93,7 @@ def test_the_processes_of_any_split_read_every_image_of_an_update_once_with_the_
     num_updates = NUM_TRAIN // (4 * planned)
 
     assert all(len(batches) == num_updates * batches.ranks_played for batches in shares)
-    for name in ("rows_KB", "draws_KBD"):
+    for name in ("rows_KB", "crops_KBD", "draws_KBD"):
         parts = [getattr(batches, name).reshape(num_updates, -1) for batches in shares]
         assert torch.equal(torch.cat(parts, dim=1), getattr(whole, name).reshape(num_updates, -1)), name
     # A batch is mixed alike by all that share it.

@@ -78,8 +78,8 @@ class Feed:
         crop: What is seen of an image.
         num_threads: That read files, and decode those of the CPU; if not given, as many as there are cores, and at
             most `MOST_READERS` where a GPU decodes.
-        cpu_share: Of every batch, decoded by the threads though there is a GPU, which is then free for the network.
         ahead: Batches at most, and at least 1, that are made or wait, without the one that was taken last.
+        cpu_share: Of every batch, decoded by the threads though there is a GPU, which is then free for the network.
         max_bad: Share of the files of `source` that may be no images.
     """
 
@@ -91,17 +91,17 @@ class Feed:
         image_size: int,
         crop: Crop | None = None,
         num_threads: int | None = None,
-        cpu_share: float = 0.0,
         ahead: int = 4,
+        cpu_share: float = 0.0,
         max_bad: float = 0.01,
     ) -> None:
         self.source = source
         self.device = device
         self.image_size = image_size
         self.crop = crop or Crop()
-        self.cpu_share = cpu_share if device.type == "cuda" else 1.0
-        self.num_threads = num_threads or choose_threads(os.cpu_count() or 1, cpu_share=self.cpu_share)
+        self.num_threads = num_threads or choose_threads(os.cpu_count() or 1, device, cpu_share=cpu_share)
         self.ahead = ahead
+        self.cpu_share = cpu_share if device.type == "cuda" else 1.0
         self.max_bad = max_bad
         self._problems: dict[int, Problem] = {}
         self._streams = _streams_of(device)
@@ -187,8 +187,7 @@ class Feed:
         labels = self.source.labels[rows_B[used]]
         if self.device.type == "cuda":  # of other memory a copy makes the host wait for all that came before it
             labels = labels.pin_memory()
-        there = [part.to(self.device, non_blocking=True) for part in (cut, labels)]
-        return _Made(there[0], there[1], problems, ready=None)
+        return _Made(cut.to(self.device), labels.to(self.device, non_blocking=True), problems, ready=None)
 
     def _choose_parts(self, sizes: Tensor, draws_BD: Tensor | None) -> tuple[Tensor, Tensor]:
         """A box of every image, and whether it is mirrored."""
@@ -210,7 +209,7 @@ class Feed:
 
     def _decode_on_cpu(self, rows: Sequence[int]) -> "_Decoded":
         images = decode(self.source.read(rows), CPU)
-        return _Decoded.pack(images, pinned=True) if self.device.type == "cuda" else _Decoded(images)
+        return _Decoded.pack(images) if self.device.type == "cuda" else _Decoded(images)
 
     def _resample(self, images: Sequence[Tensor], boxes: Tensor, flips: Tensor, readers: ThreadPoolExecutor) -> Tensor:
         if images[0].device.type != "cpu":
@@ -260,10 +259,10 @@ class _Decoded:
     memory: Tensor | None = None
 
     @classmethod
-    def pack(cls, images: Sequence[Tensor | Problem], *, pinned: bool) -> Self:
-        """Brought to one piece of memory, `pinned` for a GPU: NumPy leaves Python's lock and the other cores alone."""
+    def pack(cls, images: Sequence[Tensor | Problem]) -> Self:
+        """Brought to one piece of memory for a GPU: NumPy leaves Python's lock and the other cores alone."""
         good = [image.permute(1, 2, 0).numpy() for image in images if isinstance(image, Tensor)]  # as they lie
-        memory = torch.empty(sum(image.size for image in good), dtype=torch.uint8, pin_memory=pinned)
+        memory = torch.empty(sum(image.size for image in good), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         if good:
             np.concatenate([image.reshape(-1) for image in good], out=memory.numpy())
         return cls(images, memory)
@@ -280,9 +279,9 @@ class _Decoded:
         ]
 
 
-def choose_threads(num_cores: int, *, cpu_share: float) -> int:
-    """How many threads read, and decode if they have a share of it, where as many cores may be used."""
-    return num_cores if cpu_share else min(num_cores, MOST_READERS)
+def choose_threads(num_cores: int, device: torch.device, *, cpu_share: float) -> int:
+    """How many threads read, and decode where they have a part in that, if as many cores may be used."""
+    return num_cores if cpu_share or device.type != "cuda" else min(num_cores, MOST_READERS)
 
 
 def _next_good(good: Sequence[int], num_places: int) -> list[int]:

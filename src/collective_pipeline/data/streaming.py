@@ -363,7 +363,7 @@ class StreamedBatches:
         """From here on batches are of this epoch; epochs count from 1."""
         prepared, self._preparing = self._preparing, None
         drawn = prepared[1].result() if prepared is not None and prepared[0] == epoch else self._draw(epoch)
-        self.rows_KB, self.draws_KBD, self.mixes_KD = drawn
+        self.rows_KB, self.crops_KBD, self.draws_KBD, self.mixes_KD = drawn
         self._arriving = None
 
     def close(self) -> None:
@@ -374,7 +374,7 @@ class StreamedBatches:
             self._arriving = None
 
     def _draw(self, epoch: int) -> list[Tensor]:
-        """This process's rows, the draws of each image, and those of each batch."""
+        """This process's rows, the draws of each image for its crop and for what follows, and those of each batch."""
         seed, planned = self.seeds[0], (self.num_planned, self.share.planned, self.planned_size)
         num_used = math.prod(planned)
         order_T = torch.randperm(len(self.images), generator=make_generator(seed, f"order/{epoch}"))[:num_used]
@@ -390,25 +390,24 @@ class StreamedBatches:
         # Those who share a batch mix it alike.
         mixes_KNBD = mixes.unflatten(0, planned[:2]).unsqueeze(2).expand(-1, -1, self.planned_size, -1)
         rows_KB = self.share.cut(self.images.rows[order_T].view(planned))
-        return [rows_KB, self.share.cut(drawn.unflatten(0, planned)), self.share.cut(mixes_KNBD)[:, 0]]
+        crops_KBD, draws_KBD = self.share.cut(drawn.unflatten(0, planned)).split([NUM_CROP_DRAWS, NUM_DRAWS], dim=-1)
+        for_device = [draws_KBD.contiguous(), self.share.cut(mixes_KNBD)[:, 0].contiguous()]
+        if self.device.type == "cuda":  # from other memory a copy would make the host wait for the update before
+            for_device = [tensor.pin_memory() for tensor in for_device]
+        return [rows_KB, crops_KBD, *for_device]
 
     def load(self, first: int, number: int) -> None:
         """Wait for these batches of the epoch, counted from 0, and put them where `take` finds them."""
         if self._arriving is None:
-            self._arriving = self._feed.batches(self.rows_KB[first:], self.draws_KBD[first:, :, :NUM_CROP_DRAWS])
+            self._arriving = self._feed.batches(self.rows_KB[first:], self.crops_KBD[first:])
         places = self._places
         for i in range(number):
             images, labels = next(self._arriving)
             places.images_AB[i].copy_(images)
             places.labels_AB[i].copy_(labels)
-        batches = slice(first, first + number)
-        for place, drawn in (
-            (places.draws_ABD, self.draws_KBD[batches, :, NUM_CROP_DRAWS:]),
-            (places.mixes_AD, self.mixes_KD[batches]),
-        ):
-            # From other memory a copy would make the host wait for the update before.
-            here = drawn.contiguous().pin_memory() if self.device.type == "cuda" else drawn
-            place[:number].copy_(here, non_blocking=True)
+        here = slice(first, first + number)
+        places.draws_ABD[:number].copy_(self.draws_KBD[here], non_blocking=True)
+        places.mixes_AD[:number].copy_(self.mixes_KD[here], non_blocking=True)
 
     def take(self, step: Tensor) -> tuple[Tensor, Labels]:
         """Features `(1, B, I)` and labels `(1, B)` of the batch at `step`, an int64 tensor of one element."""

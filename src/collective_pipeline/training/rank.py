@@ -101,8 +101,8 @@ def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]
         )
     splits = job.splits.for_share(share)
     if job.settings.imagenet.threads is None:
-        share_of_cpu = job.settings.imagenet.cpu_share if device.type == "cuda" else 1.0
-        splits = splits.with_threads(choose_threads(count_own_cores(), cpu_share=share_of_cpu))
+        cpu_share = job.settings.imagenet.cpu_share
+        splits = splits.with_threads(choose_threads(count_own_cores(), device, cpu_share=cpu_share))
     snapshots = job.snapshots(device, ranks.number)
     callbacks: list[Callback] = []
     if ranks.is_first:
