@@ -2,18 +2,23 @@
 
 import contextlib
 import logging
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Self
 
 from collective_pipeline.config import UserError
 
 logger = logging.getLogger(__name__)
 
+# coreutils' timeout tells the process and then the group that it is in: that is no second stop.
+SECONDS_OF_ONE_STOP = 0.5
+
 _received: list[signal.Signals] = []
-_causes: list[BaseException] = []
+_requests: list[BaseException] = []
 
 
 class Interrupted(UserError):
@@ -28,14 +33,17 @@ class Interrupted(UserError):
 
 def requested() -> bool:
     """Whether the run was told to stop."""
+    return bool(_received or _requests)
+
+
+def was_signalled() -> bool:
+    """Whether a signal told it so."""
     return bool(_received)
 
 
 def request(cause: BaseException) -> None:
     """Let everything else stop because of this error, as if SIGTERM had come."""
-    if not isinstance(cause, Interrupted):
-        _causes.append(cause)
-    _received.append(signal.SIGTERM)
+    _requests.append(cause)
 
 
 def stop(what: str) -> NoReturn:
@@ -44,7 +52,7 @@ def stop(what: str) -> NoReturn:
     Raises:
         Interrupted: Or the error because of which everything stops: whoever is first tells of it.
     """
-    raise _causes[0] if _causes else Interrupted(what)
+    raise next((cause for cause in _requests if not isinstance(cause, Interrupted)), Interrupted(what))
 
 
 @contextlib.contextmanager
@@ -58,28 +66,69 @@ def listen(*, patient: bool = False, saves: bool = True) -> Iterator[None]:
         saves: Whether what it does is training whose state is saved, as whoever stops it is told.
     """
     is_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if is_main else {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def notice(number: int, frame: FrameType | None) -> None:
-        _received.append(signal.Signals(number))
-        # What is patient was told by a process that says so itself.
-        level = logging.DEBUG if patient else logging.WARNING
-        how = "stops at the next step; what trains saves its state" if saves else "ends as soon as it can"
-        logger.log(level, "%s: the run %s.", _received[-1].name, how)
-        if not patient:
-            restore()
-
-    _received.clear()
-    _causes.clear()
-    for number in before:
-        signal.signal(number, notice)
+    _forget()
     try:
-        yield
+        with _Listening(patient=patient, saves=saves) if is_main else contextlib.nullcontext():
+            yield
     finally:
-        restore()
-        _received.clear()
-        _causes.clear()
+        _forget()
+
+
+def _forget() -> None:
+    _received.clear()
+    _requests.clear()
+
+
+class _Listening:
+    """Two hear every signal: a handler in the main thread, and a thread that reads what Python writes of them.
+
+    The kernel may give a signal to any thread, and Python's handlers run when the main one is next in Python: one that
+    waited for others was seen to hear a minute and a half later.
+    """
+
+    def __init__(self, *, patient: bool, saves: bool) -> None:
+        self.patient = patient
+        self.how = "stops at the next step; what trains saves its state" if saves else "ends as soon as it can"
+        self.is_told = False
+        self.telling = threading.RLock()  # a handler may run within itself
+
+    def __enter__(self) -> Self:
+        reading, self.writing = os.pipe()
+        os.set_blocking(self.writing, False)
+        self.handlers_before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.writing_before = signal.set_wakeup_fd(self.writing)
+        for number in self.handlers_before:
+            signal.signal(number, self._handle)
+        threading.Thread(target=self._read, args=(reading,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.handlers_before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self.writing_before)
+        os.close(self.writing)  # which ends the thread
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._notice(number)
+
+    def _read(self, reading: int) -> None:
+        first_at: float | None = None
+        with open(reading, "rb", buffering=0) as signals:
+            while told := signals.read(64):
+                numbers = [number for number in told if number in self.handlers_before]
+                if not numbers:
+                    continue
+                self._notice(numbers[0])
+                first_at = first_at or time.perf_counter()
+                if time.perf_counter() - first_at > SECONDS_OF_ONE_STOP and not self.patient:
+                    os._exit(128 + numbers[0])
+
+    def _notice(self, number: int) -> None:
+        with self.telling:
+            if self.is_told:
+                return
+            self.is_told = True
+            _received.append(signal.Signals(number))
+        # What is patient was told by a process that says so itself.
+        level = logging.DEBUG if self.patient else logging.WARNING
+        logger.log(level, "%s: the run %s.", _received[0].name, self.how)

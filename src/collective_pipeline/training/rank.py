@@ -9,8 +9,6 @@ import logging
 import math
 import os
 import pickle
-import select
-import signal
 import sys
 import threading
 import time
@@ -174,16 +172,9 @@ def _listening(parent: int, stop: Path | None = None) -> Iterator[None]:
         stop: The file with which the launcher tells it.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
-    # Python handles a signal when the main thread is next in Python, so never in a collective; this tells at once.
-    before = signal.set_wakeup_fd(told)
-    try:
-        with interrupt.listen(patient=True):
-            threading.Thread(target=_watch, args=(parent, stop, heard), daemon=True).start()
-            yield
-    finally:
-        signal.set_wakeup_fd(before)
+    with interrupt.listen(patient=True):
+        threading.Thread(target=_watch, args=(parent, stop), daemon=True).start()
+        yield
 
 
 def _own_device(device_type: str) -> torch.device:
@@ -195,7 +186,7 @@ def _own_device(device_type: str) -> torch.device:
     return device
 
 
-def _watch(parent: int, stop: Path | None, signals: int) -> None:
+def _watch(parent: int, stop: Path | None) -> None:
     """Stop when told to, however long the present update takes; end where there is no other rank to stop with.
 
     That is where the process that started this one is gone, which watches over all, and where the launcher sends a
@@ -203,16 +194,12 @@ def _watch(parent: int, stop: Path | None, signals: int) -> None:
     processes leaves them there. Under torchrun, which sends the same signal for both, torchrun says how long it waits.
     """
     alone_at: float | None = None
-    was_signalled = False
     while True:
-        heard = select.select([signals], [], [], SECONDS_BETWEEN)[0]
-        if heard:
-            os.read(signals, 1)
-            was_signalled = True
+        time.sleep(SECONDS_BETWEEN)
         is_orphan = os.getppid() != parent
         if not interrupt.requested() and (is_orphan or (stop is not None and stop.exists())):
             interrupt.request(Interrupted("it was told to"))
-        if is_orphan or (was_signalled and stop is not None and _is_one_gone(parent)):
+        if is_orphan or (interrupt.was_signalled() and stop is not None and _is_one_gone(parent)):
             alone_at = alone_at or time.perf_counter()
         if alone_at is not None and time.perf_counter() - alone_at > GRACE_SECONDS:
             os._exit(1)
