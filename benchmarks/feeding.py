@@ -1,7 +1,7 @@
 """How many images a second come from JPEG files to the device, and what of a network's speed is left when they do.
 
     python benchmarks/feeding.py [--folder data/ilsvrc] [--images 20000] [--image-sizes 224 128 64] [--sides 256 400]
-    python benchmarks/feeding.py --train resnet50 [--steps 200] [--cpu-shares 0 0.5 1] [--no-alone] [--augment] [--blur]
+    python benchmarks/feeding.py --train resnet50 [--steps 200] [--no-alone] [--augment] [--blur]
 
 The files are those of `--folder` and below, repeated as often as it takes, or 300 made of noise, of 110 KB and 400 x
 500 pixels; the packed ones are made of them first. Decoding alone is of whole images, the feed crops them at random.
@@ -74,7 +74,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--threads", type=int, help="that read and, on the CPU, decode")
     parser.add_argument("--ahead", type=int, default=4)
-    parser.add_argument("--cpu-shares", type=float, nargs="+", default=[0.0], help="of decoding, where there is a GPU")
     parser.add_argument("--alone", action=argparse.BooleanOptionalAction, default=True, help="feed without a network")
     parser.add_argument("--train", help="a network: resnet50")
     parser.add_argument("--augment", action="store_true", help="while training: colour, shift, cutout, MixUp, CutMix")
@@ -103,19 +102,17 @@ def find_files(folder: Path) -> FileImages:
 def tell_alone(sources: dict[str, EncodedImages], options: argparse.Namespace, device: torch.device) -> None:
     """Images a second without a network."""
     sizes = "".join(f"{f'{size} px':>10}" for size in options.image_sizes)
-    print(f"\n{'images/s':>16}{'KB a file':>11}{'decoding':>10}{'CPU share':>11}{sizes}")
+    print(f"\n{'images/s':>16}{'KB a file':>11}{'decoding':>10}{sizes}")
     for name, source in sources.items():
         decoding = time_decoding(source, options, device)
         kilobytes = sum(map(len, source.read(range(len(source))))) / len(source) / 1000  # type: ignore[arg-type]
-        for share in options.cpu_shares:
-            speeds = []
-            for size in options.image_sizes:
-                num_batches = NUM_WARM_UP + -(-options.images // options.batch_size)
-                batches = feed(source, size, share, options, num_batches)
-                seconds, num_images = time_batches(batches, device)
-                speeds.append(num_images / seconds)
-            row = "".join(f"{speed:>10,.0f}" for speed in speeds)
-            print(f"{name:>16}{kilobytes:>11.0f}{decoding:>10,.0f}{share:>11.2f}{row}", flush=True)
+        speeds = []
+        for size in options.image_sizes:
+            num_batches = NUM_WARM_UP + -(-options.images // options.batch_size)
+            seconds, num_images = time_batches(feed(source, size, options, num_batches), device)
+            speeds.append(num_images / seconds)
+        row = "".join(f"{speed:>10,.0f}" for speed in speeds)
+        print(f"{name:>16}{kilobytes:>11.0f}{decoding:>10,.0f}{row}", flush=True)
 
 
 def time_decoding(source: EncodedImages, options: argparse.Namespace, device: torch.device) -> float:
@@ -133,9 +130,7 @@ def time_decoding(source: EncodedImages, options: argparse.Namespace, device: to
     return len(rows) / (time.perf_counter() - started)
 
 
-def feed(
-    source: EncodedImages, size: int, share: float, options: argparse.Namespace, num_batches: int
-) -> Iterator[Batch]:
+def feed(source: EncodedImages, size: int, options: argparse.Namespace, num_batches: int) -> Iterator[Batch]:
     """So many batches in random order, with random parts."""
     generator = torch.Generator().manual_seed(0)
     shape = num_batches, options.batch_size
@@ -147,7 +142,6 @@ def feed(
         image_size=size,
         num_threads=options.threads,
         ahead=options.ahead,
-        cpu_share=share,
     )
     return one.batches(rows_KB, draws_KBD)
 
@@ -213,26 +207,23 @@ class Sources:
 
 def tell_training(sources: dict[str, EncodedImages], options: argparse.Namespace, device: torch.device) -> None:
     """Images a second of a network that trains, and what of its speed on ready batches that is."""
-    heads = f"{'pixels':>8}{'CPU share':>11}{'ready':>10}{'fed':>10}{'ratio':>8}{'GB, peak':>12}"
+    heads = f"{'pixels':>8}{'ready':>10}{'fed':>10}{'ratio':>8}{'GB, peak':>12}"
     print(f"\n{options.train:>16}{heads}")
     for size in options.image_sizes:
-        for share in options.cpu_shares:
-            named: dict[str, EncodedImages | None] = {"warm up": sources["as they are"], "ready 0": None}
-            for number, (name, source) in enumerate(sources.items(), start=1):
-                named |= {name: source, f"ready {number}": None}
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            speeds = time_training(Sources(named, device, options.batch_size), size, share, options, device)
-            gigabytes = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else float("nan")
-            for number, name in enumerate(sources, start=1):
-                ready = (speeds[f"ready {number - 1}"] + speeds[f"ready {number}"]) / 2
-                row = f"{name:>16}{size:>8}{share:>11.2f}{ready:>10,.0f}{speeds[name]:>10,.0f}"
-                print(f"{row}{speeds[name] / ready:>8.3f}{gigabytes:>12.1f}", flush=True)
+        named: dict[str, EncodedImages | None] = {"warm up": sources["as they are"], "ready 0": None}
+        for number, (name, source) in enumerate(sources.items(), start=1):
+            named |= {name: source, f"ready {number}": None}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        speeds = time_training(Sources(named, device, options.batch_size), size, options, device)
+        gigabytes = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else float("nan")
+        for number, name in enumerate(sources, start=1):
+            ready = (speeds[f"ready {number - 1}"] + speeds[f"ready {number}"]) / 2
+            row = f"{name:>16}{size:>8}{ready:>10,.0f}{speeds[name]:>10,.0f}"
+            print(f"{row}{speeds[name] / ready:>8.3f}{gigabytes:>12.1f}", flush=True)
 
 
-def time_training(
-    sources: Sources, size: int, share: float, options: argparse.Namespace, device: torch.device
-) -> dict[str, float]:
+def time_training(sources: Sources, size: int, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Images a second of each epoch, by the project's own loop."""
     settings = ImageNetConfig(
         model=options.train,
@@ -252,7 +243,7 @@ def time_training(
     )
     number = (NUM_WARM_UP + options.steps) * options.batch_size
     rows = torch.arange(number) % len(sources)
-    images = StreamedImages(sources, rows, size, Crop(), threads=options.threads, cpu_share=share)
+    images = StreamedImages(sources, rows, size, Crop(), threads=options.threads)
     few = replace(images, rows=torch.arange(min(len(sources), options.batch_size)))
     names = tuple(map(str, range(NUM_CLASSES)))
     splits = StreamedSplits("imagenet", images, few, few, names, "generated", settings.augmentation)

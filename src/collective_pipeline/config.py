@@ -1057,9 +1057,6 @@ class ImageNetConfig(Config):
         le=512,
         description="that read images, of each GPU; null: its share of cores, 8 where a GPU decodes",
     )
-    cpu_share: float = Field(
-        0.0, ge=0, le=1, description="of every batch, decoded by these threads though there is a GPU"
-    )
     max_bad: Fraction = Field(0.001, description="of the images that cannot be read; beyond it training stops")
     training: TrainingConfig = TrainingConfig(
         epochs=16,

@@ -11,10 +11,9 @@ from tests.data.test_packed import make_tree
 from torchvision.transforms.v2 import functional
 
 from collective_pipeline.config import UserError
-from collective_pipeline.data import feeding
 from collective_pipeline.data.cropping import NUM_BOX_DRAWS, random_boxes
 from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Crop, Feed
-from collective_pipeline.data.jpeg import Problem, decode
+from collective_pipeline.data.jpeg import decode
 from collective_pipeline.data.packed import PackedImages, pack_images
 
 CPU = torch.device("cpu")
@@ -216,18 +215,6 @@ def test_no_batches_are_no_batches(tree):
     assert list(feed(tree).batches(torch.zeros(0, 8, dtype=torch.int64), None)) == []
 
 
-def test_what_threads_decode_for_a_gpu_arrives_in_one_piece_as_it_was():
-    """Images of any sizes, with problems among them, or nothing else."""
-    images = decode([encoded(smooth_image(*size)) for size in [(20, 30), (33, 7), (1, 1)]], CPU)
-    mixed = [Problem("one"), *images, Problem("two")]
-    arrived = feeding._Decoded.pack(mixed).on(CPU)
-
-    assert arrived[0] == mixed[0] and arrived[-1] == mixed[-1]
-    assert all(torch.equal(there, image) for there, image in zip(arrived[1:-1], images, strict=True))
-    assert len({image.untyped_storage().data_ptr() for image in arrived[1:-1]}) == 1
-    assert feeding._Decoded.pack(mixed[:1]).on(CPU) == mixed[:1]
-
-
 def test_batches_are_on_the_device_that_is_asked_for(tree):
     """Also where the CPU decodes for another kind of device than CUDA."""
     batches = feed(tree, device=torch.device("meta")).batches(order(), None)
@@ -236,13 +223,12 @@ def test_batches_are_on_the_device_that_is_asked_for(tree):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("cpu_share", [0.0, 0.4, 1.0])
-def test_the_gpu_is_fed_what_the_cpu_is_fed(tree, cpu_share):
+def test_the_gpu_is_fed_what_the_cpu_is_fed(tree):
     """Also while the network's stream is busy."""
     rows_KB = order().repeat(6, 1)
     draws_KBD = draws_for(rows_KB)
     here = feed(tree).batches(rows_KB, draws_KBD)
-    there = feed(tree, device=torch.device("cuda"), cpu_share=cpu_share).batches(rows_KB, draws_KBD)
+    there = feed(tree, device=torch.device("cuda")).batches(rows_KB, draws_KBD)
     busy = torch.rand(2048, 2048, device="cuda")
     for (images, labels), (on_gpu, labels_on_gpu) in zip(here, there, strict=True):
         for _ in range(20):

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -79,7 +79,6 @@ class Feed:
         num_threads: That read files, and decode those of the CPU; if not given, as many as there are cores, and at
             most `MOST_READERS` where a GPU decodes.
         ahead: Batches at most, and at least 1, that are made or wait, without the one that was taken last.
-        cpu_share: Of every batch, decoded by the threads though there is a GPU, which is then free for the network.
         max_bad: Share of the files of `source` that may be no images.
     """
 
@@ -92,16 +91,14 @@ class Feed:
         crop: Crop | None = None,
         num_threads: int | None = None,
         ahead: int = 4,
-        cpu_share: float = 0.0,
         max_bad: float = 0.01,
     ) -> None:
         self.source = source
         self.device = device
         self.image_size = image_size
         self.crop = crop or Crop()
-        self.num_threads = num_threads or choose_threads(os.cpu_count() or 1, device, cpu_share=cpu_share)
+        self.num_threads = num_threads or choose_threads(os.cpu_count() or 1, device)
         self.ahead = ahead
-        self.cpu_share = cpu_share if device.type == "cuda" else 1.0
         self.max_bad = max_bad
         self._problems: dict[int, Problem] = {}
         self._streams = _streams_of(device)
@@ -198,18 +195,15 @@ class Feed:
         return boxes, draws_BD[:, NUM_BOX_DRAWS] < self.crop.flip
 
     def _decode(self, rows: Sequence[int], readers: ThreadPoolExecutor) -> list[Tensor | Problem]:
-        """The first of a batch by the threads, the others by the GPU at the same time."""
-        num_on_cpu = round(self.cpu_share * len(rows))
-        # Reading comes first: it is soon done, and the GPU waits for it.
-        files = readers.map(self.source.read, _chunks(rows[num_on_cpu:]))
-        on_cpu = readers.map(self._decode_on_cpu, _chunks(rows[:num_on_cpu]))
-        on_device = decode(list(itertools.chain.from_iterable(files)), self.device)
-        decoded = itertools.chain.from_iterable(some.on(self.device) for some in on_cpu)
-        return [*decoded, *on_device]
+        """All of a batch together by the GPU, or by the threads, each what it has read."""
+        if self.device.type == "cuda":
+            files = readers.map(self.source.read, _chunks(rows))
+            return decode(list(itertools.chain.from_iterable(files)), self.device)
+        decoded = readers.map(self._decode_on_cpu, _chunks(rows))
+        return list(itertools.chain.from_iterable(decoded))
 
-    def _decode_on_cpu(self, rows: Sequence[int]) -> "_Decoded":
-        images = decode(self.source.read(rows), CPU)
-        return _Decoded.pack(images) if self.device.type == "cuda" else _Decoded(images)
+    def _decode_on_cpu(self, rows: Sequence[int]) -> list[Tensor | Problem]:
+        return decode(self.source.read(rows), CPU)
 
     def _resample(self, images: Sequence[Tensor], boxes: Tensor, flips: Tensor, readers: ThreadPoolExecutor) -> Tensor:
         if images[0].device.type != "cpu":
@@ -251,37 +245,9 @@ def _streams_of(device: torch.device) -> "queue.SimpleQueue[torch.cuda.Stream]":
     return streams
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    """Images, or what is wrong with a file; `memory` is what all images lie in, one behind the other."""
-
-    images: Sequence[Tensor | Problem]
-    memory: Tensor | None = None
-
-    @classmethod
-    def pack(cls, images: Sequence[Tensor | Problem]) -> Self:
-        """Brought to one piece of memory for a GPU: NumPy leaves Python's lock and the other cores alone."""
-        good = [image.permute(1, 2, 0).numpy() for image in images if isinstance(image, Tensor)]  # as they lie
-        memory = torch.empty(sum(image.size for image in good), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        if good:
-            np.concatenate([image.reshape(-1) for image in good], out=memory.numpy())
-        return cls(images, memory)
-
-    def on(self, device: torch.device) -> Sequence[Tensor | Problem]:
-        """There, by one copy."""
-        if self.memory is None:
-            return self.images
-        sizes = [image.numel() for image in self.images if isinstance(image, Tensor)]
-        pieces = iter(self.memory.to(device, non_blocking=True).split(sizes))
-        return [
-            image if isinstance(image, Problem) else next(pieces).view(*image.shape[1:], 3).permute(2, 0, 1)
-            for image in self.images
-        ]
-
-
-def choose_threads(num_cores: int, device: torch.device, *, cpu_share: float) -> int:
-    """How many threads read, and decode where they have a part in that, if as many cores may be used."""
-    return num_cores if cpu_share or device.type != "cuda" else min(num_cores, MOST_READERS)
+def choose_threads(num_cores: int, device: torch.device) -> int:
+    """How many threads read, and decode where no GPU does, if as many cores may be used."""
+    return min(num_cores, MOST_READERS) if device.type == "cuda" else num_cores
 
 
 def _next_good(good: Sequence[int], num_places: int) -> list[int]:

@@ -101,7 +101,6 @@ class StreamedImages:
         crop: What is seen of an image.
         device: Where.
         threads: That read and decode.
-        cpu_share: Part of every batch that they decode though there is a GPU.
         max_bad: Part of the images that may be unreadable.
         share: Whose part of them this process evaluates.
     """
@@ -112,7 +111,6 @@ class StreamedImages:
     crop: Crop
     device: torch.device = CPU
     threads: int | None = None
-    cpu_share: float = 0.0
     max_bad: float = 0.01
     share: Share = Share()
 
@@ -149,7 +147,6 @@ class StreamedImages:
             image_size=self.image_size,
             crop=self.crop,
             num_threads=self.threads,
-            cpu_share=self.cpu_share,
             max_bad=self.max_bad,
         )
 
@@ -239,15 +236,7 @@ def stream_index(
     crop = Crop(scale=config.augmentation.crop_area)
 
     def images(source: EncodedImages, rows: Tensor) -> StreamedImages:
-        return StreamedImages(
-            source,
-            rows,
-            config.image_size,
-            crop,
-            threads=config.threads,
-            cpu_share=config.cpu_share,
-            max_bad=config.max_bad,
-        )
+        return StreamedImages(source, rows, config.image_size, crop, threads=config.threads, max_bad=config.max_bad)
 
     rows = torch.arange(len(train))
     return StreamedSplits(

@@ -71,7 +71,7 @@ class Job:
         snapshots = snapshots_at(self.state, self.arm, self.splits, self.settings, device)
         own = self.settings.imagenet
         seen = {f"augmentation.{name}": value for name, value in flatten(own.augmentation).items()}
-        names = ("rate_scaling", "sync_norm", "cpu_share")
+        names = ("rate_scaling", "sync_norm")
         snapshots.identify(num_gpus=self.num_planned, **{name: getattr(own, name) for name in names}, **seen)
         snapshots.circumstances["processes"] = number
         return snapshots
@@ -99,8 +99,7 @@ def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]
         )
     splits = job.splits.for_share(share)
     if job.settings.imagenet.threads is None:
-        cpu_share = job.settings.imagenet.cpu_share
-        splits = splits.with_threads(choose_threads(count_own_cores(), device, cpu_share=cpu_share))
+        splits = splits.with_threads(choose_threads(count_own_cores(), device))
     snapshots = job.snapshots(device, ranks.number)
     callbacks: list[Callback] = []
     if ranks.is_first:
