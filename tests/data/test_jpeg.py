@@ -1,5 +1,6 @@
 """Whatever a tree of images holds, every file becomes an image or a reason, and none disturbs the others."""
 
+import contextlib
 import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +63,7 @@ def by_pillow(file):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A stand-in for nvJPEG, which fails a whole list for one file that it does not read: here progressive ones."""
+    """A stand-in for torchvision's decoder, which fails a whole list for one file: here for a progressive one."""
     lists = []
 
     def decode_jpegs_cuda(files, mode, device):
@@ -72,6 +73,7 @@ def gpu(monkeypatch):
         return [torch.ops.image.decode_jpeg(file, mode, False) for file in files]
 
     monkeypatch.setattr(torch.ops.image, "decode_jpegs_cuda", decode_jpegs_cuda)
+    monkeypatch.setattr(jpeg.nvjpeg, "borrow", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(jpeg, "_to_device", lambda image, device: image)
     return lists

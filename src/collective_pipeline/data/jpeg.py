@@ -14,6 +14,7 @@ import torchvision.io  # registers the operators
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from collective_pipeline.data import nvjpeg
 from collective_pipeline.data.decoding import reason_of, to_mode, to_tensor
 
 Encoded = bytes | bytearray | memoryview  # one file
@@ -23,6 +24,7 @@ RGB = torchvision.io.ImageReadMode.RGB.value
 MAX_PIXELS = 89_478_485
 # Some writers leave a few bytes behind the end.
 TAIL = 1024
+BASELINE = 0xC0
 START, END = b"\xff\xd8", b"\xff\xd9"
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that give height, width and channels
 ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
@@ -42,15 +44,14 @@ class Problem:
 def decode(files: Sequence[Encoded | Problem], device: torch.device) -> list[Tensor | Problem]:
     """Every file as uint8 `(3, H, W)` on the device, or what is wrong with it; a problem given stays one.
 
-    Whole JPEG files are decoded by the GPU in one call where there is one; CMYK, PNG or BMP under another name, what is
-    to be turned as its camera says, and whatever the GPU refuses, on the CPU. Truncated files are refused. Many threads
-    may call it: on the CPU they run side by side. On the GPU the decoder has a stream of its own that does not wait for
+    Whole JPEG files are decoded by the GPU together where there is one; CMYK, PNG or BMP under another name, what is to
+    be turned as its camera says, and whatever the GPU refuses, on the CPU. Truncated files are refused. Many threads
+    may call it and run side by side. On the GPU torchvision's decoder has a stream of its own that does not wait for
     the caller's: memory that the caller's stream has freed must be at rest.
     """
     if device.type != "cuda":
         return [_to_device(_decode_on_host(file), device) for file in files]
-    plain = [row for row, file in enumerate(files) if is_plain(file)]
-    images = dict(zip(plain, _decode_on_gpu([_as_tensor(files[row]) for row in plain], device), strict=True))  # type: ignore[arg-type]
+    images = _decode_on_gpu(files, device)
     decoded: list[Tensor | Problem] = []
     for row, file in enumerate(files):
         image = images.get(row)
@@ -66,11 +67,7 @@ def encode(image: Tensor, quality: int) -> bytes:
 
 def is_plain(file: Encoded | Problem) -> bool:
     """Whether it is a whole JPEG file, grey or coloured, of a size that can be decoded, and its pixels are upright."""
-    if isinstance(file, Problem) or (frame := _read_frame(memoryview(file))) is None:
-        return False
-    can_be_decoded = frame.channels in {1, 3} and 0 < frame.height * frame.width <= MAX_PIXELS
-    # Coded pixels never hold the mark of the end. The GPU would fill with grey what a truncated file lacks.
-    return can_be_decoded and frame.is_upright and END in bytes(file[-TAIL:])
+    return not isinstance(file, Problem) and _read_plain_frame(file) is not None
 
 
 class _Frame(NamedTuple):
@@ -79,7 +76,18 @@ class _Frame(NamedTuple):
     height: int
     width: int
     channels: int
+    is_baseline: bool
     is_upright: bool
+
+
+def _read_plain_frame(file: Encoded) -> _Frame | None:
+    """That of a whole JPEG file which can be decoded, grey or coloured, and is upright."""
+    frame = _read_frame(memoryview(file))
+    if frame is None or not frame.is_upright or frame.channels not in {1, 3}:
+        return None
+    # Coded pixels never hold the mark of the end. The GPU would fill with grey what a truncated file lacks.
+    is_whole = 0 < frame.height * frame.width <= MAX_PIXELS and END in bytes(file[-TAIL:])
+    return frame if is_whole else None
 
 
 def _read_frame(file: memoryview) -> _Frame | None:
@@ -91,7 +99,7 @@ def _read_frame(file: memoryview) -> _Frame | None:
         marker = file[at + 1]
         if marker in FRAMES:
             height, width = file[at + 5] << 8 | file[at + 6], file[at + 7] << 8 | file[at + 8]
-            return _Frame(height, width, file[at + 9], is_upright)
+            return _Frame(height, width, file[at + 9], marker == BASELINE, is_upright)
         if marker in SCAN:
             break
         if marker == 0xFF:  # fills up
@@ -120,7 +128,26 @@ def _is_upright(exif: memoryview) -> bool:
     return said.isdisjoint(range(2, 9))
 
 
-def _decode_on_gpu(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
+def _decode_on_gpu(files: Sequence[Encoded | Problem], device: torch.device) -> dict[int, Tensor | None]:
+    """Images by their rows; nothing of those that it cannot decode."""
+    plain = {
+        row: (file, frame)
+        for row, file in enumerate(files)
+        if not isinstance(file, Problem) and (frame := _read_plain_frame(file)) is not None
+    }
+    images: dict[int, Tensor | None] = {}
+    baseline = [row for row, (_, frame) in plain.items() if frame.is_baseline]
+    with nvjpeg.borrow(device) as decoder:
+        if decoder is not None:
+            sizes = [plain[row][1][:2] for row in baseline]
+            decoded = decoder.decode([plain[row][0] for row in baseline], sizes, device)
+            images.update(zip(baseline, decoded, strict=True))
+    others = [row for row in plain if images.get(row) is None]
+    decoded = _decode_by_torchvision([_as_tensor(plain[row][0]) for row in others], device)
+    return images | dict(zip(others, decoded, strict=True))
+
+
+def _decode_by_torchvision(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
     """The images; nothing in place of those that it cannot decode."""
     if not files:
         return []
@@ -133,7 +160,7 @@ def _decode_on_gpu(files: list[Tensor], device: torch.device) -> list[Tensor | N
         if len(files) == 1:
             return [None]
         half = len(files) // 2
-        return _decode_on_gpu(files[:half], device) + _decode_on_gpu(files[half:], device)
+        return _decode_by_torchvision(files[:half], device) + _decode_by_torchvision(files[half:], device)
 
 
 def _decode_on_host(file: Encoded | Problem) -> Tensor | Problem:
