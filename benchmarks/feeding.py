@@ -28,8 +28,8 @@ from torch import Tensor
 
 from collective_pipeline.config import AugmentationConfig, ImageNetConfig, Stage
 from collective_pipeline.data.decoding import list_image_files
-from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Crop, Feed
-from collective_pipeline.data.jpeg import decode, encode
+from collective_pipeline.data.feeding import NUM_CROP_DRAWS, PRODUCERS, Crop, Feed
+from collective_pipeline.data.jpeg import Files, decode, decode_on_gpu, encode
 from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages, pack_images
 from collective_pipeline.data.streaming import StreamedBatches, StreamedImages, StreamedSplits
 from collective_pipeline.pipelines.imagenet.nodes import make_arm
@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sides", type=int, nargs="*", default=[256, 400], help="of the packed images")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--threads", type=int, help="that read and, on the CPU, decode")
-    parser.add_argument("--ahead", type=int, default=4)
+    parser.add_argument("--ahead", type=int, default=PRODUCERS + 2)
     parser.add_argument("--alone", action=argparse.BooleanOptionalAction, default=True, help="feed without a network")
     parser.add_argument("--train", help="a network: resnet50")
     parser.add_argument("--augment", action="store_true", help="while training: colour, shift, cutout, MixUp, CutMix")
@@ -116,17 +116,30 @@ def tell_alone(sources: dict[str, EncodedImages], options: argparse.Namespace, d
 
 
 def time_decoding(source: EncodedImages, options: argparse.Namespace, device: torch.device) -> float:
-    """Images a second, in lists of a batch on the GPU, by threads on the CPU; the files are in memory."""
-    size = options.batch_size if device.type == "cuda" else 8
-    rows = torch.arange(max(options.images, 2 * size)) % len(source)
-    lists = [source.read(some.tolist()) for some in rows.split(size)]
-    decode(lists[0], device)
-    with ThreadPoolExecutor(1 if device.type == "cuda" else options.threads) as pool:
-        synchronise(device)
-        started = time.perf_counter()
-        for _ in pool.map(decode, lists, repeat(device)):
+    """Images a second, by as many threads as the feed has: in lists of a batch on the GPU, of a few on the CPU.
+
+    The files are in memory.
+    """
+    is_gpu = device.type == "cuda"
+    size = options.batch_size if is_gpu else 8
+    rows = torch.arange(max(options.images, 2 * PRODUCERS * size)) % len(source)
+    lists = [source.files(some.tolist()) if is_gpu else source.read(some.tolist()) for some in rows.split(size)]
+    streams = [torch.cuda.Stream(device) for _ in range(PRODUCERS)] if is_gpu else []
+
+    def work(number: int, lists: Sequence[Any]) -> None:
+        for files in lists[number::PRODUCERS]:
+            with torch.cuda.stream(streams[number]):
+                decode_on_gpu(files, device)
+                streams[number].synchronize()  # torchvision's decoder wants memory at rest
+
+    def run(pool: ThreadPoolExecutor, lists: Sequence[Any]) -> None:
+        for _ in pool.map(work, range(PRODUCERS), repeat(lists)) if is_gpu else pool.map(decode, lists):
             pass
-        synchronise(device)
+
+    with ThreadPoolExecutor(PRODUCERS if is_gpu else options.threads) as pool:
+        run(pool, lists[: 2 * PRODUCERS])
+        started = time.perf_counter()
+        run(pool, lists)
     return len(rows) / (time.perf_counter() - started)
 
 
@@ -182,6 +195,10 @@ class Sources:
     def labels(self) -> Tensor:
         return self.first.labels
 
+    @property
+    def is_mapped(self) -> bool:
+        return (self.now or self.first).is_mapped
+
     def __len__(self) -> int:
         return len(self.first)
 
@@ -191,6 +208,9 @@ class Sources:
     def read(self, rows: Sequence[int]) -> Sequence[Any]:
         """Where batches lie ready those of validation, which is not timed."""
         return (self.now or self.first).read(rows)
+
+    def files(self, rows: Any) -> Files:
+        return (self.now or self.first).files(rows)
 
     def watch(self, stops: Iterable[int]) -> Iterator[int]:
         """Around the updates of an epoch, which it times."""

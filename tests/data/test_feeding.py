@@ -65,7 +65,7 @@ def test_batches_are_the_images_asked_for_in_their_order(tree):
     for (images, labels), rows, draws in zip(batches, rows_KB, draws_KBD, strict=True):
         assert images.dtype == torch.uint8 and images.shape == (8, 3, SIZE, SIZE)
         assert torch.equal(labels, rows)
-        for image, whole, draw in zip(images, decode(tree.read(rows.tolist()), CPU), draws, strict=True):
+        for image, whole, draw in zip(images, decode(tree.read(rows.tolist())), draws, strict=True):
             size = torch.tensor([whole.shape[1:]])
             (box,) = random_boxes(draw[None, :NUM_BOX_DRAWS], size, scale=(0.3, 0.9)).tolist()
             wanted = functional.resized_crop(whole, *box, [SIZE, SIZE], antialias=True)
@@ -76,7 +76,7 @@ def test_batches_are_the_images_asked_for_in_their_order(tree):
 def test_without_draws_the_middle_is_seen(tree):
     rows_KB = torch.tensor([[3, 5]])
     ((images, _),) = feed(tree, crop=Crop(centre=0.5)).batches(rows_KB, None)
-    (whole,) = decode(tree.read([3]), CPU)  # 43 x 84
+    (whole,) = decode(tree.read([3]))  # 43 x 84
 
     wanted = functional.resized_crop(whole, 10, 31, 22, 22, [SIZE, SIZE], antialias=True)
     assert (images[0].int() - wanted.int()).abs().max() <= 1

@@ -11,9 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from collective_pipeline.data import jpeg
-from collective_pipeline.data.jpeg import Problem, decode, encode, is_plain
-
-CPU = torch.device("cpu")
+from collective_pipeline.data.jpeg import Files, Problem, decode, decode_on_gpu, encode, is_baseline
 
 
 def smooth_image(height, width, seed=0, mode="RGB"):
@@ -61,6 +59,12 @@ def by_pillow(file):
     return torch.from_numpy(np.array(Image.open(io.BytesIO(file)).convert("RGB"))).permute(2, 0, 1)
 
 
+def decode_there(files):
+    """As `decode` gives them."""
+    images, problems = decode_on_gpu(Files.of(files), torch.device("cuda"))
+    return [problems.get(row, image) for row, image in enumerate(images.one_by_one())]
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A stand-in for torchvision's decoder, which fails a whole list for one file: here for a progressive one."""
@@ -81,7 +85,7 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_what_pillow_reads_is_read_as_pillow_reads_it(kind):
-    (image,) = decode([GOOD[kind]], CPU)
+    (image,) = decode([GOOD[kind]])
 
     assert image.dtype == torch.uint8 and image.shape == (3, 60, 80)
     assert (image.int() - by_pillow(GOOD[kind]).int()).abs().max() <= 1
@@ -97,12 +101,12 @@ def test_a_file_is_turned_as_its_camera_says(gpu, orientation, order):
     files = [encoded(smooth_image(60, 80, mode=mode), exif=tags) for mode in ("RGB", "L", "CMYK")]
     files += [encoded(smooth_image(60, 80), "PNG", exif=tags)]
 
-    for device in (CPU, torch.device("cuda")):
-        for image, file in zip(decode(files, device), files, strict=True):
+    for way in (decode, decode_there):
+        for image, file in zip(way(files), files, strict=True):
             turned = ImageOps.exif_transpose(Image.open(io.BytesIO(file))).convert("RGB")
             assert image.shape == (3, turned.height, turned.width)
             assert (image.int() - torch.from_numpy(np.array(turned)).permute(2, 0, 1).int()).abs().max() <= 1
-    assert is_plain(files[0]) == (orientation not in range(2, 9)) == bool(gpu)
+    assert is_baseline(files[0]) == (orientation not in range(2, 9)) == bool(gpu)
 
 
 def test_of_several_things_that_a_camera_says_none_is_overheard():
@@ -113,12 +117,12 @@ def test_of_several_things_that_a_camera_says_none_is_overheard():
     def with_headers(*said):
         return JPEG[:2] + b"".join(b"\xff\xe1" + (len(s) + 8).to_bytes(2) + b"Exif\0\0" + s for s in said) + JPEG[2:]
 
-    assert [is_plain(with_headers(*said)) for said in ((upright,), (turned,), (turned, upright))] == [
+    assert [is_baseline(with_headers(*said)) for said in ((upright,), (turned,), (turned, upright))] == [
         True,
         False,
         False,
     ]
-    assert decode([with_headers(turned)], CPU)[0].shape == (3, 80, 60)
+    assert decode([with_headers(turned)])[0].shape == (3, 80, 60)
 
 
 @pytest.mark.parametrize(
@@ -127,12 +131,12 @@ def test_of_several_things_that_a_camera_says_none_is_overheard():
 def test_a_camera_that_says_nonsense_is_not_heard(says):
     header = b"\xff\xe1" + (len(says) + 8).to_bytes(2) + b"Exif\0\0" + says
     file = JPEG[:2] + header + JPEG[2:]
-    assert is_plain(file) and torch.equal(decode([file], CPU)[0], decode([JPEG], CPU)[0])
+    assert is_baseline(file) and torch.equal(decode([file])[0], decode([JPEG])[0])
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_file_is_told_and_the_others_are_read(kind):
-    first, bad, last = decode([JPEG, BAD[kind], JPEG], CPU)
+    first, bad, last = decode([JPEG, BAD[kind], JPEG])
 
     assert isinstance(bad, Problem) and bad.reason and "BytesIO" not in bad.reason
     assert torch.equal(first, last) and first.shape == (3, 60, 80)
@@ -140,7 +144,7 @@ def test_a_bad_file_is_told_and_the_others_are_read(kind):
 
 def test_reasons_say_what_is_wrong():
     def reason(kind):
-        return decode([BAD[kind]], CPU)[0].reason
+        return decode([BAD[kind]])[0].reason
 
     assert reason("zero bytes") == "it is empty"
     assert reason("giant") == "its header says 65,000 x 65,000 pixels"
@@ -148,19 +152,19 @@ def test_reasons_say_what_is_wrong():
 
 
 def test_a_problem_given_stays_one():
-    assert decode([Problem("gone")], CPU) == [Problem("gone")]
+    assert decode([Problem("gone")]) == [Problem("gone")]
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_files_may_be_any_bytes(kind):
-    assert torch.equal(decode([kind(JPEG)], CPU)[0], decode([JPEG], CPU)[0])
+    assert torch.equal(decode([kind(JPEG)])[0], decode([JPEG])[0])
 
 
 def test_threads_decode_side_by_side():
     """Each gets its own images, and the warning of torchvision reaches none of them."""
     files = [encoded(smooth_image(40 + row, 50)) for row in range(16)]
     with ThreadPoolExecutor(4) as pool:
-        images = list(pool.map(lambda file: decode([file], CPU)[0], files))
+        images = list(pool.map(lambda file: decode([file])[0], files))
 
     assert [image.shape[1] for image in images] == list(range(40, 56))
     assert threading.active_count() == 1
@@ -168,23 +172,45 @@ def test_threads_decode_side_by_side():
 
 def test_whole_jpeg_files_alone_go_to_the_gpu():
     """It would fill with grey what a truncated one lacks, and make room for a giant one."""
-    plain = {kind for kind, file in (GOOD | BAD).items() if is_plain(file)}
+    files = Files.of([*GOOD.values(), *BAD.values(), Problem("gone")])
+    kinds = [*GOOD, *BAD, "gone"]
+    plain = {kind for kind, size in zip(kinds, files.sizes_B2.tolist(), strict=True) if size == [60, 80]}
 
     assert plain == {"jpeg", "progressive", "greyscale", "bytes behind its end"}
+    assert files.sizes_B2.any(axis=1).sum() == 4
+    baseline = {kind for kind, is_one in zip(kinds, files.are_baseline_B, strict=True) if is_one}
+    assert baseline == plain - {"progressive"} == {kind for kind, file in (GOOD | BAD).items() if is_baseline(file)}
+
+
+def test_files_are_where_they_say_in_one_list_or_joined():
+    every = [JPEG, Problem("gone"), bytearray(GOOD["PNG"]), b"", Problem("gone too"), memoryview(JPEG)]
+    for files in (Files.of(every), Files.join([Files.of(every[:2]), Files.of([]), Files.of(every[2:])])):
+        assert [bytes(files[row]) for row in (0, 2, 5)] == [JPEG, GOOD["PNG"], JPEG]
+        assert len(files) == 6 and files.problems == {1: every[1], 4: every[4]}
+        assert files.lengths_B.tolist() == [len(JPEG), 0, len(GOOD["PNG"]), 0, 0, len(JPEG)]
+        assert files.sizes_B2.tolist() == [[60, 80], [0, 0], [0, 0], [0, 0], [0, 0], [60, 80]]
+
+
+def test_bad_files_disturb_no_others_on_the_gpu(gpu):
+    every = [JPEG, Problem("gone"), *BAD.values(), *GOOD.values()]
+
+    for image, file in zip(decode_there(every), every, strict=True):
+        (wanted,) = decode([file])
+        assert image == wanted if isinstance(wanted, Problem) else torch.equal(image, wanted)
 
 
 def test_a_file_that_the_gpu_refuses_is_found_among_the_others_and_read_on_the_cpu(gpu):
     files = [JPEG] * 5 + [GOOD["progressive"]] + [JPEG] * 4 + [GOOD["CMYK"], BAD["half of it"], BAD["zero bytes"]]
-    images = decode(files, torch.device("cuda"))
+    images = decode_there(files)
 
     assert max(gpu) == 10 and len(gpu) < 10
     assert [isinstance(image, Problem) for image in images] == [False] * 11 + [True] * 2
     for image, file in zip(images[:11], files[:11], strict=True):
-        assert torch.equal(image, decode([file], CPU)[0])
+        assert torch.equal(image, decode([file])[0])
 
 
 def test_no_call_to_the_gpu_is_made_for_nothing(gpu):
-    decode([GOOD["PNG"]], torch.device("cuda"))
+    decode_there([GOOD["PNG"]])
 
     assert gpu == []
 
@@ -192,15 +218,14 @@ def test_no_call_to_the_gpu_is_made_for_nothing(gpu):
 def test_an_image_encoded_again_stays_what_it_was():
     image = by_pillow(JPEG)
 
-    assert (decode([encode(image, 95)], CPU)[0].int() - image.int()).abs().float().mean() < 2
+    assert (decode([encode(image, 95)])[0].int() - image.int()).abs().float().mean() < 2
     assert len(encode(image, 50)) < len(encode(image, 95))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_the_gpu_reads_what_the_cpu_reads():
-    device = torch.device("cuda")
-    on_gpu = decode([*GOOD.values(), *BAD.values()], device)
-    on_cpu = decode([*GOOD.values(), *BAD.values()], CPU)
+    on_gpu = decode_there([*GOOD.values(), *BAD.values()])
+    on_cpu = decode([*GOOD.values(), *BAD.values()])
     for here, there in zip(on_gpu, on_cpu, strict=True):
         if isinstance(there, Problem):
             assert here == there

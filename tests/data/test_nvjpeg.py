@@ -5,10 +5,14 @@ import ctypes
 
 import pytest
 import torch
-from tests.data.test_jpeg import BAD, GOOD, encoded, smooth_image
+from tests.data.test_jpeg import BAD, GOOD, decode_there, encoded, smooth_image
+from tests.data.test_packed import make_tree
+from torch import Tensor
 
-from collective_pipeline.data import jpeg, nvjpeg
-from collective_pipeline.data.jpeg import Problem, decode
+from collective_pipeline.data import feeding, jpeg, nvjpeg, packed
+from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Feed
+from collective_pipeline.data.jpeg import Files, Problem, decode
+from collective_pipeline.data.packed import PackedImages, pack_images
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIZES = [(60, 80), (33, 47), (64, 64), (21, 100)]
@@ -24,7 +28,7 @@ def table(address, rows, columns):
 
 
 def read(address, length):
-    return decode([ctypes.string_at(address, length)], CPU)[0]
+    return decode([ctypes.string_at(address, length)])[0]
 
 
 class Library:
@@ -74,59 +78,103 @@ def library(monkeypatch):
     return Library()
 
 
+def decode_by(decoder, files):
+    """Images, and None where there is none."""
+    arrays = Files.of(files)
+    memory, starts, are_there = decoder.decode(arrays.addresses_B, arrays.lengths_B, arrays.sizes_B2, CPU)
+    about = zip(starts.tolist(), arrays.sizes_B2.tolist(), are_there.tolist(), strict=True)
+    return [
+        memory[start : start + 3 * height * width].view(3, height, width) if is_there else None
+        for start, (height, width), is_there in about
+    ]
+
+
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_every_image_is_written_where_it_is_read(library, kind):
-    images = nvjpeg.Decoder(library).decode([kind(file) for file in FILES], SIZES, CPU)
+    images = decode_by(nvjpeg.Decoder(library), [kind(file) for file in FILES])
 
     assert library.lists == [4]
     for image, file in zip(images, FILES, strict=True):
-        assert torch.equal(image, decode([file], CPU)[0])
-    assert nvjpeg.Decoder(library).decode([], [], CPU) == [] and library.lists == [4]
+        assert torch.equal(image, decode([file])[0])
 
 
 def test_it_is_prepared_again_for_lists_of_another_length_alone(library):
     decoder = nvjpeg.Decoder(library)
     for number in (4, 4, 2, 2, 4):
-        assert len(decoder.decode(FILES[:number], SIZES[:number], CPU)) == number
+        assert len(decode_by(decoder, FILES[:number])) == number
 
     assert library.lists == [4, 2, 4]
 
 
 def test_what_it_does_not_support_is_found_and_left_to_others(library):
     """With one more list, not one for every file."""
-    files, sizes = [FILES[0], LOW, *FILES[1:]], [SIZES[0], (10, 90), *SIZES[1:]]
-    images = nvjpeg.Decoder(library).decode(files, sizes, CPU)
+    files = [FILES[0], LOW, *FILES[1:]]
+    images = decode_by(nvjpeg.Decoder(library), files)
 
     assert library.lists == [5, 4] and images[1] is None
     for row in (0, 2, 3, 4):
-        assert torch.equal(images[row], decode([files[row]], CPU)[0])
+        assert torch.equal(images[row], decode([files[row]])[0])
 
 
 def test_what_it_refuses_though_it_should_not_is_left_to_others(library, monkeypatch):
-    monkeypatch.setattr(Library, "nvjpegDecodeBatched", lambda *_: REFUSED)
+    """And it is prepared anew after that."""
+    decoder = nvjpeg.Decoder(library)
+    with monkeypatch.context() as refusing:
+        refusing.setattr(Library, "nvjpegDecodeBatched", lambda *_: REFUSED)
+        assert decode_by(decoder, FILES) == [None] * 4
+        assert decode_by(decoder, [LOW, LOW]) == [None] * 2
+    assert None not in decode_by(decoder, FILES) and library.lists == [4, 2, 4]
 
-    assert nvjpeg.Decoder(library).decode(FILES, SIZES, CPU) == [None] * 4
 
-
-def test_baseline_files_go_there_and_the_others_to_torchvision(library, monkeypatch):
-    decoder, lists = nvjpeg.Decoder(library), []
+@pytest.fixture
+def decoder(library, monkeypatch):
+    """Borrowed by whoever decodes for a GPU; lists of torchvision are counted in `by_torchvision`."""
+    decoder = nvjpeg.Decoder(library)
+    decoder.by_torchvision = []
 
     def by_torchvision(files, device):
-        lists.append(len(files))
-        return [decode([file.numpy().tobytes()], CPU)[0] for file in files]
+        decoder.by_torchvision.append(len(files))
+        return [decode([file.numpy().tobytes()])[0] for file in files]
 
     original = decoder.decode
-    monkeypatch.setattr(decoder, "decode", lambda files, sizes, device: original(files, sizes, CPU))
+    monkeypatch.setattr(decoder, "decode", lambda *files_and_device: original(*files_and_device[:-1], CPU))
     monkeypatch.setattr(nvjpeg, "borrow", lambda device: contextlib.nullcontext(decoder))
     monkeypatch.setattr(jpeg, "_decode_by_torchvision", by_torchvision)
     monkeypatch.setattr(jpeg, "_to_device", lambda image, device: image)
-    files = [*FILES, *GOOD.values(), LOW, *BAD.values()]
-    images = decode(files, CUDA)
+    return decoder
 
-    assert library.lists == [8, 7] and lists == [2]  # LOW and a progressive one; PNG and the like go to neither
+
+def test_baseline_files_go_there_and_the_others_to_torchvision(library, decoder):
+    files = [*FILES, Problem("gone"), *GOOD.values(), LOW, *BAD.values()]
+    images = decode_there(files)
+
+    assert library.lists == [8, 7]
+    assert decoder.by_torchvision == [2]  # LOW and a progressive one; PNG and the like go to neither
     for image, file in zip(images, files, strict=True):
-        wanted = decode([file], CPU)[0]
+        (wanted,) = decode([file])
         assert image == wanted if isinstance(wanted, Problem) else torch.equal(image, wanted)
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_feed_of_a_gpu_gives_the_batches_of_the_cpu(decoder, tmp_path, monkeypatch, is_packed):
+    """Of both kinds of sources, with bad files among the good ones, in several threads."""
+    monkeypatch.setattr(feeding, "_streams_of", lambda device: None)
+    monkeypatch.setattr(Feed, "_make", Feed._cut)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(Tensor, "to", lambda tensor, *_, **__: tensor)
+    files = [*FILES, BAD["half of it"], *GOOD.values(), b"", LOW, *FILES]
+    source = make_tree(tmp_path / "tree", files)
+    if is_packed:
+        monkeypatch.setattr(packed, "MAX_UNUSABLE", 0.5)
+        pack_images(source, tmp_path / "packed", side=400)
+        source = PackedImages.open(tmp_path / "packed")
+    rows_KB = torch.arange(len(source)).repeat(8).view(-1, 8)
+    draws_KBD = torch.rand(*rows_KB.shape, NUM_CROP_DRAWS, generator=torch.Generator().manual_seed(0))
+    here, there = (Feed(source, device=device, image_size=24, max_bad=0.5) for device in (CPU, CUDA))
+    for draws in (draws_KBD, None):
+        batches = zip(here.batches(rows_KB, draws), there.batches(rows_KB, draws), strict=True)
+        assert all(torch.equal(one, other) for pair in batches for one, other in zip(*pair, strict=True))
+    assert here.bad_files == there.bad_files and here.num_bad == (0 if is_packed else 2)
 
 
 def test_a_card_without_such_units_is_told_once(monkeypatch, caplog):

@@ -1,8 +1,10 @@
 """A tree of images packs once, whatever interrupts it, and reads as the tree itself."""
 
 import io
+import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from kedro.io import DataCatalog, DatasetError
@@ -11,7 +13,7 @@ from tests.data.test_jpeg import BAD, GOOD, JPEG, encoded, smooth_image
 
 from collective_pipeline.config import UserError
 from collective_pipeline.data import packed
-from collective_pipeline.data.jpeg import Problem
+from collective_pipeline.data.jpeg import Files, Problem
 from collective_pipeline.data.packed import FileImages, PackedImages, pack_images
 from collective_pipeline.io.packed import PackedImagesDataset
 
@@ -52,6 +54,14 @@ def files_in(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def change_header(folder, **changes):
+    """Without what is None, as before there was such a thing."""
+    header = json.loads((folder / "packed.json").read_text()) | changes
+    (folder / "packed.json").write_text(
+        json.dumps({name: value for name, value in header.items() if value is not None})
+    )
+
+
 def test_files_are_read_as_they_are(tree):
     assert [bytes(file) for file in tree.read([3, 0])] == [(tree.root / tree.paths[row]).read_bytes() for row in (3, 0)]
 
@@ -75,6 +85,30 @@ def test_images_are_packed_small_in_order_with_their_labels(tree, tmp_path):
     assert [bytes(file) for file in images.read([2, 3])] == [bytes(file) for file in tree.read([2, 3])]
     assert [bytes(file) for file in images.read([9, 0])] == [bytes(images.read([row])[0]) for row in (9, 0)]
     assert images.name(3) == f"b/3.JPEG in {tmp_path / 'packed'}"
+
+
+def test_the_arrays_of_a_packed_folder_are_its_files(tree, tmp_path):
+    """In any order and more than once; they outlast the object that they are from."""
+    pack_images(tree, tmp_path / "packed", side=SIDE)
+    rows = [9, 0, 5, 5, 2, 6]
+    read = [bytes(file) for file in PackedImages.open(tmp_path / "packed").read(rows)]
+    files = PackedImages.open(tmp_path / "packed").files(np.array(rows))
+
+    assert [bytes(files[row]) for row in range(6)] == read
+    assert files.lengths_B.tolist() == [len(file) for file in read] and not files.problems
+    parsed = Files.of(read)
+    assert files.sizes_B2.tolist() == parsed.sizes_B2.tolist() and parsed.sizes_B2.all()
+    assert files.are_baseline_B.all() and parsed.are_baseline_B.all()
+    for name in ("addresses_B", "lengths_B", "sizes_B2", "are_baseline_B"):
+        assert getattr(files, name).dtype == getattr(parsed, name).dtype
+
+
+def test_the_arrays_of_a_tree_are_its_files(tree):
+    (tree.root / tree.paths[4]).unlink()
+    files = tree.files([9, 4, 0])
+
+    assert [bytes(files[row]) for row in (0, 2)] == [bytes(file) for file in tree.read([9, 0])]
+    assert files.problems == {1: Problem("No such file or directory")}
 
 
 def test_quality_is_that_of_jpeg(tree, tmp_path):
@@ -182,6 +216,8 @@ def test_progress_says_how_long_it_takes(tree, tmp_path, monkeypatch, caplog):
     [
         (lambda folder: (folder / "packed.json").unlink(), "holds no packed images: pack them there first"),
         (lambda folder: (folder / "packed.json").write_text("{}"), "packed.json is no header of packed images"),
+        (lambda folder: change_header(folder, format=1), "that of another version: remove the folder, and pack them"),
+        (lambda folder: change_header(folder, format=None), "that of another version: remove the folder, and pack"),
         (lambda folder: (folder / "00001.jpegs").write_bytes(b"short"), "00001.jpegs has 5 bytes where its table says"),
         (lambda folder: (folder / "00001.jpegs").unlink(), "00001.jpegs has 0 bytes where its table says"),
         (lambda folder: (folder / "00001.parquet").write_bytes(b"x"), "00001.parquet is damaged: remove it, and pack"),
@@ -193,6 +229,14 @@ def test_a_damaged_folder_is_refused(tree, tmp_path, damage, told):
 
     with pytest.raises(UserError, match=told):
         PackedImages.open(tmp_path / "packed")
+
+
+def test_packing_into_a_folder_of_another_version_is_refused(tree, tmp_path):
+    pack_images(tree, tmp_path / "packed", side=SIDE)
+    change_header(tmp_path / "packed", format=None)
+
+    with pytest.raises(UserError, match="that of another version: remove the folder, and pack them again"):
+        pack_images(tree, tmp_path / "packed", side=SIDE)
 
 
 def test_no_images_are_not_packed(tmp_path):

@@ -18,7 +18,7 @@ from collective_pipeline.data.augment import (
     mix,
     shift_scale_rotate,
 )
-from collective_pipeline.data.cropping import NUM_BOX_DRAWS, random_boxes, resample
+from collective_pipeline.data.cropping import NUM_BOX_DRAWS, Images, random_boxes, resample
 from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Crop
 from collective_pipeline.data.jpeg import decode, encode
 from collective_pipeline.data.streaming import (
@@ -32,7 +32,6 @@ from collective_pipeline.data.streaming import (
 )
 from collective_pipeline.randomness import make_generator
 
-CPU = torch.device("cpu")
 NUM_TRAIN, NUM_ALL, SIZE = 50, 63, 16
 CROP = Crop(scale=(0.3, 0.9))
 CONFIG = TrainingConfig(epochs=4, batch_size=8, eval_batch_size=4, mixup_alpha=0.4, cutmix_alpha=0.7)
@@ -121,9 +120,9 @@ def test_a_batch_is_decoded_cut_jittered_moved_normalised_and_mixed_by_its_draws
     crop, colour, move, cut = draws.view(6, 8, -1)[number].split(
         [NUM_CROP_DRAWS, NUM_COLOUR_DRAWS, NUM_MOVE_DRAWS, NUM_CUTOUT_DRAWS], dim=1
     )
-    whole = decode(splits.train.source.read(rows.tolist()), CPU)
+    whole = decode(splits.train.source.read(rows.tolist()))
     boxes = random_boxes(crop[:, :NUM_BOX_DRAWS], torch.tensor([image.shape[1:] for image in whole]), scale=CROP.scale)
-    x = resample(whole, boxes, crop[:, -1] < CROP.flip, SIZE).float() / 255
+    x = resample(Images.of(whole), boxes, crop[:, -1] < CROP.flip, SIZE).float() / 255
     own = ALL_OF_IT
     strengths = {name: getattr(own, name) for name in ("brightness", "contrast", "saturation", "hue")}
     x = colour_jitter(x, colour, **strengths, probability=0.7)

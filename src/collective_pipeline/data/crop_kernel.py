@@ -4,23 +4,22 @@ One by one they are some hundred small operations a batch, for which a network t
 Suffixes: B images.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from collective_pipeline.data.cropping import Images
+
 PIXELS_AT_ONCE = 256  # of a program
 
 
-def resample(images: Sequence[Tensor], boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+def resample(images: Images, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
     """As `cropping.resample`, for images on the device of the current stream, which must outlive what it does."""
-    device = images[0].device
-    places_B4 = torch.tensor([(image.data_ptr(), *image.stride()) for image in images])
-    top_left_B2 = boxes[:, :2]
-    places_B4[:, 0] += (top_left_B2 * places_B4[:, 2:]).sum(dim=1)
-    about_B7 = torch.cat([places_B4, boxes[:, 2:], flips[:, None]], dim=1)
+    device = images.device
+    strides_B3 = images.places_B5[:, 2:]
+    corners_B = images.addresses_B + (boxes[:, :2] * strides_B3[:, 1:]).sum(dim=1)
+    about_B7 = torch.cat([corners_B[:, None], strides_B3, boxes[:, 2:], flips[:, None]], dim=1)
     if device.type == "cuda":  # of other memory a copy makes the host wait for all that came before it
         about_B7 = about_B7.pin_memory().to(device, non_blocking=True)
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=device)
@@ -32,7 +31,7 @@ def resample(images: Sequence[Tensor], boxes: Tensor, flips: Tensor, size: int) 
 def try_out(device: torch.device) -> None:
     """Compile the kernel and run it, so that a machine that cannot is known."""
     image = torch.zeros(3, 1, 1, dtype=torch.uint8, device=device)
-    resample([image], torch.tensor([[0, 0, 1, 1]]), torch.tensor([False]), 1)
+    resample(Images.of([image]), torch.tensor([[0, 0, 1, 1]]), torch.tensor([False]), 1)
     torch.cuda.current_stream(device).synchronize()
 
 

@@ -7,8 +7,10 @@ A box is `(top, left, height, width)` in whole pixels, inside its image.
 import logging
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Self
 
 import numpy as np
 import torch
@@ -22,6 +24,64 @@ ATTEMPTS = 10
 NUM_BOX_DRAWS = 2 * ATTEMPTS + 2  # area and ratio of every attempt, place down, place right
 _LOADING = threading.Lock()
 _loaded: list[ModuleType | None] = []
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of any sizes on one device, each somewhere in one of several pieces of memory.
+
+    Attributes:
+        memory: The pieces, uint8.
+        places_B5: int64, on the CPU: the number of its piece, where in that it begins, and how far apart channels, rows
+            and columns are.
+        sizes_B2: int64, on the CPU: heights and widths; 0 where there is no image.
+    """
+
+    memory: tuple[Tensor, ...]
+    places_B5: Tensor
+    sizes_B2: Tensor
+
+    @classmethod
+    def none(cls, number: int) -> Self:
+        """Nothing in as many places."""
+        return cls((), torch.zeros(number, 5, dtype=torch.int64), torch.zeros(number, 2, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, images: Sequence[Tensor]) -> Self:
+        """These, `(3, height, width)` each."""
+        return cls.none(len(images)).put(dict(enumerate(images)))
+
+    def put(self, images: Mapping[int, Tensor]) -> Self:
+        """The same with other ones, `(3, height, width)` each, in some places."""
+        if not images:
+            return self
+        places_B5, sizes_B2, rows = self.places_B5.clone(), self.sizes_B2.clone(), list(images)
+        about = [(piece, image.storage_offset(), *image.stride()) for piece, image in enumerate(images.values())]
+        places_B5[rows] = torch.tensor(about) + torch.tensor([len(self.memory), 0, 0, 0, 0])
+        sizes_B2[rows] = torch.tensor([image.shape[1:] for image in images.values()])
+        return replace(self, memory=(*self.memory, *images.values()), places_B5=places_B5, sizes_B2=sizes_B2)
+
+    def take(self, rows: Tensor | slice) -> Self:
+        """Some of them."""
+        return replace(self, places_B5=self.places_B5[rows], sizes_B2=self.sizes_B2[rows])
+
+    def __len__(self) -> int:
+        return len(self.places_B5)
+
+    @property
+    def device(self) -> torch.device:
+        return self.memory[0].device
+
+    @property
+    def addresses_B(self) -> Tensor:
+        """Of the first value of each, int64, on the CPU."""
+        pieces = torch.tensor([piece.untyped_storage().data_ptr() for piece in self.memory])
+        return pieces[self.places_B5[:, 0]] + self.places_B5[:, 1]
+
+    def one_by_one(self) -> list[Tensor]:
+        """Each as `(3, height, width)`, where it lies."""
+        about = zip(self.places_B5.tolist(), self.sizes_B2.tolist(), strict=True)
+        return [self.memory[piece].as_strided((3, *size), strides, first) for (piece, first, *strides), size in about]
 
 
 def random_boxes(
@@ -65,26 +125,26 @@ def centre_boxes(sizes: Tensor, share: float) -> Tensor:
     return torch.cat([(sizes - side_B1) // 2, side_B1, side_B1], dim=1)
 
 
-def resample(images: Sequence[Tensor], boxes: Tensor, flips: Tensor, size: int) -> Tensor:
-    """The parts of images of any sizes as one uint8 batch `(B, 3, size, size)` on their device.
+def resample(images: Images, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+    """The parts of B images, at least one, as one uint8 batch `(B, 3, size, size)` on their device.
 
     As torch's bilinear resize with antialiasing has it, one by one; on CUDA the whole batch in one kernel, which may
     differ from it by one step of the 255.
 
     Args:
-        images: B of uint8 `(3, height, width)`.
+        images: Of any sizes.
         boxes: `(B, 4)`, on the CPU.
         flips: `(B,)`, bool, on the CPU: which to mirror.
         size: Side of the output.
     """
-    about = zip(images, boxes.tolist(), flips.tolist(), strict=True)
-    if (device := images[0].device).type == "cpu":
+    device = images.device
+    if device.type == "cuda" and (kernel := _load_kernel(device)) is not None:
+        batch: Tensor = kernel.resample(images, boxes, flips, size)
+        return batch
+    about = zip(images.one_by_one(), boxes.tolist(), flips.tolist(), strict=True)
+    if device.type == "cpu":
         return torch.from_numpy(np.stack([_resize_on_cpu(image, box, flip, size) for image, box, flip in about]))
-    kernel = _load_kernel(device) if device.type == "cuda" else None
-    if kernel is None:
-        return torch.stack([_resize(image, box, flip, size) for image, box, flip in about])
-    batch: Tensor = kernel.resample(images, boxes, flips, size)
-    return batch
+    return torch.stack([_resize(image, box, flip, size) for image, box, flip in about])
 
 
 def _load_kernel(device: torch.device) -> ModuleType | None:

@@ -3,7 +3,6 @@
 Suffixes: K batches, B images of one, D draws.
 """
 
-import bisect
 import functools
 import itertools
 import logging
@@ -17,19 +16,18 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from collective_pipeline.config import UserError
-from collective_pipeline.data.cropping import NUM_BOX_DRAWS, centre_boxes, random_boxes, resample
-from collective_pipeline.data.jpeg import Problem, decode
+from collective_pipeline.data.cropping import NUM_BOX_DRAWS, Images, centre_boxes, random_boxes, resample
+from collective_pipeline.data.jpeg import Files, Problem, decode, decode_on_gpu
 from collective_pipeline.data.packed import EncodedImages
 
 logger = logging.getLogger(__name__)
 
-CPU = torch.device("cpu")
-
 NUM_CROP_DRAWS = NUM_BOX_DRAWS + 1  # the last one mirrors
-PRODUCERS = 2  # so that one batch is read while another is cut
+PRODUCERS = 3  # so that one batch is read while others are decoded and cut
 # Of threads, where a GPU decodes: more of them wait for Python's one lock longer than for a disk.
 MOST_READERS = 8
 FILES_AT_ONCE = 8  # of a thread: less time at Python's lock than one by one
@@ -90,7 +88,7 @@ class Feed:
         image_size: int,
         crop: Crop | None = None,
         num_threads: int | None = None,
-        ahead: int = 4,
+        ahead: int = PRODUCERS + 2,
         max_bad: float = 0.01,
     ) -> None:
         self.source = source
@@ -168,19 +166,18 @@ class Feed:
             self._streams.put(stream)
 
     def _cut(self, rows_B: Tensor, draws_BD: Tensor | None, readers: ThreadPoolExecutor) -> _Made:
-        decoded = self._decode(rows_B.tolist(), readers)
-        bad = zip(rows_B.tolist(), decoded, strict=True)
-        problems = {row: problem for row, problem in bad if isinstance(problem, Problem)}
-        good = [place for place, image in enumerate(decoded) if isinstance(image, Tensor)]
-        if not good and draws_BD is None:
+        images, found = self._decode(rows_B, readers)
+        problems = {int(rows_B[place]): problem for place, problem in found.items()}
+        good = np.setdiff1d(np.arange(len(images)), [*found])
+        if not len(good) and draws_BD is None:
             nothing = torch.zeros(0, 3, self.image_size, self.image_size, dtype=torch.uint8, device=self.device)
             return _Made(nothing, self.source.labels[:0].to(self.device), problems, ready=None)
-        if not good:
+        if not len(good):
             raise UserError(f"no file of a batch of {len(rows_B)} is an image: {_list(self._name(problems))}")
-        used = good if draws_BD is None else _next_good(good, len(decoded))
-        images = [image for place in used if isinstance(image := decoded[place], Tensor)]
-        boxes, flips = self._choose_parts(torch.tensor([image.shape[1:] for image in images]), draws_BD)
-        cut = self._resample(images, boxes, flips, readers)
+        used = torch.from_numpy(good if draws_BD is None else _next_good(good, len(images)))
+        seen = images.take(used)
+        boxes, flips = self._choose_parts(seen.sizes_B2, draws_BD)
+        cut = self._resample(seen, boxes, flips, readers)
         labels = self.source.labels[rows_B[used]]
         if self.device.type == "cuda":  # of other memory a copy makes the host wait for all that came before it
             labels = labels.pin_memory()
@@ -194,21 +191,28 @@ class Feed:
         boxes = random_boxes(draws_of_boxes, sizes, scale=self.crop.scale, ratio=self.crop.ratio)
         return boxes, draws_BD[:, NUM_BOX_DRAWS] < self.crop.flip
 
-    def _decode(self, rows: Sequence[int], readers: ThreadPoolExecutor) -> list[Tensor | Problem]:
-        """All of a batch together by the GPU, or by the threads, each what it has read."""
+    def _decode(self, rows_B: Tensor, readers: ThreadPoolExecutor) -> tuple[Images, dict[int, Problem]]:
+        """All of a batch together by the GPU, or by the threads, each what it has read; problems by their places."""
         if self.device.type == "cuda":
-            files = readers.map(self.source.read, _chunks(rows))
-            return decode(list(itertools.chain.from_iterable(files)), self.device)
-        decoded = readers.map(self._decode_on_cpu, _chunks(rows))
-        return list(itertools.chain.from_iterable(decoded))
+            return decode_on_gpu(self._read(rows_B, readers), self.device)
+        decoded = [*itertools.chain.from_iterable(readers.map(self._decode_on_cpu, _chunks(rows_B.tolist())))]
+        images = {place: image for place, image in enumerate(decoded) if isinstance(image, Tensor)}
+        problems = {place: problem for place, problem in enumerate(decoded) if isinstance(problem, Problem)}
+        return Images.none(len(decoded)).put(images), problems
 
     def _decode_on_cpu(self, rows: Sequence[int]) -> list[Tensor | Problem]:
-        return decode(self.source.read(rows), CPU)
+        return decode(self.source.read(rows))
 
-    def _resample(self, images: Sequence[Tensor], boxes: Tensor, flips: Tensor, readers: ThreadPoolExecutor) -> Tensor:
-        if images[0].device.type != "cpu":
+    def _read(self, rows_B: Tensor, readers: ThreadPoolExecutor) -> Files:
+        if self.source.is_mapped:
+            return self.source.files(rows_B.numpy())
+        return Files.join([*readers.map(self.source.files, _chunks(rows_B.tolist()))])
+
+    def _resample(self, images: Images, boxes: Tensor, flips: Tensor, readers: ThreadPoolExecutor) -> Tensor:
+        if images.device.type != "cpu":
             return resample(images, boxes, flips, self.image_size)
-        parts = _chunks(images), boxes.split(FILES_AT_ONCE), flips.split(FILES_AT_ONCE)
+        chunks = [images.take(slice(start, start + FILES_AT_ONCE)) for start in range(0, len(images), FILES_AT_ONCE)]
+        parts = chunks, boxes.split(FILES_AT_ONCE), flips.split(FILES_AT_ONCE)
         batch = [part.numpy() for part in readers.map(resample, *parts, itertools.repeat(self.image_size))]
         return torch.from_numpy(np.concatenate(batch))
 
@@ -250,10 +254,10 @@ def choose_threads(num_cores: int, device: torch.device) -> int:
     return min(num_cores, MOST_READERS) if device.type == "cuda" else num_cores
 
 
-def _next_good(good: Sequence[int], num_places: int) -> list[int]:
+def _next_good(good: NDArray[np.int64], num_places: int) -> NDArray[np.int64]:
     """For every place the next one that is good, itself if it is; behind the last one follows the first."""
-    after = [bisect.bisect_left(good, place) for place in range(num_places)]
-    return [good[position % len(good)] for position in after]
+    after = np.searchsorted(good, np.arange(num_places))
+    return good[after % len(good)]
 
 
 def _list(told: Sequence[str]) -> str:

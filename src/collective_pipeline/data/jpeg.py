@@ -4,17 +4,22 @@ The decoder of torchvision is called by its operator: its function warns that an
 warning cannot be kept silent in one thread alone.
 """
 
+import ctypes
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 import torchvision.io  # registers the operators
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from collective_pipeline.data import nvjpeg
+from collective_pipeline.data.cropping import Images
 from collective_pipeline.data.decoding import reason_of, to_mode, to_tensor
 
 Encoded = bytes | bytearray | memoryview  # one file
@@ -41,22 +46,92 @@ class Problem:
     reason: str
 
 
-def decode(files: Sequence[Encoded | Problem], device: torch.device) -> list[Tensor | Problem]:
-    """Every file as uint8 `(3, H, W)` on the device, or what is wrong with it; a problem given stays one.
+@dataclass(frozen=True)
+class Files:
+    """B image files in memory, for a GPU.
 
-    Whole JPEG files are decoded by the GPU together where there is one; CMYK, PNG or BMP under another name, what is to
-    be turned as its camera says, and whatever the GPU refuses, on the CPU. Truncated files are refused. Many threads
-    may call it and run side by side. On the GPU torchvision's decoder has a stream of its own that does not wait for
-    the caller's: memory that the caller's stream has freed must be at rest.
+    Attributes:
+        addresses_B: uint64, where each begins.
+        lengths_B: uint64, in bytes.
+        sizes_B2: int64, height and width of each that is a whole JPEG file, grey or coloured, and upright; 0 of others.
+        are_baseline_B: bool, which of these are coded in the one way that all decoders know.
+        problems: Why there is no file, by its place among the B.
+        memory: What keeps the bytes where they are.
     """
-    if device.type != "cuda":
-        return [_to_device(_decode_on_host(file), device) for file in files]
-    images = _decode_on_gpu(files, device)
-    decoded: list[Tensor | Problem] = []
-    for row, file in enumerate(files):
-        image = images.get(row)
-        decoded.append(image if image is not None else _to_device(_decode_on_host(file), device))
-    return decoded
+
+    addresses_B: NDArray[np.uint64]
+    lengths_B: NDArray[np.uint64]
+    sizes_B2: NDArray[np.int64]
+    are_baseline_B: NDArray[np.bool_]
+    problems: Mapping[int, Problem]
+    memory: Sequence[Any]
+
+    @classmethod
+    def of(cls, files: Sequence[Encoded | Problem]) -> Self:
+        """These, whose headers are read here."""
+        memory = [b"" if isinstance(file, Problem) else file for file in files]
+        frames = [_read_plain_frame(file) for file in memory]
+        return cls(
+            np.array([address_of(file) for file in memory], np.uint64),
+            np.array([len(file) for file in memory], np.uint64),
+            np.array([(0, 0) if frame is None else frame[:2] for frame in frames], np.int64).reshape(-1, 2),
+            np.array([frame is not None and frame.is_baseline for frame in frames], np.bool_),
+            {row: file for row, file in enumerate(files) if isinstance(file, Problem)},
+            memory,
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """All of some parts, at least one, in their order."""
+        starts = itertools.accumulate(map(len, parts), initial=0)
+        return cls(
+            np.concatenate([part.addresses_B for part in parts]),
+            np.concatenate([part.lengths_B for part in parts]),
+            np.concatenate([part.sizes_B2 for part in parts]),
+            np.concatenate([part.are_baseline_B for part in parts]),
+            {
+                start + row: told
+                for start, part in zip(starts, parts, strict=False)
+                for row, told in part.problems.items()
+            },
+            [memory for part in parts for memory in part.memory],
+        )
+
+    def __len__(self) -> int:
+        return len(self.addresses_B)
+
+    def __getitem__(self, row: int) -> memoryview:
+        """The bytes of one, where they lie: this must outlive them."""
+        array = ctypes.c_uint8 * int(self.lengths_B[row])
+        return memoryview(array.from_address(int(self.addresses_B[row]))).cast("B")
+
+
+def decode(files: Sequence[Encoded | Problem]) -> list[Tensor | Problem]:
+    """Every file as uint8 `(3, H, W)` on the CPU, turned as its camera says, or what is wrong with it.
+
+    A problem given stays one. Truncated files are refused. Many threads may call it and run side by side.
+    """
+    return [_decode_on_host(file) for file in files]
+
+
+def decode_on_gpu(files: Files, device: torch.device) -> tuple[Images, dict[int, Problem]]:
+    """What `decode` makes of every file, on a GPU, and by their places what is wrong with those that are no images.
+
+    Baseline files are decoded together by the card's own units for that where it has some, other whole JPEG files by
+    torchvision; CMYK, PNG or BMP under another name, what is to be turned as its camera says, and whatever the GPU
+    refuses, on the CPU. Many threads may call it, each on a stream of its own. torchvision's decoder has another that
+    does not wait for the caller's: memory that the caller's stream has freed must be at rest.
+    """
+    images, are_there_B = _decode_by_units(files, device)
+    left = [row for row in np.flatnonzero(~are_there_B).tolist() if row not in files.problems]
+    plain = [row for row in left if files.sizes_B2[row].all()]
+    found = dict(zip(plain, _decode_by_torchvision([_as_tensor(files[row]) for row in plain], device), strict=True))
+    others: dict[int, Tensor | Problem] = dict(files.problems)
+    for row in left:
+        image = found.get(row)
+        others[row] = _to_device(_decode_on_host(files[row]), device) if image is None else image
+    images = images.put({row: other for row, other in others.items() if isinstance(other, Tensor)})
+    return images, {row: other for row, other in others.items() if isinstance(other, Problem)}
 
 
 def encode(image: Tensor, quality: int) -> bytes:
@@ -65,9 +140,16 @@ def encode(image: Tensor, quality: int) -> bytes:
     return file.numpy().tobytes()
 
 
-def is_plain(file: Encoded | Problem) -> bool:
-    """Whether it is a whole JPEG file, grey or coloured, of a size that can be decoded, and its pixels are upright."""
-    return not isinstance(file, Problem) and _read_plain_frame(file) is not None
+def is_baseline(file: Encoded) -> bool:
+    """Whether any decoder knows it: whole, baseline, grey or coloured, of a size that can be decoded, and upright."""
+    frame = _read_plain_frame(file)
+    return frame is not None and frame.is_baseline
+
+
+def address_of(memory: Any) -> int:
+    """Where anything begins that gives its bytes to others, as files and maps of files do."""
+    address: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
+    return address
 
 
 class _Frame(NamedTuple):
@@ -128,23 +210,21 @@ def _is_upright(exif: memoryview) -> bool:
     return said.isdisjoint(range(2, 9))
 
 
-def _decode_on_gpu(files: Sequence[Encoded | Problem], device: torch.device) -> dict[int, Tensor | None]:
-    """Images by their rows; nothing of those that it cannot decode."""
-    plain = {
-        row: (file, frame)
-        for row, file in enumerate(files)
-        if not isinstance(file, Problem) and (frame := _read_plain_frame(file)) is not None
-    }
-    images: dict[int, Tensor | None] = {}
-    baseline = [row for row, (_, frame) in plain.items() if frame.is_baseline]
+def _decode_by_units(files: Files, device: torch.device) -> tuple[Images, NDArray[np.bool_]]:
+    """The images that the card's own units decode, and which these are."""
+    places_B5, sizes_B2 = np.zeros((len(files), 5), np.int64), np.zeros((len(files), 2), np.int64)
+    are_there_B = np.zeros(len(files), np.bool_)
+    rows = np.flatnonzero(files.are_baseline_B)
     with nvjpeg.borrow(device) as decoder:
-        if decoder is not None:
-            sizes = [plain[row][1][:2] for row in baseline]
-            decoded = decoder.decode([plain[row][0] for row in baseline], sizes, device)
-            images.update(zip(baseline, decoded, strict=True))
-    others = [row for row in plain if images.get(row) is None]
-    decoded = _decode_by_torchvision([_as_tensor(plain[row][0]) for row in others], device)
-    return images | dict(zip(others, decoded, strict=True))
+        if decoder is None or len(rows) == 0:
+            return Images.none(len(files)), are_there_B
+        sizes = files.sizes_B2[rows]
+        memory, starts, are_there = decoder.decode(files.addresses_B[rows], files.lengths_B[rows], sizes, device)
+    heights, widths = sizes.T
+    places = np.stack([np.zeros_like(starts), starts, heights * widths, widths, np.ones_like(starts)], axis=1)
+    rows = rows[are_there]
+    places_B5[rows], sizes_B2[rows], are_there_B[rows] = places[are_there], sizes[are_there], True
+    return Images((memory,), torch.from_numpy(places_B5), torch.from_numpy(sizes_B2)), are_there_B
 
 
 def _decode_by_torchvision(files: list[Tensor], device: torch.device) -> list[Tensor | None]:

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from ctypes import POINTER, byref, c_int, c_size_t, c_uint, c_void_p
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-Buffer = bytes | bytearray | memoryview  # one file
 
 HARDWARE, RGB = 3, 3  # of nvjpegBackend_t and nvjpegOutputFormat_t
 MAX_COMPONENTS = 4
@@ -60,68 +58,75 @@ class Decoder:
         self._call("nvjpegJpegStreamCreate", self._handle, byref(self._header))
 
     def decode(
-        self, files: Sequence[Buffer], sizes: Sequence[tuple[int, int]], device: torch.device
-    ) -> list[Tensor | None]:
-        """Every file as uint8 `(3, H, W)` when it is there; nothing in place of what is not supported, or damaged.
+        self,
+        addresses_B: NDArray[np.uint64],
+        lengths_B: NDArray[np.uint64],
+        sizes_B2: NDArray[np.int64],
+        device: torch.device,
+    ) -> tuple[Tensor, NDArray[np.int64], NDArray[np.bool_]]:
+        """Images side by side in one piece of memory, all there when this returns.
+
+        Each is three planes without gaps. What is not supported or damaged leaves its place as it was.
 
         Args:
-            files: Baseline JPEG files.
-            sizes: Height and width of each.
+            addresses_B: Of baseline JPEG files, at least one.
+            lengths_B: Of these.
+            sizes_B2: Height and width of each.
             device: Of the current stream.
+
+        Returns:
+            The memory, uint8; where in it each image begins; and which are there.
         """
-        if not files:
-            return []
-        try:
-            return [*self._decode_together(files, sizes, device)]
-        except Refused:  # one of them fails them all
-            supported = [row for row, file in enumerate(files) if self._supports(file)]
-            images: list[Tensor | None] = [None] * len(files)
-            if len(supported) < len(files):
-                some = self.decode([files[row] for row in supported], [sizes[row] for row in supported], device)
-                for row, image in zip(supported, some, strict=True):
-                    images[row] = image
-            return images
+        planes_B = sizes_B2.prod(axis=1)
+        spaces_B = -(-3 * planes_B // ALIGNMENT) * ALIGNMENT
+        starts_B = spaces_B.cumsum() - spaces_B
+        memory = torch.empty(int(spaces_B.sum()), dtype=torch.uint8, device=device)
+        # nvjpegImage_t: the addresses of as many planes, then the bytes of a row of each.
+        images = np.zeros((len(sizes_B2), 2 * MAX_COMPONENTS), dtype=np.uint64)
+        for channel in range(3):
+            images[:, channel] = memory.data_ptr() + starts_B + channel * planes_B
+            images[:, MAX_COMPONENTS + channel] = sizes_B2[:, 1]
+        there_B = np.ones(len(sizes_B2), dtype=np.bool_)
+        stream = torch.cuda.current_stream(device)
+        if not self._decode_together(addresses_B, lengths_B, images, stream):  # one of them fails them all
+            files = zip(addresses_B.tolist(), lengths_B.tolist(), strict=True)
+            there_B = np.array([self._supports(*file) for file in files])
+            some = (addresses_B[there_B], lengths_B[there_B], images[there_B])
+            if there_B.all() or not there_B.any() or not self._decode_together(*some, stream):
+                there_B[:] = False
+        return memory, starts_B, there_B
 
     def _decode_together(
-        self, files: Sequence[Buffer], sizes: Sequence[tuple[int, int]], device: torch.device
-    ) -> list[Tensor]:
-        heights, widths = np.array(sizes, dtype=np.int64).T
-        planes = heights * widths
-        spaces = -(-3 * planes // ALIGNMENT) * ALIGNMENT
-        memory = torch.empty(int(spaces.sum()), dtype=torch.uint8, device=device)
-        # nvjpegImage_t: the addresses of as many planes, then the bytes of a row of each.
-        images = np.zeros((len(files), 2 * MAX_COMPONENTS), dtype=np.uint64)
-        first = memory.data_ptr() + spaces.cumsum() - spaces
-        for channel in range(3):
-            images[:, channel] = first + channel * planes
-            images[:, MAX_COMPONENTS + channel] = widths
-        addresses = np.array([_address(file) for file in files], dtype=np.uint64)
-        lengths = np.array([len(file) for file in files], dtype=np.uint64)
-        stream = torch.cuda.current_stream(device)
+        self,
+        addresses_B: NDArray[np.uint64],
+        lengths_B: NDArray[np.uint64],
+        images: NDArray[np.uint64],
+        stream: torch.cuda.Stream,
+    ) -> bool:
+        """Whether it went well."""
+        tables = [np.ascontiguousarray(table, dtype=np.uint64) for table in (addresses_B, lengths_B, images)]
         try:
-            self._prepare(len(files))
-            tables = (table.ctypes.data for table in (addresses, lengths, images))
-            self._call("nvjpegDecodeBatched", self._handle, self._state, *tables, stream.cuda_stream)
+            self._prepare(len(addresses_B))
+            addresses = (table.ctypes.data for table in tables)
+            self._call("nvjpegDecodeBatched", self._handle, self._state, *addresses, stream.cuda_stream)
+        except Refused:
+            self._number = 0  # what it was prepared for may be half done
+            return False
         finally:  # files and memory are wanted until then, whether it went well or not
             _wait_for(stream)
-        pieces = memory.split(spaces.tolist())
-        return [
-            piece[: 3 * height * width].view(3, height, width)
-            for piece, (height, width) in zip(pieces, sizes, strict=True)
-        ]
+        return True
 
     def _prepare(self, number: int) -> None:
         """For lists of so many files, if it is not for these already."""
         if number != self._number:
-            self._number = 0  # whatever comes of it
             self._call("nvjpegDecodeBatchedInitialize", self._handle, self._state, number, 1, RGB)
             self._number = number
 
-    def _supports(self, file: Buffer) -> bool:
+    def _supports(self, address: int, length: int) -> bool:
         """Whether it can be decoded, as far as its header says."""
         answer = c_int(-1)
         try:
-            self._call("nvjpegJpegStreamParseHeader", self._handle, _address(file), len(file), self._header)
+            self._call("nvjpegJpegStreamParseHeader", self._handle, address, length, self._header)
             self._call("nvjpegDecodeBatchedSupported", self._handle, self._header, byref(answer))
         except Refused:
             return False
@@ -172,15 +177,6 @@ def _load_library() -> ctypes.CDLL:
     for name, arguments in SIGNATURES.items():
         getattr(library, name).argtypes = arguments
     return library
-
-
-def _address(file: Buffer) -> int:
-    address: int = _as_array(file).__array_interface__["data"][0]
-    return address
-
-
-def _as_array(file: Buffer) -> NDArray[np.uint8]:
-    return np.frombuffer(file, np.uint8)
 
 
 def _wait_for(stream: torch.cuda.Stream) -> None:

@@ -1,8 +1,8 @@
 """Labelled image files as they lie in a tree, and packed small into a few large files for repeated epochs.
 
 A packed folder holds a header, which says what it was made of, and numbered shards: the JPEG files of so many images
-one behind the other, and a table of where each of them is. A shard counts once its table is there, so a build that was
-interrupted goes on with the next one.
+one behind the other, all upright and baseline, and a table of where each is and of its image's size. A shard counts
+once its table is there, so a build that was interrupted goes on with the next one.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,20 +24,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from collective_pipeline import files
 from collective_pipeline.config import UserError
-from collective_pipeline.data.jpeg import Encoded, Problem, decode, encode, is_plain
+from collective_pipeline.data.jpeg import Encoded, Files, Problem, address_of, decode, encode, is_baseline
 
 logger = logging.getLogger(__name__)
 
 HEADER = "packed.json"
+FORMAT = 2  # of folders; 1 had no sizes of images
 IMAGES_A_SHARD = 8192  # 250 MB at a shorter side of 256 pixels, 450 MB at 400
 MAX_UNUSABLE = 0.01  # of all files, as for folders of small images
 NUM_TOLD = 3  # of the unusable files, by name
 SECONDS_BETWEEN_LINES = 5.0
-CPU = torch.device("cpu")
 
 
 class EncodedImages(Protocol):
@@ -46,6 +48,10 @@ class EncodedImages(Protocol):
     def labels(self) -> Tensor:
         """`(n,)`, int64, on the CPU."""
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether `files` is done at once, without a disk: no threads are needed to share it."""
+
     def __len__(self) -> int: ...
 
     def name(self, row: int) -> str:
@@ -53,6 +59,9 @@ class EncodedImages(Protocol):
 
     def read(self, rows: Sequence[int]) -> Sequence[Encoded | Problem]:
         """The bytes of these files, or why there are none."""
+
+    def files(self, rows: Sequence[int] | NDArray[np.int64]) -> Files:
+        """The same as arrays, for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,10 @@ class FileImages:
     paths: Sequence[str]
     labels: Tensor
 
+    @property
+    def is_mapped(self) -> bool:
+        return False
+
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -72,6 +85,9 @@ class FileImages:
     def read(self, rows: Sequence[int]) -> list[Encoded | Problem]:
         return [_read_file(self.name(row)) for row in rows]
 
+    def files(self, rows: Sequence[int] | NDArray[np.int64]) -> Files:
+        return Files.of(self.read([int(row) for row in rows]))
+
 
 class PackedImages:
     """A packed folder that is complete, its images mapped into memory: nothing is read before it is wanted."""
@@ -79,12 +95,15 @@ class PackedImages:
     def __init__(self, folder: Path, shards: Sequence[mmap.mmap], index: pa.Table) -> None:
         self.folder = folder
         self.labels = torch.tensor(index["label"].to_numpy())
-        self._shards = [memoryview(shard) for shard in shards]
-        self._mapped = shards
+        self._shards = shards
+        self._views = [memoryview(shard) for shard in shards]
         self._paths = index["path"]
         self._shard_of, self._offsets, self._lengths = (
             index[name].to_numpy() for name in ("shard", "offset", "length")
         )
+        self._sizes = np.stack([index["height"].to_numpy(), index["width"].to_numpy()], axis=1)
+        starts = [address_of(shard) for shard in shards]
+        self._addresses = np.array(starts, np.uint64)[self._shard_of] + self._offsets.astype(np.uint64)
 
     @classmethod
     def open(cls, folder: Path) -> "PackedImages":
@@ -115,6 +134,10 @@ class PackedImages:
         """Another process maps the same files."""
         return PackedImages.open, (self.folder,)
 
+    @property
+    def is_mapped(self) -> bool:
+        return True
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -123,17 +146,32 @@ class PackedImages:
 
     def read(self, rows: Sequence[int]) -> list[memoryview]:
         """The files themselves, not copies; the disk is asked for all of them before the first is touched."""
-        places = [(self._shard_of[row], int(self._offsets[row]), int(self._lengths[row])) for row in rows]
-        for shard, offset, length in places:
-            start = offset - offset % mmap.PAGESIZE
-            self._mapped[shard].madvise(mmap.MADV_WILLNEED, start, offset + length - start)
-        return [self._shards[shard][offset : offset + length] for shard, offset, length in places]
+        chosen = np.asarray(rows)
+        self._ask_for(chosen)
+        places = zip(*(table[chosen].tolist() for table in (self._shard_of, self._offsets, self._lengths)), strict=True)
+        return [self._views[shard][offset : offset + length] for shard, offset, length in places]
+
+    def files(self, rows: Sequence[int] | NDArray[np.int64]) -> Files:
+        rows = np.asarray(rows)
+        self._ask_for(rows)
+        are_baseline = np.ones(len(rows), np.bool_)
+        lengths = self._lengths[rows].astype(np.uint64)
+        return Files(self._addresses[rows], lengths, self._sizes[rows], are_baseline, {}, self._shards)
+
+    def _ask_for(self, rows: NDArray[np.int64]) -> None:
+        offsets = self._offsets[rows]
+        starts = offsets - offsets % mmap.PAGESIZE
+        lengths = offsets + self._lengths[rows] - starts
+        shards = map(self._shards.__getitem__, self._shard_of[rows].tolist())
+        asking = map(mmap.mmap.madvise, shards, repeat(mmap.MADV_WILLNEED), starts.tolist(), lengths.tolist())
+        deque(asking, maxlen=0)  # nothing of Python's own for each image
 
 
 @dataclass(frozen=True)
 class _Header:
     """What a packed folder is made of."""
 
+    format: int
     num_images: int
     files: str  # digest of the paths in their order
     labels: str  # digest
@@ -163,7 +201,8 @@ def pack_images(
 ) -> None:
     """Write all images, brought to a shorter side of `side` pixels, into `folder`; what is there already stays.
 
-    Whole JPEG files that are small enough are kept as they are. Files that cannot be read are named and left out.
+    Whole baseline JPEG files that are small enough and upright are kept as they are. Files that cannot be read are
+    named and left out.
 
     Args:
         images: What to pack.
@@ -178,6 +217,7 @@ def pack_images(
     if len(images) == 0:
         raise UserError(f"there are no images to pack into {folder}: give some")
     header = _Header(
+        format=FORMAT,
         num_images=len(images),
         files=_digest(path.encode() for path in images.paths),
         labels=_digest([images.labels.numpy().tobytes()]),
@@ -205,37 +245,49 @@ def pack_images(
     progress.tell_problems()
 
 
-def _results(work: deque[Future[Encoded | Problem]]) -> Iterator[Encoded | Problem]:
+def _results(work: deque[Future["_Packed | Problem"]]) -> Iterator["_Packed | Problem"]:
     """In order, each kept no longer than it is needed."""
     while work:
         yield work.popleft().result()
 
 
-def _pack_one(images: FileImages, row: int, side: int, quality: int) -> Encoded | Problem:
-    """The file to write for one image; a problem names its file."""
+@dataclass(frozen=True)
+class _Packed:
+    """The file to write for an image, and the image's size."""
+
+    file: Encoded
+    height: int
+    width: int
+
+
+def _pack_one(images: FileImages, row: int, side: int, quality: int) -> _Packed | Problem:
+    """A problem names its file."""
     file = images.read([row])[0]
-    image = decode([file], CPU)[0]
+    image = decode([file])[0]
     if isinstance(image, Problem):
         return Problem(f"{images.name(row)}: {image.reason}")
     height, width = image.shape[1:]
     factor = side / min(height, width)
     if factor >= 1:
-        return file if is_plain(file) else encode(image, quality)
+        kept = file if not isinstance(file, Problem) and is_baseline(file) else encode(image, quality)
+        return _Packed(kept, height, width)
     smaller = (max(side, round(factor * height)), max(side, round(factor * width)))
     # Only with the channels last does torch resize bytes as they are.
     channels_last = image[None].contiguous(memory_format=torch.channels_last)
-    return encode(F.interpolate(channels_last, smaller, mode="bilinear", antialias=True)[0], quality)
+    image = F.interpolate(channels_last, smaller, mode="bilinear", antialias=True)[0]
+    return _Packed(encode(image, quality), *smaller)
 
 
 def _write_shard(
-    folder: Path, number: int, images: FileImages, rows: range, packed: Iterator[Encoded | Problem]
+    folder: Path, number: int, images: FileImages, rows: range, packed: Iterator[_Packed | Problem]
 ) -> None:
     """The files one behind the other, then the table without which they do not count."""
-    lengths, problems = [], []
+    lengths, sizes, problems = [], [], []
     with files.replacing(_shard_of(folder, number)) as partial, partial.open("wb") as shard:
-        for file in packed:
-            problems.append(file.reason if isinstance(file, Problem) else None)
-            lengths.append(0 if isinstance(file, Problem) else shard.write(file))
+        for one in packed:
+            problems.append(one.reason if isinstance(one, Problem) else None)
+            lengths.append(0 if isinstance(one, Problem) else shard.write(one.file))
+            sizes.append((0, 0) if isinstance(one, Problem) else (one.height, one.width))
     ends = np.cumsum(lengths)
     table = pa.table(
         {
@@ -243,6 +295,8 @@ def _write_shard(
             "label": images.labels[rows.start : rows.stop].numpy(),
             "offset": ends - lengths,
             "length": np.asarray(lengths),
+            "height": np.asarray(sizes)[:, 0],
+            "width": np.asarray(sizes)[:, 1],
             "problem": pa.array(problems, pa.string()),
         }
     )
@@ -265,15 +319,15 @@ class _Progress:
         self.num_skipped += num_images
         self.problems += problems
 
-    def count(self, file: Encoded | Problem) -> Encoded | Problem:
-        """The same file, counted.
+    def count(self, one: _Packed | Problem) -> _Packed | Problem:
+        """The same one, counted.
 
         Raises:
             UserError: If too many cannot be read.
         """
         self.num_done += 1
-        if isinstance(file, Problem):
-            self.problems.append(file.reason)
+        if isinstance(one, Problem):
+            self.problems.append(one.reason)
             if len(self.problems) > MAX_UNUSABLE * self.num_images:
                 raise UserError(
                     f"more than {100 * MAX_UNUSABLE:g} % of the {self.num_images:,} image files to pack into "
@@ -291,7 +345,7 @@ class _Progress:
                 100 * done // self.num_images,
                 f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s",
             )
-        return file
+        return one
 
     def tell_problems(self) -> None:
         """Once all are packed."""
@@ -324,9 +378,14 @@ def _read_header(folder: Path) -> _Header | None:
     if not path.exists():
         return None
     try:
-        return _Header(**json.loads(path.read_text()))
+        header = _Header(**json.loads(path.read_text()))
+        if header.format != FORMAT:
+            raise ValueError(f"format={header.format}")
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is no header of packed images: remove the folder, and pack them again") from error
+        raise UserError(
+            f"{path} is no header of packed images, or that of another version: remove the folder, and pack them again"
+        ) from error
+    return header
 
 
 def _rows_of(header: _Header, number: int) -> range:
