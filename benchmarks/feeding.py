@@ -13,9 +13,10 @@ ready ones before and after it. `--augment` adds all other augmentations, as the
 import argparse
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,9 @@ def time_decoding(source: EncodedImages, options: argparse.Namespace, device: to
     is_gpu = device.type == "cuda"
     size = options.batch_size if is_gpu else 8
     rows = torch.arange(max(options.images, 2 * PRODUCERS * size)) % len(source)
-    lists = [source.files(some.tolist()) if is_gpu else source.read(some.tolist()) for some in rows.split(size)]
+    with ThreadPoolExecutor(options.threads) as readers:
+        read: Callable[[list[int]], Any] = partial(source.files, readers=readers) if is_gpu else source.read
+        lists = [read(some.tolist()) for some in rows.split(size)]
     streams = [torch.cuda.Stream(device) for _ in range(PRODUCERS)] if is_gpu else []
 
     def work(number: int, lists: Sequence[Any]) -> None:
@@ -195,10 +198,6 @@ class Sources:
     def labels(self) -> Tensor:
         return self.first.labels
 
-    @property
-    def is_mapped(self) -> bool:
-        return (self.now or self.first).is_mapped
-
     def __len__(self) -> int:
         return len(self.first)
 
@@ -209,8 +208,8 @@ class Sources:
         """Where batches lie ready those of validation, which is not timed."""
         return (self.now or self.first).read(rows)
 
-    def files(self, rows: Any) -> Files:
-        return (self.now or self.first).files(rows)
+    def files(self, rows: Sequence[int], readers: Executor) -> Files:
+        return (self.now or self.first).files(rows, readers)
 
     def watch(self, stops: Iterable[int]) -> Iterator[int]:
         """Around the updates of an epoch, which it times."""

@@ -182,13 +182,15 @@ def test_whole_jpeg_files_alone_go_to_the_gpu():
     assert baseline == plain - {"progressive"} == {kind for kind, file in (GOOD | BAD).items() if is_baseline(file)}
 
 
-def test_files_are_where_they_say_in_one_list_or_joined():
+def test_files_are_where_their_table_says():
     every = [JPEG, Problem("gone"), bytearray(GOOD["PNG"]), b"", Problem("gone too"), memoryview(JPEG)]
-    for files in (Files.of(every), Files.join([Files.of(every[:2]), Files.of([]), Files.of(every[2:])])):
-        assert [bytes(files[row]) for row in (0, 2, 5)] == [JPEG, GOOD["PNG"], JPEG]
-        assert len(files) == 6 and files.problems == {1: every[1], 4: every[4]}
-        assert files.lengths_B.tolist() == [len(JPEG), 0, len(GOOD["PNG"]), 0, 0, len(JPEG)]
-        assert files.sizes_B2.tolist() == [[60, 80], [0, 0], [0, 0], [0, 0], [0, 0], [60, 80]]
+    files = Files.of(every)
+
+    assert [bytes(files[row]) for row in (0, 2, 5)] == [JPEG, GOOD["PNG"], JPEG]
+    assert len(files) == 6 and files.problems == {1: every[1], 4: every[4]}
+    assert files.lengths_B.tolist() == [len(JPEG), 0, len(GOOD["PNG"]), 0, 0, len(JPEG)]
+    assert files.sizes_B2.tolist() == [[60, 80], [0, 0], [0, 0], [0, 0], [0, 0], [60, 80]]
+    assert len(Files.of([])) == 0
 
 
 def test_bad_files_disturb_no_others_on_the_gpu(gpu):

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from collective_pipeline.data.packed import FileImages, PackedImages, pack_image
 from collective_pipeline.io.packed import PackedImagesDataset
 
 SIDE = 32
+NO_READERS = None  # packed images need none
 
 
 def make_tree(root, contents):
@@ -92,7 +94,7 @@ def test_the_arrays_of_a_packed_folder_are_its_files(tree, tmp_path):
     pack_images(tree, tmp_path / "packed", side=SIDE)
     rows = [9, 0, 5, 5, 2, 6]
     read = [bytes(file) for file in PackedImages.open(tmp_path / "packed").read(rows)]
-    files = PackedImages.open(tmp_path / "packed").files(np.array(rows))
+    files = PackedImages.open(tmp_path / "packed").files(np.array(rows), NO_READERS)
 
     assert [bytes(files[row]) for row in range(6)] == read
     assert files.lengths_B.tolist() == [len(file) for file in read] and not files.problems
@@ -104,10 +106,13 @@ def test_the_arrays_of_a_packed_folder_are_its_files(tree, tmp_path):
 
 
 def test_the_arrays_of_a_tree_are_its_files(tree):
+    """In their order, whoever reads them."""
     (tree.root / tree.paths[4]).unlink()
-    files = tree.files([9, 4, 0])
+    with ThreadPoolExecutor(2) as readers:
+        files = tree.files([9, 4, *range(4), *range(5, 10)], readers)
 
-    assert [bytes(files[row]) for row in (0, 2)] == [bytes(file) for file in tree.read([9, 0])]
+    places = [0, *range(2, 11)]
+    assert [bytes(files[place]) for place in places] == [bytes(f) for f in tree.read([9, *range(4), *range(5, 10)])]
     assert files.problems == {1: Problem("No such file or directory")}
 
 

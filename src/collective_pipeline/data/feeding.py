@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from collective_pipeline.config import UserError
 from collective_pipeline.data.cropping import NUM_BOX_DRAWS, Images, centre_boxes, random_boxes, resample
-from collective_pipeline.data.jpeg import Files, Problem, decode, decode_on_gpu
-from collective_pipeline.data.packed import EncodedImages
+from collective_pipeline.data.jpeg import Problem, decode, decode_on_gpu
+from collective_pipeline.data.packed import FILES_AT_ONCE, EncodedImages, in_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +30,8 @@ NUM_CROP_DRAWS = NUM_BOX_DRAWS + 1  # the last one mirrors
 PRODUCERS = 3  # so that one batch is read while others are decoded and cut
 # Of threads, where a GPU decodes: more of them wait for Python's one lock longer than for a disk.
 MOST_READERS = 8
-FILES_AT_ONCE = 8  # of a thread: less time at Python's lock than one by one
 NUM_TOLD = 3  # of the unusable files, by name
 _told: set[str] = set()
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -194,19 +191,14 @@ class Feed:
     def _decode(self, rows_B: Tensor, readers: ThreadPoolExecutor) -> tuple[Images, dict[int, Problem]]:
         """All of a batch together by the GPU, or by the threads, each what it has read; problems by their places."""
         if self.device.type == "cuda":
-            return decode_on_gpu(self._read(rows_B, readers), self.device)
-        decoded = [*itertools.chain.from_iterable(readers.map(self._decode_on_cpu, _chunks(rows_B.tolist())))]
+            return decode_on_gpu(self.source.files(rows_B.tolist(), readers), self.device)
+        decoded = [*itertools.chain.from_iterable(readers.map(self._decode_on_cpu, in_chunks(rows_B.tolist())))]
         images = {place: image for place, image in enumerate(decoded) if isinstance(image, Tensor)}
         problems = {place: problem for place, problem in enumerate(decoded) if isinstance(problem, Problem)}
         return Images.none(len(decoded)).put(images), problems
 
     def _decode_on_cpu(self, rows: Sequence[int]) -> list[Tensor | Problem]:
         return decode(self.source.read(rows))
-
-    def _read(self, rows_B: Tensor, readers: ThreadPoolExecutor) -> Files:
-        if self.source.is_mapped:
-            return self.source.files(rows_B.numpy())
-        return Files.join([*readers.map(self.source.files, _chunks(rows_B.tolist()))])
 
     def _resample(self, images: Images, boxes: Tensor, flips: Tensor, readers: ThreadPoolExecutor) -> Tensor:
         if images.device.type != "cpu":
@@ -262,7 +254,3 @@ def _next_good(good: NDArray[np.int64], num_places: int) -> NDArray[np.int64]:
 
 def _list(told: Sequence[str]) -> str:
     return "; ".join(told[:NUM_TOLD]) + (f"; and {len(told) - NUM_TOLD:,} more" if len(told) > NUM_TOLD else "")
-
-
-def _chunks(items: Sequence[Item]) -> list[Sequence[Item]]:
-    return [items[start : start + FILES_AT_ONCE] for start in range(0, len(items), FILES_AT_ONCE)]

@@ -6,7 +6,6 @@ warning cannot be kept silent in one thread alone.
 
 import ctypes
 import io
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
@@ -78,23 +77,6 @@ class Files:
             np.array([frame is not None and frame.is_baseline for frame in frames], np.bool_),
             {row: file for row, file in enumerate(files) if isinstance(file, Problem)},
             memory,
-        )
-
-    @classmethod
-    def join(cls, parts: Sequence[Self]) -> Self:
-        """All of some parts, at least one, in their order."""
-        starts = itertools.accumulate(map(len, parts), initial=0)
-        return cls(
-            np.concatenate([part.addresses_B for part in parts]),
-            np.concatenate([part.lengths_B for part in parts]),
-            np.concatenate([part.sizes_B2 for part in parts]),
-            np.concatenate([part.are_baseline_B for part in parts]),
-            {
-                start + row: told
-                for start, part in zip(starts, parts, strict=False)
-                for row, told in part.problems.items()
-            },
-            [memory for part in parts for memory in part.memory],
         )
 
     def __len__(self) -> int:
