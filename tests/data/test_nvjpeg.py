@@ -126,37 +126,42 @@ def test_what_it_refuses_though_it_should_not_is_left_to_others(library, monkeyp
     assert None not in decode_by(decoder, FILES) and library.lists == [4, 2, 4]
 
 
-@pytest.fixture
-def decoder(library, monkeypatch):
-    """Borrowed by whoever decodes for a GPU; lists of torchvision are counted in `by_torchvision`."""
-    decoder = nvjpeg.Decoder(library)
-    decoder.by_torchvision = []
+class OnHost(nvjpeg.Decoder):
+    """Whose card has the memory of the host."""
 
-    def by_torchvision(files, device):
-        decoder.by_torchvision.append(len(files))
+    def decode(self, addresses_B, lengths_B, sizes_B2, device):
+        return super().decode(addresses_B, lengths_B, sizes_B2, CPU)
+
+
+@pytest.fixture
+def card(library, monkeypatch):
+    """One with units for JPEG, whose library is `library` for the first thread; lists of torchvision are counted."""
+    by_torchvision, libraries = [], [library]
+
+    def decode_by_torchvision(files, device):
+        by_torchvision.append(len(files))
         return [decode([file.numpy().tobytes()])[0] for file in files]
 
-    original = decoder.decode
-    monkeypatch.setattr(decoder, "decode", lambda *files_and_device: original(*files_and_device[:-1], CPU))
-    monkeypatch.setattr(nvjpeg, "borrow", lambda device: contextlib.nullcontext(decoder))
-    monkeypatch.setattr(jpeg, "_decode_by_torchvision", by_torchvision)
+    monkeypatch.setattr(nvjpeg, "_make", lambda device: OnHost(libraries.pop() if libraries else Library()))
+    monkeypatch.setattr(nvjpeg, "_idle", {})
+    monkeypatch.setattr(jpeg, "_decode_by_torchvision", decode_by_torchvision)
     monkeypatch.setattr(jpeg, "_to_device", lambda image, device: image)
-    return decoder
+    return by_torchvision
 
 
-def test_baseline_files_go_there_and_the_others_to_torchvision(library, decoder):
+def test_baseline_files_go_there_and_the_others_to_torchvision(library, card):
     files = [*FILES, Problem("gone"), *GOOD.values(), LOW, *BAD.values()]
     images = decode_there(files)
 
     assert library.lists == [8, 7]
-    assert decoder.by_torchvision == [2]  # LOW and a progressive one; PNG and the like go to neither
+    assert card == [2]  # LOW and a progressive one; PNG and the like go to neither
     for image, file in zip(images, files, strict=True):
         (wanted,) = decode([file])
         assert image == wanted if isinstance(wanted, Problem) else torch.equal(image, wanted)
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_a_feed_of_a_gpu_gives_the_batches_of_the_cpu(decoder, tmp_path, monkeypatch, is_packed):
+def test_a_feed_of_a_gpu_gives_the_batches_of_the_cpu(card, tmp_path, monkeypatch, is_packed):
     """Of both kinds of sources, with bad files among the good ones, in several threads."""
     monkeypatch.setattr(feeding, "_streams_of", lambda device: None)
     monkeypatch.setattr(Feed, "_make", Feed._cut)

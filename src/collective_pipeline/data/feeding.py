@@ -155,7 +155,7 @@ class Feed:
             return self._cut(rows_B, draws_BD, readers)
         stream = self._streams.get()
         try:
-            # The GPU's decoder writes into memory that this stream's last batch left, and does not wait for it.
+            # torchvision's decoder writes into memory that this stream's last batch left, and does not wait for it.
             stream.synchronize()
             with torch.cuda.stream(stream):
                 return self._cut(rows_B, draws_BD, readers)._replace(ready=stream.record_event())

@@ -36,6 +36,10 @@ SCAN = {0xDA, 0xD9}  # behind these come no more headers
 APP1, EXIF = 0xE1, b"Exif\0\0"  # a header that may be the camera's, and how that begins
 ORIENTATION = 0x0112
 SIZES = {3: 2, 4: 4}  # bytes of a number of these types, short and long
+PYBUF_WRITE = 0x200  # as Python.h has it
+_view = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,9 @@ class Files:
         return len(self.addresses_B)
 
     def __getitem__(self, row: int) -> memoryview:
-        """The bytes of one, where they lie: this must outlive them."""
-        array = ctypes.c_uint8 * int(self.lengths_B[row])
-        return memoryview(array.from_address(int(self.addresses_B[row]))).cast("B")
+        """The bytes of one, where they lie: for no longer than this is kept."""
+        view: memoryview = _view(int(self.addresses_B[row]), int(self.lengths_B[row]), PYBUF_WRITE)
+        return view
 
 
 def decode(files: Sequence[Encoded | Problem]) -> list[Tensor | Problem]:

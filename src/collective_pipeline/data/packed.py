@@ -138,13 +138,13 @@ class PackedImages:
 
     def read(self, rows: Sequence[int]) -> list[memoryview]:
         """The files themselves, not copies; the disk is asked for all of them before the first is touched."""
-        chosen = np.asarray(rows)
+        chosen = np.asarray(rows, np.int64)
         self._ask_for(chosen)
         places = zip(*(table[chosen].tolist() for table in (self._shard_of, self._offsets, self._lengths)), strict=True)
         return [self._views[shard][offset : offset + length] for shard, offset, length in places]
 
     def files(self, rows: Sequence[int], readers: Executor) -> Files:
-        chosen = np.asarray(rows)
+        chosen = np.asarray(rows, np.int64)
         self._ask_for(chosen)
         lengths, are_baseline = self._lengths[chosen].astype(np.uint64), np.ones(len(chosen), np.bool_)
         return Files(self._addresses[chosen], lengths, self._sizes[chosen], are_baseline, {}, self._shards)
