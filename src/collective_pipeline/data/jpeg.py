@@ -110,7 +110,7 @@ def decode_on_gpu(files: Files, device: torch.device) -> tuple[Images, dict[int,
     """
     images, are_there_B = _decode_by_units(files, device)
     left = [row for row in np.flatnonzero(~are_there_B).tolist() if row not in files.problems]
-    plain = [row for row in left if files.sizes_B2[row].all()]
+    plain = np.flatnonzero(~are_there_B & files.sizes_B2.all(axis=1)).tolist()
     found = dict(zip(plain, _decode_by_torchvision([_as_tensor(files[row]) for row in plain], device), strict=True))
     others: dict[int, Tensor | Problem] = dict(files.problems)
     for row in left:
