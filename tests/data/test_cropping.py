@@ -9,7 +9,7 @@ from tests.data.test_jpeg import smooth_image
 from torchvision.transforms.v2 import functional
 
 from collective_pipeline.data import cropping
-from collective_pipeline.data.cropping import NUM_BOX_DRAWS, Images, centre_boxes, random_boxes, resample
+from collective_pipeline.data.cropping import NUM_BOX_DRAWS, DecodedImages, centre_boxes, random_boxes, resample
 
 triton_only = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton")
 
@@ -31,7 +31,7 @@ def batch():
     boxes = torch.tensor(
         [[13, 50, 301, 277], [0, 0, 60, 80], [0, 0, 400, 1600], [1, 2, 899, 1030], [9, 5, 10, 690], [3, 4, 40, 50]]
     )
-    return Images.of(images), boxes, torch.tensor([False, True, True, False, False, True])
+    return DecodedImages.of(images), boxes, torch.tensor([False, True, True, False, False, True])
 
 
 def one_by_one(images, boxes, flips, size):
@@ -58,7 +58,7 @@ def test_fine_stripes_become_grey():
     """Seen at an eighth of their size they have nothing of their own left."""
     image = (255 * (torch.arange(512) % 2)).to(torch.uint8).expand(3, 512, 512).contiguous()
     for cut in (resample, one_by_one):
-        seen = cut(Images.of([image]), torch.tensor([[0, 0, 512, 512]]), torch.tensor([False]), 64)
+        seen = cut(DecodedImages.of([image]), torch.tensor([[0, 0, 512, 512]]), torch.tensor([False]), 64)
         assert (seen.float() - 127.5).abs().max() < 6
 
 
@@ -73,9 +73,9 @@ def test_the_kernel_resizes_as_torch_does(size):
     images = [image.contiguous() if row % 2 else image for row, image in enumerate(images)]
     boxes = torch.tensor([[0, 0, 40, 50], [10, 3, 60, 20], [2, 2, 3, 4], [0, 30, 5, 60], [7, 8, 1, 1]])
     flips = torch.tensor([False, True, True, False, True])
-    seen = crop_kernel.resample(Images.of([image.to(device) for image in images]), boxes, flips, size).cpu()
+    seen = crop_kernel.resample(DecodedImages.of([image.to(device) for image in images]), boxes, flips, size).cpu()
 
-    wanted = one_by_one(Images.of(images), boxes, flips, size)
+    wanted = one_by_one(DecodedImages.of(images), boxes, flips, size)
     assert seen.shape == wanted.shape and seen.dtype == torch.uint8
     assert (seen.int() - wanted.int()).abs().max() <= 1
 
@@ -85,7 +85,7 @@ def test_images_are_found_wherever_they_lie():
     two, side_by_side = images_of([(0, (3, 4)), (1, (5, 2))]), torch.arange(100, dtype=torch.uint8)
     inside = [side_by_side[10:34].view(3, 2, 4), side_by_side[40:58].view(3, 3, 2)]
     all_of_them = [inside[0], *two, inside[1], two[0].contiguous()]
-    images = Images.none(6).put(dict(enumerate(all_of_them[:3]))).put({3: all_of_them[3], 5: all_of_them[4]})
+    images = DecodedImages.none(6).put(dict(enumerate(all_of_them[:3]))).put({3: all_of_them[3], 5: all_of_them[4]})
 
     assert images.sizes_B2.tolist() == [[2, 4], [3, 4], [5, 2], [3, 2], [0, 0], [3, 4]]
     some = images.take(torch.tensor([5, 3, 0, 0]))
@@ -146,6 +146,6 @@ def test_the_middle_is_the_middle():
 @pytest.mark.parametrize("size", [224, 64])
 def test_the_gpu_sees_what_the_cpu_sees(batch, size):
     images, boxes, flips = batch
-    there = resample(Images.of([image.cuda() for image in images.one_by_one()]), boxes, flips, size).cpu()
+    there = resample(DecodedImages.of([image.cuda() for image in images.one_by_one()]), boxes, flips, size).cpu()
 
     assert (there.int() - resample(images, boxes, flips, size).int()).abs().max() <= 1

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from collective_pipeline.data import jpeg
-from collective_pipeline.data.jpeg import Files, Problem, decode, decode_on_gpu, encode, is_baseline
+from collective_pipeline.data.jpeg import Files, Problem, decode, decode_on_gpu, encode, is_usual
 
 
 def smooth_image(height, width, seed=0, mode="RGB"):
@@ -106,7 +106,7 @@ def test_a_file_is_turned_as_its_camera_says(gpu, orientation, order):
             turned = ImageOps.exif_transpose(Image.open(io.BytesIO(file))).convert("RGB")
             assert image.shape == (3, turned.height, turned.width)
             assert (image.int() - torch.from_numpy(np.array(turned)).permute(2, 0, 1).int()).abs().max() <= 1
-    assert is_baseline(files[0]) == (orientation not in range(2, 9)) == bool(gpu)
+    assert is_usual(files[0]) == (orientation not in range(2, 9)) == bool(gpu)
 
 
 def test_of_several_things_that_a_camera_says_none_is_overheard():
@@ -117,7 +117,7 @@ def test_of_several_things_that_a_camera_says_none_is_overheard():
     def with_headers(*said):
         return JPEG[:2] + b"".join(b"\xff\xe1" + (len(s) + 8).to_bytes(2) + b"Exif\0\0" + s for s in said) + JPEG[2:]
 
-    assert [is_baseline(with_headers(*said)) for said in ((upright,), (turned,), (turned, upright))] == [
+    assert [is_usual(with_headers(*said)) for said in ((upright,), (turned,), (turned, upright))] == [
         True,
         False,
         False,
@@ -131,7 +131,7 @@ def test_of_several_things_that_a_camera_says_none_is_overheard():
 def test_a_camera_that_says_nonsense_is_not_heard(says):
     header = b"\xff\xe1" + (len(says) + 8).to_bytes(2) + b"Exif\0\0" + says
     file = JPEG[:2] + header + JPEG[2:]
-    assert is_baseline(file) and torch.equal(decode([file])[0], decode([JPEG])[0])
+    assert is_usual(file) and torch.equal(decode([file])[0], decode([JPEG])[0])
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -178,8 +178,10 @@ def test_whole_jpeg_files_alone_go_to_the_gpu():
 
     assert plain == {"jpeg", "progressive", "greyscale", "bytes behind its end"}
     assert files.sizes_B2.any(axis=1).sum() == 4
-    baseline = {kind for kind, is_one in zip(kinds, files.are_baseline_B, strict=True) if is_one}
-    assert baseline == plain - {"progressive"} == {kind for kind, file in (GOOD | BAD).items() if is_baseline(file)}
+    usual = {kind for kind, is_one in zip(kinds, files.are_usual_B, strict=True) if is_one}
+    assert (
+        usual == plain - {"progressive", "greyscale"} == {kind for kind, file in (GOOD | BAD).items() if is_usual(file)}
+    )
 
 
 def test_files_are_where_their_table_says():

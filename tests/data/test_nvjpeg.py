@@ -149,12 +149,12 @@ def card(library, monkeypatch):
     return by_torchvision
 
 
-def test_baseline_files_go_there_and_the_others_to_torchvision(library, card):
+def test_usual_files_go_there_and_the_others_to_torchvision(library, card):
     files = [*FILES, Problem("gone"), *GOOD.values(), LOW, *BAD.values()]
     images = decode_there(files)
 
-    assert library.lists == [8, 7]
-    assert card == [2]  # LOW and a progressive one; PNG and the like go to neither
+    assert library.lists == [7, 6]
+    assert card == [3]  # LOW, a progressive and a grey one; PNG and the like go to neither
     for image, file in zip(images, files, strict=True):
         (wanted,) = decode([file])
         assert image == wanted if isinstance(wanted, Problem) else torch.equal(image, wanted)

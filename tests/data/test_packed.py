@@ -100,8 +100,8 @@ def test_the_arrays_of_a_packed_folder_are_its_files(tree, tmp_path):
     assert files.lengths_B.tolist() == [len(file) for file in read] and not files.problems
     parsed = Files.of(read)
     assert files.sizes_B2.tolist() == parsed.sizes_B2.tolist() and parsed.sizes_B2.all()
-    assert files.are_baseline_B.all() and parsed.are_baseline_B.all()
-    for name in ("addresses_B", "lengths_B", "sizes_B2", "are_baseline_B"):
+    assert files.are_usual_B.all() and parsed.are_usual_B.all()
+    for name in ("addresses_B", "lengths_B", "sizes_B2", "are_usual_B"):
         assert getattr(files, name).dtype == getattr(parsed, name).dtype
 
 

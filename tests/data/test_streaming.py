@@ -18,7 +18,7 @@ from collective_pipeline.data.augment import (
     mix,
     shift_scale_rotate,
 )
-from collective_pipeline.data.cropping import NUM_BOX_DRAWS, Images, random_boxes, resample
+from collective_pipeline.data.cropping import NUM_BOX_DRAWS, DecodedImages, random_boxes, resample
 from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Crop
 from collective_pipeline.data.jpeg import decode, encode
 from collective_pipeline.data.streaming import (
@@ -122,7 +122,7 @@ def test_a_batch_is_decoded_cut_jittered_moved_normalised_and_mixed_by_its_draws
     )
     whole = decode(splits.train.source.read(rows.tolist()))
     boxes = random_boxes(crop[:, :NUM_BOX_DRAWS], torch.tensor([image.shape[1:] for image in whole]), scale=CROP.scale)
-    x = resample(Images.of(whole), boxes, crop[:, -1] < CROP.flip, SIZE).float() / 255
+    x = resample(DecodedImages.of(whole), boxes, crop[:, -1] < CROP.flip, SIZE).float() / 255
     own = ALL_OF_IT
     strengths = {name: getattr(own, name) for name in ("brightness", "contrast", "saturation", "hue")}
     x = colour_jitter(x, colour, **strengths, probability=0.7)

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from collective_pipeline.data.cropping import Images
+from collective_pipeline.data.cropping import DecodedImages
 
 PIXELS_AT_ONCE = 256  # of a program
 
 
-def resample(images: Images, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+def resample(images: DecodedImages, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
     """As `cropping.resample`, for images on the device of the current stream, which must outlive what it does."""
     device = images.device
     strides_B3 = images.places_B5[:, 2:]
@@ -31,7 +31,7 @@ def resample(images: Images, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
 def try_out(device: torch.device) -> None:
     """Compile the kernel and run it, so that a machine that cannot is known."""
     image = torch.zeros(3, 1, 1, dtype=torch.uint8, device=device)
-    resample(Images.of([image]), torch.tensor([[0, 0, 1, 1]]), torch.tensor([False]), 1)
+    resample(DecodedImages.of([image]), torch.tensor([[0, 0, 1, 1]]), torch.tensor([False]), 1)
     torch.cuda.current_stream(device).synchronize()
 
 

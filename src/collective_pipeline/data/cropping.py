@@ -27,7 +27,7 @@ _loaded: list[ModuleType | None] = []
 
 
 @dataclass(frozen=True)
-class Images:
+class DecodedImages:
     """Images of any sizes on one device, each somewhere in one of several pieces of memory.
 
     Attributes:
@@ -125,7 +125,7 @@ def centre_boxes(sizes: Tensor, share: float) -> Tensor:
     return torch.cat([(sizes - side_B1) // 2, side_B1, side_B1], dim=1)
 
 
-def resample(images: Images, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+def resample(images: DecodedImages, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
     """The parts of B images, at least one, as one uint8 batch `(B, 3, size, size)` on their device.
 
     As torch's bilinear resize with antialiasing has it, one by one; on CUDA the whole batch in one kernel, which may

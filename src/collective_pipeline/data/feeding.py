@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from collective_pipeline.config import UserError
-from collective_pipeline.data.cropping import NUM_BOX_DRAWS, Images, centre_boxes, random_boxes, resample
+from collective_pipeline.data.cropping import NUM_BOX_DRAWS, DecodedImages, centre_boxes, random_boxes, resample
 from collective_pipeline.data.jpeg import Problem, decode, decode_on_gpu
 from collective_pipeline.data.packed import FILES_AT_ONCE, EncodedImages, in_chunks
 
 logger = logging.getLogger(__name__)
 
 NUM_CROP_DRAWS = NUM_BOX_DRAWS + 1  # the last one mirrors
-PRODUCERS = 3  # so that one batch is read while others are decoded and cut
+PRODUCERS = 2  # so that one batch is read and cut while another is decoded; a third one held both up
 # Of threads, where a GPU decodes: more of them wait for Python's one lock longer than for a disk.
 MOST_READERS = 8
 NUM_TOLD = 3  # of the unusable files, by name
@@ -188,19 +188,19 @@ class Feed:
         boxes = random_boxes(draws_of_boxes, sizes, scale=self.crop.scale, ratio=self.crop.ratio)
         return boxes, draws_BD[:, NUM_BOX_DRAWS] < self.crop.flip
 
-    def _decode(self, rows_B: Tensor, readers: ThreadPoolExecutor) -> tuple[Images, dict[int, Problem]]:
+    def _decode(self, rows_B: Tensor, readers: ThreadPoolExecutor) -> tuple[DecodedImages, dict[int, Problem]]:
         """All of a batch together by the GPU, or by the threads, each what it has read; problems by their places."""
         if self.device.type == "cuda":
             return decode_on_gpu(self.source.files(rows_B.tolist(), readers), self.device)
         decoded = [*itertools.chain.from_iterable(readers.map(self._decode_on_cpu, in_chunks(rows_B.tolist())))]
         images = {place: image for place, image in enumerate(decoded) if isinstance(image, Tensor)}
         problems = {place: problem for place, problem in enumerate(decoded) if isinstance(problem, Problem)}
-        return Images.none(len(decoded)).put(images), problems
+        return DecodedImages.none(len(decoded)).put(images), problems
 
     def _decode_on_cpu(self, rows: Sequence[int]) -> list[Tensor | Problem]:
         return decode(self.source.read(rows))
 
-    def _resample(self, images: Images, boxes: Tensor, flips: Tensor, readers: ThreadPoolExecutor) -> Tensor:
+    def _resample(self, images: DecodedImages, boxes: Tensor, flips: Tensor, readers: ThreadPoolExecutor) -> Tensor:
         if images.device.type != "cpu":
             return resample(images, boxes, flips, self.image_size)
         chunks = [images.take(slice(start, start + FILES_AT_ONCE)) for start in range(0, len(images), FILES_AT_ONCE)]

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from collective_pipeline.data import nvjpeg
-from collective_pipeline.data.cropping import Images
+from collective_pipeline.data.cropping import DecodedImages
 from collective_pipeline.data.decoding import reason_of, to_mode, to_tensor
 
 Encoded = bytes | bytearray | memoryview  # one file
@@ -57,7 +57,7 @@ class Files:
         addresses_B: uint64, where each begins.
         lengths_B: uint64, in bytes.
         sizes_B2: int64, height and width of each that is a whole JPEG file, grey or coloured, and upright; 0 of others.
-        are_baseline_B: bool, which of these are coded in the one way that all decoders know.
+        are_usual_B: bool, which of these are coloured and coded in the one way that all decoders know.
         problems: Why there is no file, by its place among the B.
         memory: What keeps the bytes where they are.
     """
@@ -65,7 +65,7 @@ class Files:
     addresses_B: NDArray[np.uint64]
     lengths_B: NDArray[np.uint64]
     sizes_B2: NDArray[np.int64]
-    are_baseline_B: NDArray[np.bool_]
+    are_usual_B: NDArray[np.bool_]
     problems: Mapping[int, Problem]
     memory: Sequence[Any]
 
@@ -78,7 +78,7 @@ class Files:
             np.array([address_of(file) for file in memory], np.uint64),
             np.array([len(file) for file in memory], np.uint64),
             np.array([(0, 0) if frame is None else frame[:2] for frame in frames], np.int64).reshape(-1, 2),
-            np.array([frame is not None and frame.is_baseline for frame in frames], np.bool_),
+            np.array([frame is not None and frame.is_usual for frame in frames], np.bool_),
             {row: file for row, file in enumerate(files) if isinstance(file, Problem)},
             memory,
         )
@@ -100,10 +100,10 @@ def decode(files: Sequence[Encoded | Problem]) -> list[Tensor | Problem]:
     return [_decode_on_host(file) for file in files]
 
 
-def decode_on_gpu(files: Files, device: torch.device) -> tuple[Images, dict[int, Problem]]:
+def decode_on_gpu(files: Files, device: torch.device) -> tuple[DecodedImages, dict[int, Problem]]:
     """What `decode` makes of every file, on a GPU, and by their places what is wrong with those that are no images.
 
-    Baseline files are decoded together by the card's own units for that where it has some, other whole JPEG files by
+    The usual files are decoded together by the card's own units for that where it has some, other whole JPEG files by
     torchvision; CMYK, PNG or BMP under another name, what is to be turned as its camera says, and whatever the GPU
     refuses, on the CPU. Many threads may call it, each on a stream of its own. torchvision's decoder has another that
     does not wait for the caller's: memory that the caller's stream has freed must be at rest.
@@ -126,10 +126,10 @@ def encode(image: Tensor, quality: int) -> bytes:
     return file.numpy().tobytes()
 
 
-def is_baseline(file: Encoded) -> bool:
-    """Whether any decoder knows it: whole, baseline, grey or coloured, of a size that can be decoded, and upright."""
+def is_usual(file: Encoded) -> bool:
+    """Whether any decoder knows it: whole, baseline, coloured, of a size that can be decoded, and upright."""
     frame = _read_plain_frame(file)
-    return frame is not None and frame.is_baseline
+    return frame is not None and frame.is_usual
 
 
 def address_of(memory: Any) -> int:
@@ -146,6 +146,11 @@ class _Frame(NamedTuple):
     channels: int
     is_baseline: bool
     is_upright: bool
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether it is coloured and coded in the one way that all decoders know."""
+        return self.is_baseline and self.channels == 3
 
 
 def _read_plain_frame(file: Encoded) -> _Frame | None:
@@ -196,21 +201,21 @@ def _is_upright(exif: memoryview) -> bool:
     return said.isdisjoint(range(2, 9))
 
 
-def _decode_by_units(files: Files, device: torch.device) -> tuple[Images, NDArray[np.bool_]]:
+def _decode_by_units(files: Files, device: torch.device) -> tuple[DecodedImages, NDArray[np.bool_]]:
     """The images that the card's own units decode, and which these are."""
     places_B5, sizes_B2 = np.zeros((len(files), 5), np.int64), np.zeros((len(files), 2), np.int64)
     are_there_B = np.zeros(len(files), np.bool_)
-    rows = np.flatnonzero(files.are_baseline_B)
+    rows = np.flatnonzero(files.are_usual_B)
     with nvjpeg.borrow(device) as decoder:
         if decoder is None or len(rows) == 0:
-            return Images.none(len(files)), are_there_B
+            return DecodedImages.none(len(files)), are_there_B
         sizes = files.sizes_B2[rows]
         memory, starts, are_there = decoder.decode(files.addresses_B[rows], files.lengths_B[rows], sizes, device)
     heights, widths = sizes.T
     places = np.stack([np.zeros_like(starts), starts, heights * widths, widths, np.ones_like(starts)], axis=1)
     rows = rows[are_there]
     places_B5[rows], sizes_B2[rows], are_there_B[rows] = places[are_there], sizes[are_there], True
-    return Images((memory,), torch.from_numpy(places_B5), torch.from_numpy(sizes_B2)), are_there_B
+    return DecodedImages((memory,), torch.from_numpy(places_B5), torch.from_numpy(sizes_B2)), are_there_B
 
 
 def _decode_by_torchvision(files: list[Tensor], device: torch.device) -> list[Tensor | None]:

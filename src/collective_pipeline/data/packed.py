@@ -1,8 +1,8 @@
 """Labelled image files as they lie in a tree, and packed small into a few large files for repeated epochs.
 
 A packed folder holds a header, which says what it was made of, and numbered shards: the JPEG files of so many images
-one behind the other, all upright and baseline, and a table of where each is and of its image's size. A shard counts
-once its table is there, so a build that was interrupted goes on with the next one.
+one behind the other, all upright, coloured and baseline, and a table of where each is and of its image's size. A shard
+counts once its table is there, so a build that was interrupted goes on with the next one.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from collective_pipeline import files
 from collective_pipeline.config import UserError
-from collective_pipeline.data.jpeg import Encoded, Files, Problem, address_of, decode, encode, is_baseline
+from collective_pipeline.data.jpeg import Encoded, Files, Problem, address_of, decode, encode, is_usual
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +146,8 @@ class PackedImages:
     def files(self, rows: Sequence[int], readers: Executor) -> Files:
         chosen = np.asarray(rows, np.int64)
         self._ask_for(chosen)
-        lengths, are_baseline = self._lengths[chosen].astype(np.uint64), np.ones(len(chosen), np.bool_)
-        return Files(self._addresses[chosen], lengths, self._sizes[chosen], are_baseline, {}, self._shards)
+        lengths, are_usual = self._lengths[chosen].astype(np.uint64), np.ones(len(chosen), np.bool_)
+        return Files(self._addresses[chosen], lengths, self._sizes[chosen], are_usual, {}, self._shards)
 
     def _ask_for(self, rows: NDArray[np.int64]) -> None:
         """Of the disk, so that it brings all of them while the first is touched."""
@@ -193,8 +193,8 @@ def pack_images(
 ) -> None:
     """Write all images, brought to a shorter side of `side` pixels, into `folder`; what is there already stays.
 
-    Whole baseline JPEG files that are small enough and upright are kept as they are. Files that cannot be read are
-    named and left out.
+    Whole coloured baseline JPEG files that are small enough and upright are kept as they are. Files that cannot be read
+    are named and left out.
 
     Args:
         images: What to pack.
@@ -261,7 +261,7 @@ def _pack_one(images: FileImages, row: int, side: int, quality: int) -> _Packed 
     height, width = image.shape[1:]
     factor = side / min(height, width)
     if factor >= 1:
-        kept = file if not isinstance(file, Problem) and is_baseline(file) else encode(image, quality)
+        kept = file if not isinstance(file, Problem) and is_usual(file) else encode(image, quality)
         return _Packed(kept, height, width)
     smaller = (max(side, round(factor * height)), max(side, round(factor * width)))
     # Only with the channels last does torch resize bytes as they are.
