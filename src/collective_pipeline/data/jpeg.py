@@ -1,10 +1,11 @@
 """JPEG files to pixels and back: here alone is known which library does it.
 
-The decoder of torchvision is called by its operator: its function warns that another package will replace it, and a
-warning cannot be kept silent in one thread alone.
+torchvision is called by its operators: its functions warn that another package will replace them, and a warning cannot
+be kept silent in one thread alone.
 """
 
 import ctypes
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-import torchvision.io  # registers the operators
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -23,7 +23,7 @@ from collective_pipeline.data.decoding import reason_of, to_mode, to_tensor
 
 Encoded = bytes | bytearray | memoryview  # one file
 
-RGB = torchvision.io.ImageReadMode.RGB.value
+RGB = 3  # of torchvision.io.ImageReadMode
 # The largest that Pillow reads without a warning. A header of 64 KB on a side would take 12 GB before the first pixel.
 MAX_PIXELS = 89_478_485
 # Some writers leave a few bytes behind the end.
@@ -122,7 +122,7 @@ def decode_on_gpu(files: Files, device: torch.device) -> tuple[DecodedImages, di
 
 def encode(image: Tensor, quality: int) -> bytes:
     """A JPEG file of a uint8 image `(3, H, W)`; quality is from 1 to 100."""
-    file: Tensor = torch.ops.image.encode_jpeg(image, quality)
+    file: Tensor = _operators().encode_jpeg(image, quality)
     return file.numpy().tobytes()
 
 
@@ -223,7 +223,7 @@ def _decode_by_torchvision(files: list[Tensor], device: torch.device) -> list[Te
     if not files:
         return []
     try:
-        return list(torch.ops.image.decode_jpegs_cuda(files, RGB, device))
+        return list(_operators().decode_jpegs_cuda(files, RGB, device))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # one of them fails them all: halves find it
@@ -246,7 +246,7 @@ def _decode_on_host(file: Encoded | Problem) -> Tensor | Problem:
     if height * width > MAX_PIXELS:
         return Problem(f"its header says {height:,} x {width:,} pixels")
     try:
-        image: Tensor = torch.ops.image.decode_jpeg(_as_tensor(file), RGB, False)
+        image: Tensor = _operators().decode_jpeg(_as_tensor(file), RGB, False)
     except RuntimeError:
         return _decode_by_pillow(file)
     return image
@@ -267,6 +267,14 @@ def _as_tensor(file: Encoded) -> Tensor:
     """Its bytes, copied only where they may not be written: torch warns of those."""
     view = memoryview(file)
     return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
+
+
+@functools.cache
+def _operators() -> Any:
+    # Seconds of every command, most of which need none: torchvision brings torch's compiler along.
+    import torchvision.io  # noqa: F401, PLC0415  # registers them
+
+    return torch.ops.image
 
 
 def _to_device(image: Tensor | Problem, device: torch.device) -> Tensor | Problem:

@@ -12,12 +12,12 @@ import logging
 import threading
 from collections.abc import Iterator
 from ctypes import POINTER, byref, c_int, c_size_t, c_uint, c_void_p
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -171,7 +171,10 @@ def _load_library() -> ctypes.CDLL:
     Raises:
         OSError: If there is none.
     """
-    beside = Path(torchvision.__file__).parent.with_name("torchvision.libs").glob("libnvjpeg.*")
+    package = find_spec("torchvision")
+    if package is None or package.origin is None:
+        raise OSError("there is no torchvision")
+    beside = Path(package.origin).parent.with_name("torchvision.libs").glob("libnvjpeg.*")
     major = (torch.version.cuda or "").partition(".")[0]
     library = ctypes.CDLL(str(next(beside, f"libnvjpeg.so.{major}")))
     for name, arguments in SIGNATURES.items():
