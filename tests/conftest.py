@@ -4,6 +4,7 @@ import gzip
 import os
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,15 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).parents[1]
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    """For what other threads and processes do."""
+    for _ in range(6000):
+        if happened():
+            return
+        time.sleep(0.05)
+    raise TimeoutError
 
 
 def make_project(folder: Path) -> Path:

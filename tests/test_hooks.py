@@ -2,6 +2,7 @@ import signal
 
 import pandas as pd
 import pytest
+from tests.conftest import wait_until
 
 from collective_pipeline.hooks import StopCleanly, command_to_go_on, format_comparison
 from collective_pipeline.pipeline_registry import register_pipelines
@@ -29,6 +30,7 @@ def test_who_stops_a_run_is_told_of_a_saved_state_only_where_there_will_be_one(p
     stopping.before_pipeline_run(register_pipelines()[pipeline])
     signal.raise_signal(signal.SIGTERM)
     was_requested = interrupt.requested()
+    wait_until(lambda: caplog.messages)
     stopping.after_pipeline_run()
 
     (line,) = caplog.messages

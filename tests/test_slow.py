@@ -70,7 +70,8 @@ def test_a_model_answers_from_another_folder_without_a_network(clone, tmp_path):
     """`mlflow models predict` on raw bytes, with the code that the model carries."""
     params = "training.epochs=1,data.val_fraction=0.9,model_type=shallow,seeds=5"
     assert kedro(clone, "run", "--env", "debug", "--params", params).returncode == 0
-    (model,) = (path.parent for path in (clone / "mlruns").rglob("MLmodel"))
+    # Tests before this one have left models as well.
+    model = max((clone / "mlruns").rglob("MLmodel"), key=lambda path: path.stat().st_mtime).parent
     shutil.copytree(model, tmp_path / "model")
     shutil.copy(model / "serving_input_example.json", tmp_path / "input.json")
     nowhere = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "PIP_NO_INDEX": "1"}

@@ -1,6 +1,7 @@
 """What happens before Kedro: commands outside of a project, and two that are mended."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -32,3 +33,14 @@ def test_two_params_are_refused():
     """Click would keep the last, and the run would be another than the one that was meant."""
     with pytest.raises(SystemExit, match="there are two --params, of which only one would count"):
         startup.check_command.before_command_run(["run", "--params", "seeds=1", "--params", "resume=true"])
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "32"), ("4", "4")])
+def test_a_gpu_gives_each_stream_a_queue_of_its_own(before, after):
+    """Set before anything uses CUDA, and what the user has set stays."""
+    given = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    given |= {} if before is None else {"CUDA_DEVICE_MAX_CONNECTIONS": before}
+    script = "import collective_pipeline, os; print(os.environ['CUDA_DEVICE_MAX_CONNECTIONS'])"
+    told = subprocess.run([sys.executable, "-c", script], env=given, capture_output=True, text=True, check=True)
+
+    assert told.stdout.strip() == after

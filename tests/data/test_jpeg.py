@@ -76,7 +76,7 @@ def gpu(monkeypatch):
             raise RuntimeError("Error while decoding JPEG images")
         return [torch.ops.image.decode_jpeg(file, mode, False) for file in files]
 
-    monkeypatch.setattr(torch.ops.image, "decode_jpegs_cuda", decode_jpegs_cuda)
+    monkeypatch.setattr(jpeg._operators(), "decode_jpegs_cuda", decode_jpegs_cuda)
     monkeypatch.setattr(jpeg.nvjpeg, "borrow", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(jpeg, "_to_device", lambda image, device: image)

@@ -5,7 +5,6 @@ import logging
 import math
 import multiprocessing
 import signal
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from optuna.trial import TrialState
+from tests.conftest import wait_until
 
 from collective_pipeline.config import UserError
 from collective_pipeline.models.checkpoint import load_checkpoint
@@ -348,14 +348,6 @@ def work_and_save_every_step(task):
     torch.set_num_threads(1)
     snapshots.SECONDS_BETWEEN, snapshots.SHARE = -1.0, math.inf
     work(task, CPU)
-
-
-def wait_until(happened):
-    for _ in range(6000):
-        if happened():
-            return
-        time.sleep(0.05)
-    raise TimeoutError
 
 
 @pytest.mark.slow

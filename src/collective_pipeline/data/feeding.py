@@ -27,7 +27,7 @@ from collective_pipeline.data.packed import FILES_AT_ONCE, EncodedImages, in_chu
 logger = logging.getLogger(__name__)
 
 NUM_CROP_DRAWS = NUM_BOX_DRAWS + 1  # the last one mirrors
-PRODUCERS = 2  # so that one batch is read and cut while another is decoded; a third one held both up
+PRODUCERS = 2  # so that one batch is read and cut while another is decoded
 # Of threads, where a GPU decodes: more of them wait for Python's one lock longer than for a disk.
 MOST_READERS = 8
 NUM_TOLD = 3  # of the unusable files, by name

@@ -78,7 +78,7 @@ class Files:
             np.array([address_of(file) for file in memory], np.uint64),
             np.array([len(file) for file in memory], np.uint64),
             np.array([(0, 0) if frame is None else frame[:2] for frame in frames], np.int64).reshape(-1, 2),
-            np.array([frame is not None and frame.is_usual for frame in frames], np.bool_),
+            np.array([frame is not None and frame.is_colour_baseline for frame in frames], np.bool_),
             {row: file for row, file in enumerate(files) if isinstance(file, Problem)},
             memory,
         )
@@ -87,7 +87,10 @@ class Files:
         return len(self.addresses_B)
 
     def __getitem__(self, row: int) -> memoryview:
-        """The bytes of one, where they lie: for no longer than this is kept."""
+        """The bytes of one, where they lie: for no longer than this is kept.
+
+        They may be written, which nobody does: torch warns of memory that is for reading alone.
+        """
         view: memoryview = _view(int(self.addresses_B[row]), int(self.lengths_B[row]), PYBUF_WRITE)
         return view
 
@@ -109,15 +112,19 @@ def decode_on_gpu(files: Files, device: torch.device) -> tuple[DecodedImages, di
     does not wait for the caller's: memory that the caller's stream has freed must be at rest.
     """
     images, are_there_B = _decode_by_units(files, device)
-    left = [row for row in np.flatnonzero(~are_there_B).tolist() if row not in files.problems]
     plain = np.flatnonzero(~are_there_B & files.sizes_B2.all(axis=1)).tolist()
-    found = dict(zip(plain, _decode_by_torchvision([_as_tensor(files[row]) for row in plain], device), strict=True))
-    others: dict[int, Tensor | Problem] = dict(files.problems)
-    for row in left:
-        image = found.get(row)
-        others[row] = _to_device(_decode_on_host(files[row]), device) if image is None else image
-    images = images.put({row: other for row, other in others.items() if isinstance(other, Tensor)})
-    return images, {row: other for row, other in others.items() if isinstance(other, Problem)}
+    by_torchvision = _decode_by_torchvision([_as_tensor(files[row]) for row in plain], device)
+    others: dict[int, Tensor | Problem | None] = {**dict(zip(plain, by_torchvision, strict=True)), **files.problems}
+    found: dict[int, Tensor] = {}
+    problems: dict[int, Problem] = {}
+    for row in np.flatnonzero(~are_there_B).tolist():
+        other = others.get(row)
+        image = _to_device(_decode_on_host(files[row]), device) if other is None else other
+        if isinstance(image, Problem):
+            problems[row] = image
+        else:
+            found[row] = image
+    return images.put(found), problems
 
 
 def encode(image: Tensor, quality: int) -> bytes:
@@ -129,7 +136,7 @@ def encode(image: Tensor, quality: int) -> bytes:
 def is_usual(file: Encoded) -> bool:
     """Whether any decoder knows it: whole, baseline, coloured, of a size that can be decoded, and upright."""
     frame = _read_plain_frame(file)
-    return frame is not None and frame.is_usual
+    return frame is not None and frame.is_colour_baseline
 
 
 def address_of(memory: Any) -> int:
@@ -148,7 +155,7 @@ class _Frame(NamedTuple):
     is_upright: bool
 
     @property
-    def is_usual(self) -> bool:
+    def is_colour_baseline(self) -> bool:
         """Whether it is coloured and coded in the one way that all decoders know."""
         return self.is_baseline and self.channels == 3
 

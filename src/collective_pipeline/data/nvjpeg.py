@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 HARDWARE, RGB = 3, 3  # of nvjpegBackend_t and nvjpegOutputFormat_t
 MAX_COMPONENTS = 4
-# Planes begin where wide stores may.
+# Images begin where wide stores may.
 ALIGNMENT = 256
 SIGNATURES: dict[str, list[Any]] = {
     "nvjpegCreateEx": [c_int, c_void_p, c_void_p, c_uint, POINTER(c_void_p)],
@@ -36,6 +36,12 @@ SIGNATURES: dict[str, list[Any]] = {
     "nvjpegDecodeBatchedInitialize": [c_void_p, c_void_p, c_int, c_int, c_int],
     "nvjpegDecodeBatched": [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p],
 }
+
+
+_LOCK = threading.Lock()
+_idle: "dict[torch.device, list[Decoder]]" = {}
+_without: set[torch.device] = set()
+_told: set[str] = set()
 
 
 class Refused(RuntimeError):
@@ -109,8 +115,13 @@ class Decoder:
             self._prepare(len(addresses_B))
             addresses = (table.ctypes.data for table in tables)
             self._call("nvjpegDecodeBatched", self._handle, self._state, *addresses, stream.cuda_stream)
-        except Refused:
+        except Refused as error:
             self._number = 0  # what it was prepared for may be half done
+            if str(error) not in _told:
+                _told.add(str(error))
+                logger.info(
+                    "nvJPEG has refused a list of files (%s): torchvision decodes what it does not know.", error
+                )
             return False
         finally:  # files and memory are wanted until then, whether it went well or not
             _wait_for(stream)
@@ -140,17 +151,19 @@ class Decoder:
 
 @contextlib.contextmanager
 def borrow(device: torch.device) -> Iterator[Decoder | None]:
-    """A decoder of this device that nobody else has meanwhile; None, told once, where there is no such thing."""
+    """A decoder of this device that nobody else has meanwhile; None, told once, where there is no such thing.
+
+    There are as many as threads decode at once, and they stay, with memory that torch does not count.
+    """
     with _LOCK:
-        if device not in _idle:
-            _idle[device] = []
-        decoder = _idle[device].pop() if _idle[device] else _make(device)
+        idle = _idle.setdefault(device, [])
+        decoder = idle.pop() if idle else _make(device)
     try:
         yield decoder
     finally:
         if decoder is not None:
             with _LOCK:
-                _idle[device].append(decoder)
+                idle.append(decoder)
 
 
 def _make(device: torch.device) -> Decoder | None:
@@ -193,8 +206,3 @@ def _wait_for(stream: torch.cuda.Stream) -> None:
     reached = torch.cuda.Event(blocking=True)
     reached.record(stream)
     reached.synchronize()
-
-
-_LOCK = threading.Lock()
-_idle: dict[torch.device, list[Decoder]] = {}
-_without: set[torch.device] = set()

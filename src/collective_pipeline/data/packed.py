@@ -86,7 +86,10 @@ class FileImages:
 
 
 class PackedImages:
-    """A packed folder that is complete, its images mapped into memory: nothing is read before it is wanted."""
+    """A packed folder that is complete, its images mapped into memory: nothing is read before it is wanted.
+
+    Its tables are trusted: a GPU decodes into as much memory as they say.
+    """
 
     def __init__(self, folder: Path, shards: Sequence[mmap.mmap], index: pa.Table) -> None:
         self.folder = folder

@@ -109,7 +109,8 @@ class _Listening:
         os.close(self.writing)  # which ends the thread
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._notice(number)
+        if self._is_news(number):
+            self._tell(number)
 
     def _read(self, reading: int) -> None:
         first_at: float | None = None
@@ -118,17 +119,33 @@ class _Listening:
                 numbers = [number for number in told if number in self.handlers_before]
                 if not numbers:
                     continue
-                self._notice(numbers[0])
+                if self._is_news(numbers[0]):
+                    # Whoever reads the log may be slow, and a second signal must not wait for that.
+                    threading.Thread(target=self._tell, args=(numbers[0],), daemon=True).start()
                 first_at = first_at or time.perf_counter()
                 if time.perf_counter() - first_at > SECONDS_OF_ONE_STOP and not self.patient:
+                    os.write(2, f"{signal.Signals(numbers[0]).name} again: the run ends at once.\n".encode())
                     os._exit(128 + numbers[0])
 
-    def _notice(self, number: int) -> None:
+    def _is_news(self, number: int) -> bool:
         with self.telling:
-            if self.is_told:
-                return
-            self.is_told = True
-            _received.append(signal.Signals(number))
+            is_news, self.is_told = not self.is_told, True
+            if is_news:
+                _received.append(signal.Signals(number))
+        return is_news
+
+    def _tell(self, number: int) -> None:
         # What is patient was told by a process that says so itself.
         level = logging.DEBUG if self.patient else logging.WARNING
-        logger.log(level, "%s: the run %s.", _received[0].name, self.how)
+        logger.log(level, "%s: the run %s.", signal.Signals(number).name, self.how)
+
+
+def _leave_to_parent() -> None:
+    """In a process that was forked: the parent's listening is not its own, and what ends others ends it."""
+    for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), _Listening):
+            signal.set_wakeup_fd(-1)
+            signal.signal(number, handler)
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
