@@ -22,6 +22,7 @@ from collective_pipeline.training import interrupt
 )
 def test_who_was_stopped_is_told_the_whole_command_to_go_on(typed, told):
     assert command_to_go_on(typed.split()) == told
+    assert command_to_go_on(typed.split(), resumes=False) == f"kedro {typed}"  # before anything was trained
 
 
 @pytest.mark.parametrize("pipeline", register_pipelines())

@@ -1123,6 +1123,16 @@ class LrFinderConfig(Config):
         return self
 
 
+MOST_GPUS = 64  # of one machine: more is a mistake in typing
+
+
+def _check_gpus(number: Any) -> Any:
+    # In place of what pydantic would say of each of the two types.
+    if number != "auto" and (type(number) is not int or not 1 <= number <= MOST_GPUS):
+        raise ValueError(f"give a number from 1 to {MOST_GPUS}, or auto for all that this machine has")
+    return number
+
+
 class Parameters(Config):
     """All parameters of a run, as `conf/` and `--params` give them."""
 
@@ -1156,7 +1166,7 @@ class Parameters(Config):
     imagenet: ImageNetConfig = ImageNetConfig()
     demo: DemoConfig = DemoConfig()
     lr_finder: LrFinderConfig = LrFinderConfig()
-    num_gpus: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+    num_gpus: Annotated[int | Literal["auto"], BeforeValidator(_check_gpus)] = Field(
         1, description="imagenet: processes that train together, one for each GPU; auto: all there are"
     )
 

@@ -385,14 +385,19 @@ class _Stopped(click.ClickException):
     """Ends the command as its signal would have."""
 
     def __init__(self, error: Interrupted) -> None:
-        super().__init__(f"{error}\nTo go on: {command_to_go_on(sys.argv[1:])}")
+        super().__init__(f"{error}\nTo go on: {command_to_go_on(sys.argv[1:], resumes=error.resumes)}")
         self.exit_code = error.exit_code  # type: ignore[misc]  # click reads it from the instance
 
 
-def command_to_go_on(arguments: Sequence[str]) -> str:
-    """What was typed, with `resume=true` among its parameters; a sweep goes on by itself, what is short begins anew."""
+def command_to_go_on(arguments: Sequence[str], *, resumes: bool = True) -> str:
+    """What was typed, with `resume=true` among its parameters; a sweep goes on by itself, what is short begins anew.
+
+    Args:
+        arguments: Of the command.
+        resumes: Whether it has begun to train.
+    """
     arguments = list(arguments)
-    if any("resume=true" in argument for argument in arguments):
+    if not resumes or any("resume=true" in argument for argument in arguments):
         return shlex.join(["kedro", *arguments])
     if is_launched():
         return "the same torchrun command with resume=true among its --params"

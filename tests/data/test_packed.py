@@ -1,6 +1,7 @@
 """A tree of images packs once, whatever interrupts it, and reads as the tree itself."""
 
 import io
+import itertools
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -146,6 +147,14 @@ def test_an_interrupted_build_goes_on(tree, tmp_path, monkeypatch, num_before):
     pack_images(tree, tmp_path / "packed", side=SIDE)
     assert sorted(done) == list(range(4 * whole, 10))
     assert files_in(tmp_path / "packed") == files_in(tmp_path / "at once")
+
+
+def test_whoever_is_told_to_stop_stops_packing_and_keeps_whole_shards(tree, tmp_path):
+    calls = itertools.count(1)
+    with pytest.raises(ZeroDivisionError):
+        pack_images(tree, tmp_path / "packed", side=SIDE, look_around=lambda: 1 / (next(calls) < 6))
+
+    assert set(files_in(tmp_path / "packed")) == {"packed.json", "00000.jpegs", "00000.parquet"}
 
 
 def test_packing_again_does_nothing(tree, tmp_path, monkeypatch):

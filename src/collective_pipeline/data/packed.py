@@ -12,7 +12,7 @@ import mmap
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
@@ -191,23 +191,11 @@ class _Header:
         return [words for name, words in told.items() if getattr(self, name) != getattr(other, name)]
 
 
-def pack_images(
-    images: FileImages, folder: Path, *, side: int, quality: int = 90, num_threads: int | None = None
-) -> None:
-    """Write all images, brought to a shorter side of `side` pixels, into `folder`; what is there already stays.
-
-    Whole coloured baseline JPEG files that are small enough and upright are kept as they are. Files that cannot be read
-    are named and left out.
-
-    Args:
-        images: What to pack.
-        folder: For this alone. One process at a time writes there.
-        side: In pixels; smaller images keep their size.
-        quality: Of JPEG, from 1 to 100.
-        num_threads: That read, decode and encode; as many as there are cores if not given.
+def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 90) -> "_Header":
+    """Mark a folder as that of a packed copy of these images, as `pack_images` does before it packs.
 
     Raises:
-        UserError: If the folder holds other images, or more than `MAX_UNUSABLE` of the files cannot be read.
+        UserError: If it holds another one, or there are no images.
     """
     if len(images) == 0:
         raise UserError(f"there are no images to pack into {folder}: give some")
@@ -220,9 +208,43 @@ def pack_images(
         quality=quality,
         images_a_shard=IMAGES_A_SHARD,
     )
-    _claim(folder, header)
+    there = _read_header(folder)
+    if there is None:
+        with files.replacing(folder / HEADER) as partial:
+            partial.write_text(json.dumps(asdict(header), indent=1))
+    elif differences := there.differences(header):
+        raise UserError(f"{folder} is packed with {', '.join(differences)}: remove it, to pack anew")
+    return header
+
+
+def pack_images(
+    images: FileImages,
+    folder: Path,
+    *,
+    side: int,
+    quality: int = 90,
+    num_threads: int | None = None,
+    look_around: Callable[[], None] = lambda: None,
+) -> None:
+    """Write all images, brought to a shorter side of `side` pixels, into `folder`; what is there already stays.
+
+    Whole coloured baseline JPEG files that are small enough and upright are kept as they are. Files that cannot be read
+    are named and left out.
+
+    Args:
+        images: What to pack.
+        folder: For this alone. One process at a time writes there.
+        side: In pixels; smaller images keep their size.
+        quality: Of JPEG, from 1 to 100.
+        num_threads: That read, decode and encode; as many as there are cores if not given.
+        look_around: Called after every image; what it raises ends packing, and whole shards stay.
+
+    Raises:
+        UserError: If the folder holds other images, or more than `MAX_UNUSABLE` of the files cannot be read.
+    """
+    header = claim_folder(images, folder, side=side, quality=quality)
     there = [number for number in range(header.num_shards) if _table_of(folder, number).exists()]
-    progress = _Progress(len(images), folder)
+    progress = _Progress(len(images), folder, look_around)
     for number in there:
         shard = _rows_of(header, number)
         progress.skip(len(shard), _read_problems(folder, number))
@@ -302,9 +324,10 @@ def _write_shard(
 class _Progress:
     """Says how far packing is, and stops it when too many files are bad."""
 
-    def __init__(self, num_images: int, folder: Path) -> None:
+    def __init__(self, num_images: int, folder: Path, look_around: Callable[[], None]) -> None:
         self.num_images = num_images
         self.folder = folder
+        self.look_around = look_around
         self.problems: list[str] = []
         self.num_skipped = self.num_done = 0
         self.started = self.last_line = time.perf_counter()
@@ -320,7 +343,10 @@ class _Progress:
         Raises:
             UserError: If too many cannot be read.
         """
+        self.look_around()
         self.num_done += 1
+        if self.num_done == 1:  # before it, decoders were loaded
+            self.started = self.last_line = time.perf_counter()
         if isinstance(one, Problem):
             self.problems.append(one.reason)
             if len(self.problems) > MAX_UNUSABLE * self.num_images:
@@ -332,7 +358,7 @@ class _Progress:
         if now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
             done = self.num_skipped + self.num_done
-            left = (now - self.started) / self.num_done * (self.num_images - done)
+            left = (now - self.started) / max(1, self.num_done - 1) * (self.num_images - done)
             logger.info(
                 "%s of %s images are packed, %d %%; about %s left",
                 f"{done:,}",
@@ -356,16 +382,6 @@ class _Progress:
     def _told(self) -> str:
         more = f"; and {len(self.problems) - NUM_TOLD:,} more" if len(self.problems) > NUM_TOLD else ""
         return "; ".join(self.problems[:NUM_TOLD]) + more
-
-
-def _claim(folder: Path, header: _Header) -> None:
-    """Mark the folder as that of these images, or go on with it; refuse it if it is that of others."""
-    there = _read_header(folder)
-    if there is None:
-        with files.replacing(folder / HEADER) as partial:
-            partial.write_text(json.dumps(asdict(header), indent=1))
-    elif differences := there.differences(header):
-        raise UserError(f"{folder} is packed with {', '.join(differences)}: remove it, to pack anew")
 
 
 def _read_header(folder: Path) -> _Header | None:

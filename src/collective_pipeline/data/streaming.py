@@ -303,7 +303,7 @@ class StreamedBatches:
         if not self.num_planned:
             raise UserError(
                 f"{self.share.planned} GPUs with batches of {self.planned_size} images need more than the "
-                f"{len(self.images):,} training images: choose a smaller training.batch_size"
+                f"{len(self.images):,} training images: choose a smaller imagenet.training.batch_size"
             )
         if self.planned_size % self.share.parts:
             raise UserError(

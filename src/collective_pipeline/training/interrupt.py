@@ -22,12 +22,18 @@ _requests: list[BaseException] = []
 
 
 class Interrupted(UserError):
-    """The run was told to stop, and its work is saved."""
+    """The run was told to stop, and its work is saved.
 
-    def __init__(self, what: str) -> None:
+    Args:
+        what: Of its work.
+        resumes: Whether there is a training to go on with; if not, the same command goes on.
+    """
+
+    def __init__(self, what: str, *, resumes: bool = True) -> None:
         stop = _received[0] if _received else signal.SIGTERM
         super().__init__(f"stopped by {stop.name}: {what}")
         self.what = what
+        self.resumes = resumes
         self.exit_code = 128 + stop
 
 
@@ -46,13 +52,13 @@ def request(cause: BaseException) -> None:
     _requests.append(cause)
 
 
-def stop(what: str) -> NoReturn:
+def stop(what: str, *, resumes: bool = True) -> NoReturn:
     """End what was stopped, after its work is saved.
 
     Raises:
         Interrupted: Or the error because of which everything stops: whoever is first tells of it.
     """
-    raise next((cause for cause in _requests if not isinstance(cause, Interrupted)), Interrupted(what))
+    raise next((cause for cause in _requests if not isinstance(cause, Interrupted)), Interrupted(what, resumes=resumes))
 
 
 @contextlib.contextmanager
@@ -89,6 +95,7 @@ class _Listening:
     def __init__(self, *, patient: bool, saves: bool) -> None:
         self.patient = patient
         self.how = "stops at the next step; what trains saves its state" if saves else "ends as soon as it can"
+        self.lost = "with what was saved before; --params resume=true goes on from there" if saves else "unsaved"
         self.is_told = False
         self.telling = threading.RLock()  # a handler may run within itself
 
@@ -124,7 +131,9 @@ class _Listening:
                     threading.Thread(target=self._tell, args=(numbers[0],), daemon=True).start()
                 first_at = first_at or time.perf_counter()
                 if time.perf_counter() - first_at > SECONDS_OF_ONE_STOP and not self.patient:
-                    os.write(2, f"{signal.Signals(numbers[0]).name} again: the run ends at once.\n".encode())
+                    os.write(
+                        2, f"{signal.Signals(numbers[0]).name} again: the run ends at once, {self.lost}.\n".encode()
+                    )
                     os._exit(128 + numbers[0])
 
     def _is_news(self, number: int) -> bool:

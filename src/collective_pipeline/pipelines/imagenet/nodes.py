@@ -9,11 +9,12 @@ import torch
 
 from collective_pipeline.config import Arm, GateConfig, ImageNetConfig, Parameters, UserError
 from collective_pipeline.data.image_index import ImageIndex, compare_index, index_images
-from collective_pipeline.data.packed import pack_images
+from collective_pipeline.data.packed import claim_folder, pack_images
 from collective_pipeline.data.streaming import Share, StreamedBatches, StreamedSplits, list_files, stream_index
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.image_arms import image_architecture, make_image_arm
 from collective_pipeline.pipelines.arm.nodes import clear, tabulate_history
+from collective_pipeline.training import interrupt
 from collective_pipeline.training.launch import count_ranks, is_launched, launch
 from collective_pipeline.training.rank import Job, lead, scale_rate, work
 from collective_pipeline.training.ranks import ALONE
@@ -62,13 +63,17 @@ def open_images(settings: Parameters, index: ImageIndex, folder: Path) -> Stream
     if own.pack_side is not None:
         packed = (folder / "train", folder / "val")
         check_room(index, folder, own.pack_side)
-        for part in packed:
+        parts = {part: list_files(index, part.name) for part in packed}
+        for part, images in parts.items():  # of which one may be of another copy, before any is packed
+            claim_folder(images, part, side=own.pack_side, quality=own.pack_quality)
+        for part, images in parts.items():
             pack_images(
-                list_files(index, part.name),
+                images,
                 part,
                 side=own.pack_side,
                 quality=own.pack_quality,
                 num_threads=own.threads,
+                look_around=_stop_packing_if_told,
             )
     splits = stream_index(index, own, split_seed=settings.data.split_seed, packed=packed)
     if len(splits.val) < FEW:
@@ -79,6 +84,11 @@ def open_images(settings: Parameters, index: ImageIndex, folder: Path) -> Stream
             100 / len(splits.val),
         )
     return splits
+
+
+def _stop_packing_if_told() -> None:
+    if interrupt.requested():
+        interrupt.stop("the same command goes on with what is packed", resumes=False)
 
 
 def check_room(index: ImageIndex, folder: Path, side: int) -> None:
