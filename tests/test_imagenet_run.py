@@ -134,10 +134,11 @@ def test_the_report_says_what_an_update_and_its_rate_were(trained):
         ({"imagenet.folder": "nowhere"}, "there is no folder nowhere"),
         ({"imagenet.model": "vgg11"}, "choose from resnet18"),
         ({"imagenet.training.epochs": 3}, "stages have 2 epochs together and epochs=3"),
-        ({"imagenet.training.batch_size": 128}, "choose a smaller training.batch_size"),
+        ({"imagenet.training.batch_size": 128}, "choose a smaller imagenet.training.batch_size"),
         ({"imagenet.subset_size": 10}, "subset_size leaves 1 of the val images"),
         ({"imagenet.training.cutout": 4}, "use imagenet.augmentation"),
-        ({"num_gpus": 0}, "num_gpus"),
+        ({"num_gpus": 0}, "num_gpus=0: give a number from 1 to 64, or auto"),
+        ({"num_gpus": 13}, "there are 12 in the smaller of validation and test: choose at most 12"),
         ({"training.epochs": 3}, "use `imagenet.training.epochs`"),
     ],
 )

@@ -150,6 +150,12 @@ def clear_for_training(
     snapshots = Job(arm, splits, settings, state, number, device.type).snapshots(device, number)
     planned = snapshots.recall("num_gpus") or number
     snapshots.identify(num_gpus=planned)
+    few = min(len(splits.val), len(splits.test))
+    if few < number:
+        raise UserError(
+            f"num_gpus={number}: each of them evaluates a part of the images, and there are {few} in the smaller of "
+            f"validation and test: choose at most {few}, or a larger imagenet.val_fraction"
+        )
     splits = splits.for_share(Share(0, number, planned))
     for stage in settings.training.plan():  # refuses what it cannot cut into batches
         StreamedBatches(splits, settings.seeds[:1], settings.training, stage)
