@@ -8,7 +8,7 @@ import ctypes
 import functools
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -111,13 +111,14 @@ def decode_on_gpu(files: Files, device: torch.device) -> tuple[DecodedImages, di
     refuses, on the CPU. Many threads may call it, each on a stream of its own. torchvision's decoder has another that
     does not wait for the caller's: memory that the caller's stream has freed must be at rest.
     """
-    images, are_there_B = _decode_by_units(files, device)
-    plain = np.flatnonzero(~are_there_B & files.sizes_B2.all(axis=1)).tolist()
+    images = _decode_by_units(files, device)
+    are_missing_B = (images.sizes_B2 == 0).all(dim=1).numpy()
+    plain = np.flatnonzero(are_missing_B & files.sizes_B2.all(axis=1)).tolist()
     by_torchvision = _decode_by_torchvision([_as_tensor(files[row]) for row in plain], device)
     others: dict[int, Tensor | Problem | None] = {**dict(zip(plain, by_torchvision, strict=True)), **files.problems}
     found: dict[int, Tensor] = {}
     problems: dict[int, Problem] = {}
-    for row in np.flatnonzero(~are_there_B).tolist():
+    for row in np.flatnonzero(are_missing_B).tolist():
         other = others.get(row)
         image = _to_device(_decode_on_host(files[row]), device) if other is None else other
         if isinstance(image, Problem):
@@ -208,21 +209,20 @@ def _is_upright(exif: memoryview) -> bool:
     return said.isdisjoint(range(2, 9))
 
 
-def _decode_by_units(files: Files, device: torch.device) -> tuple[DecodedImages, NDArray[np.bool_]]:
-    """The images that the card's own units decode, and which these are."""
-    places_B5, sizes_B2 = np.zeros((len(files), 5), np.int64), np.zeros((len(files), 2), np.int64)
-    are_there_B = np.zeros(len(files), np.bool_)
+def _decode_by_units(files: Files, device: torch.device) -> DecodedImages:
+    """The images that the card's own units decode; nothing in place of the others."""
     rows = np.flatnonzero(files.are_usual_B)
+    images = DecodedImages.none(len(files))
     with nvjpeg.borrow(device) as decoder:
         if decoder is None or len(rows) == 0:
-            return DecodedImages.none(len(files)), are_there_B
+            return images
         sizes = files.sizes_B2[rows]
         memory, starts, are_there = decoder.decode(files.addresses_B[rows], files.lengths_B[rows], sizes, device)
     heights, widths = sizes.T
     places = np.stack([np.zeros_like(starts), starts, heights * widths, widths, np.ones_like(starts)], axis=1)
-    rows = rows[are_there]
-    places_B5[rows], sizes_B2[rows], are_there_B[rows] = places[are_there], sizes[are_there], True
-    return DecodedImages((memory,), torch.from_numpy(places_B5), torch.from_numpy(sizes_B2)), are_there_B
+    for table, found in ((images.places_B5, places), (images.sizes_B2, sizes)):
+        table.numpy()[rows[are_there]] = found[are_there]
+    return replace(images, memory=(memory,))
 
 
 def _decode_by_torchvision(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
