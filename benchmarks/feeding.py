@@ -2,15 +2,19 @@
 
     python benchmarks/feeding.py [--folder data/ilsvrc] [--images 20000] [--image-sizes 224 128 64] [--sides 256 400]
     python benchmarks/feeding.py --train resnet50 [--steps 200] [--no-alone] [--augment] [--blur]
+    torchrun --standalone --nproc-per-node 4 benchmarks/feeding.py --train resnet50 --no-alone
 
 The files are those of `--folder` and below, repeated as often as it takes, or 300 made of noise, of 110 KB and 400 x
 500 pixels; the packed ones are made of them first. Decoding alone is of whole images, the feed crops them at random.
 With `--train` that network trains as `imagenet` in conf/base says, compiled and in bfloat16 on a GPU, one epoch on a
 batch that lies ready, again and again, one on what the feed gives, and so on in turn: a ratio is to the mean of the
 ready ones before and after it. `--augment` adds all other augmentations, as the environment imagenet_seed_90 has them.
+Processes that torchrun starts train one network together, and the figures are of all of them.
 """
 
 import argparse
+import contextlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,8 +36,11 @@ from collective_pipeline.data.decoding import list_image_files
 from collective_pipeline.data.feeding import NUM_CROP_DRAWS, PRODUCERS, Crop, Feed
 from collective_pipeline.data.jpeg import Files, decode, decode_on_gpu, encode
 from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages, pack_images
-from collective_pipeline.data.streaming import StreamedBatches, StreamedImages, StreamedSplits
+from collective_pipeline.data.streaming import Share, StreamedBatches, StreamedImages, StreamedSplits
 from collective_pipeline.pipelines.imagenet.nodes import make_arm
+from collective_pipeline.training.launch import is_launched
+from collective_pipeline.training.rank import own_device
+from collective_pipeline.training.ranks import ALONE, Ranks
 from collective_pipeline.training.runtime import choose_device
 from collective_pipeline.training.train import train_arm
 from conditions import describe, make_parser
@@ -48,6 +55,17 @@ def main() -> None:
     """Print the tables."""
     options = parse()
     device = choose_device(options.device)
+    if not is_launched():
+        measure(options, device, ALONE)
+        return
+    ranks, device = Ranks.join(), own_device(device.type)
+    with contextlib.redirect_stdout(sys.stdout if ranks.is_first else None):
+        measure(options, device, ranks)
+    ranks.leave()
+
+
+def measure(options: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
+    """What is asked for, on this process's device."""
     print(describe(device))
     with tempfile.TemporaryDirectory() as scratch:
         files = find_files(options.folder or make_files(Path(scratch) / "files"))
@@ -62,7 +80,7 @@ def main() -> None:
         if options.alone:
             tell_alone(sources, options, device)
         if options.train:
-            tell_training(sources, options, device)
+            tell_training(sources, options, device, ranks)
 
 
 def parse() -> argparse.Namespace:
@@ -181,7 +199,7 @@ class Sources:
 
     named: dict[str, EncodedImages | None]  # in the order of their epochs; None: what the batch before has left
     device: torch.device
-    batch_size: int
+    batch_size: int  # of all processes
     speeds: list[float] = field(default_factory=list)
     number: int = -1
 
@@ -224,7 +242,9 @@ class Sources:
         self.speeds.append((last - NUM_WARM_UP) * self.batch_size / (time.perf_counter() - started))
 
 
-def tell_training(sources: dict[str, EncodedImages], options: argparse.Namespace, device: torch.device) -> None:
+def tell_training(
+    sources: dict[str, EncodedImages], options: argparse.Namespace, device: torch.device, ranks: Ranks
+) -> None:
     """Images a second of a network that trains, and what of its speed on ready batches that is."""
     heads = f"{'pixels':>8}{'ready':>10}{'fed':>10}{'ratio':>8}{'GB, peak':>12}"
     print(f"\n{options.train:>16}{heads}")
@@ -234,7 +254,7 @@ def tell_training(sources: dict[str, EncodedImages], options: argparse.Namespace
             named |= {name: source, f"ready {number}": None}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        speeds = time_training(Sources(named, device, options.batch_size), size, options, device)
+        speeds = time_training(Sources(named, device, ranks.number * options.batch_size), size, options, ranks)
         gigabytes = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else float("nan")
         for number, name in enumerate(sources, start=1):
             ready = (speeds[f"ready {number - 1}"] + speeds[f"ready {number}"]) / 2
@@ -242,7 +262,7 @@ def tell_training(sources: dict[str, EncodedImages], options: argparse.Namespace
             print(f"{row}{speeds[name] / ready:>8.3f}{gigabytes:>12.1f}", flush=True)
 
 
-def time_training(sources: Sources, size: int, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+def time_training(sources: Sources, size: int, options: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
     """Images a second of each epoch, by the project's own loop."""
     settings = ImageNetConfig(
         model=options.train,
@@ -256,16 +276,17 @@ def time_training(sources: Sources, size: int, options: argparse.Namespace, devi
                 "mixup_alpha": 0.2 * options.augment,
                 "cutmix_alpha": 1.0 * options.augment,
                 "warmup_epochs": 0,
-                "precision": "bf16" if device.type == "cuda" else "fp32",
+                "precision": "bf16" if sources.device.type == "cuda" else "fp32",
             }
         ),
     )
-    number = (NUM_WARM_UP + options.steps) * options.batch_size
+    number = (NUM_WARM_UP + options.steps) * sources.batch_size
     rows = torch.arange(number) % len(sources)
     images = StreamedImages(sources, rows, size, Crop(), threads=options.threads)
-    few = replace(images, rows=torch.arange(min(len(sources), options.batch_size)))
+    few = replace(images, rows=torch.arange(min(len(sources), sources.batch_size)))
     names = tuple(map(str, range(NUM_CLASSES)))
     splits = StreamedSplits("imagenet", images, few, few, names, "generated", settings.augmentation)
+    splits = splits.for_share(Share(ranks.rank, ranks.number, ranks.number))
     load = StreamedBatches.load
 
     def load_or_not(batches: StreamedBatches, first: int, number: int) -> None:
@@ -278,8 +299,9 @@ def time_training(sources: Sources, size: int, options: argparse.Namespace, devi
             splits,
             settings.training,
             seeds=[0],
-            device=device,
+            device=sources.device,
             watch=sources.watch,
+            ranks=ranks,
         )
     return dict(zip(sources.named, sources.speeds, strict=True))
 

@@ -123,7 +123,7 @@ def lead(job: Job) -> tuple[Checkpoint, Fit]:
     """Do a job as the first of the processes that torchrun has started: the others wait for it in `follow`."""
     ranks = Ranks.join()
     ranks.tell(job)
-    result = work(job, ranks, _own_device(job.device_type))
+    result = work(job, ranks, own_device(job.device_type))
     ranks.leave()
     return result
 
@@ -135,7 +135,7 @@ def follow() -> None:
         ranks = Ranks.join()
         job: Job = ranks.tell(None)
         with contextlib.suppress(Interrupted):  # the first one tells
-            work(job, ranks, _own_device(job.device_type))
+            work(job, ranks, own_device(job.device_type))
         ranks.leave()
 
 
@@ -148,7 +148,7 @@ def main(folder: Path, launcher: int) -> None:
         ranks = Ranks.join()
         try:
             with join_run(is_first=ranks.is_first):
-                result = work(job, ranks, _own_device(job.device_type))
+                result = work(job, ranks, own_device(job.device_type))
         except Interrupted as stopped:
             if ranks.is_first:
                 (folder / STOPPED).write_text(stopped.what)
@@ -176,7 +176,7 @@ def _listening(parent: int, stop: Path | None = None) -> Iterator[None]:
         yield
 
 
-def _own_device(device_type: str) -> torch.device:
+def own_device(device_type: str) -> torch.device:
     """The GPU of this rank on its machine, or the CPU."""
     if device_type != "cuda":
         return torch.device(device_type)
