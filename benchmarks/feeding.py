@@ -35,7 +35,7 @@ from collective_pipeline.config import AugmentationConfig, ImageNetConfig, Stage
 from collective_pipeline.data.decoding import list_image_files
 from collective_pipeline.data.feeding import NUM_CROP_DRAWS, PRODUCERS, Crop, Feed
 from collective_pipeline.data.jpeg import Files, decode, decode_on_gpu, encode
-from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages, pack_images
+from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages, claim_folder, pack_images
 from collective_pipeline.data.streaming import Share, StreamedBatches, StreamedImages, StreamedSplits
 from collective_pipeline.pipelines.imagenet.nodes import make_arm
 from collective_pipeline.training.launch import is_launched
@@ -71,10 +71,10 @@ def measure(options: argparse.Namespace, device: torch.device, ranks: Ranks) -> 
         files = find_files(options.folder or make_files(Path(scratch) / "files"))
         sources: dict[str, EncodedImages] = {"as they are": files}
         first = FileImages(files.root, files.paths[:1], files.labels[:1])
-        pack_images(first, Path(scratch) / "warm up", side=32)
+        pack_images(claim_folder(first, Path(scratch) / "warm up", side=32))
         for side in options.sides:
             started = time.perf_counter()
-            pack_images(files, Path(scratch) / str(side), side=side)
+            pack_images(claim_folder(files, Path(scratch) / str(side), side=side))
             print(f"packed at {side} pixels: {len(files) / (time.perf_counter() - started):,.0f} images/s")
             sources[f"packed at {side}"] = PackedImages.open(Path(scratch) / str(side))
         if options.alone:

@@ -14,7 +14,7 @@ from collective_pipeline.config import UserError
 from collective_pipeline.data.cropping import NUM_BOX_DRAWS, random_boxes
 from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Crop, Feed
 from collective_pipeline.data.jpeg import decode
-from collective_pipeline.data.packed import PackedImages, pack_images
+from collective_pipeline.data.packed import PackedImages, claim_folder, pack_images
 
 CPU = torch.device("cpu")
 SIZE = 24
@@ -94,7 +94,7 @@ def test_threads_change_nothing(tree, options):
 
 def test_packed_images_feed_as_their_files(tree, tmp_path):
     """Those that are small enough are the same to the last bit."""
-    pack_images(tree, tmp_path, side=400)
+    pack_images(claim_folder(tree, tmp_path, side=400))
     rows_KB = order(num_images=40 - len(GOOD), num_batches=3)
     draws_KBD = draws_for(rows_KB)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from collective_pipeline.data import feeding, jpeg, nvjpeg, packed
 from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Feed
 from collective_pipeline.data.jpeg import Files, Problem, decode
-from collective_pipeline.data.packed import PackedImages, pack_images
+from collective_pipeline.data.packed import PackedImages, claim_folder, pack_images
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIZES = [(60, 80), (33, 47), (64, 64), (21, 100)]
@@ -171,7 +171,7 @@ def test_a_feed_of_a_gpu_gives_the_batches_of_the_cpu(card, tmp_path, monkeypatc
     source = make_tree(tmp_path / "tree", files)
     if is_packed:
         monkeypatch.setattr(packed, "MAX_UNUSABLE", 0.5)
-        pack_images(source, tmp_path / "packed", side=400)
+        pack_images(claim_folder(source, tmp_path / "packed", side=400))
         source = PackedImages.open(tmp_path / "packed")
     rows_KB = torch.arange(len(source)).repeat(8).view(-1, 8)
     draws_KBD = torch.rand(*rows_KB.shape, NUM_CROP_DRAWS, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from tests.data.test_jpeg import BAD, GOOD, JPEG, encoded, smooth_image
 from collective_pipeline.config import UserError
 from collective_pipeline.data import packed
 from collective_pipeline.data.jpeg import Files, Problem
-from collective_pipeline.data.packed import FileImages, PackedImages, pack_images
+from collective_pipeline.data.packed import FileImages, PackedImages, claim_folder, pack_images
 from collective_pipeline.io.packed import PackedImagesDataset
 
 SIDE = 32
@@ -78,7 +78,7 @@ def test_a_file_that_is_not_there_is_a_problem_of_its_own(tree):
 
 
 def test_images_are_packed_small_in_order_with_their_labels(tree, tmp_path):
-    pack_images(tree, tmp_path / "packed", side=SIDE)
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
     images = PackedImages.open(tmp_path / "packed")
 
     assert len(images) == 10 and images.labels.tolist() == list(range(10)) and images.labels.dtype == torch.int64
@@ -92,7 +92,7 @@ def test_images_are_packed_small_in_order_with_their_labels(tree, tmp_path):
 
 def test_the_arrays_of_a_packed_folder_are_its_files(tree, tmp_path):
     """In any order and more than once; they outlast the object that they are from."""
-    pack_images(tree, tmp_path / "packed", side=SIDE)
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
     rows = [9, 0, 5, 5, 2, 6]
     read = [bytes(file) for file in PackedImages.open(tmp_path / "packed").read(rows)]
     files = PackedImages.open(tmp_path / "packed").files(np.array(rows), NO_READERS)
@@ -119,7 +119,7 @@ def test_the_arrays_of_a_tree_are_its_files(tree):
 
 def test_quality_is_that_of_jpeg(tree, tmp_path):
     for quality in (50, 95):
-        pack_images(tree, tmp_path / str(quality), side=SIDE, quality=quality)
+        pack_images(claim_folder(tree, tmp_path / str(quality), side=SIDE, quality=quality))
     sizes = [sum(map(len, PackedImages.open(tmp_path / str(quality)).read(range(10)))) for quality in (50, 95)]
 
     assert sizes[0] < 0.8 * sizes[1]
@@ -128,13 +128,13 @@ def test_quality_is_that_of_jpeg(tree, tmp_path):
 @pytest.mark.parametrize("num_before", [0, 3, 4, 5, 9])
 def test_an_interrupted_build_goes_on(tree, tmp_path, monkeypatch, num_before):
     """It keeps whole shards, leaves no halves, and ends as one that was not interrupted."""
-    pack_images(tree, tmp_path / "at once", side=SIDE)
+    pack_images(claim_folder(tree, tmp_path / "at once", side=SIDE))
     pack_one = packed._pack_one
     monkeypatch.setattr(
         packed, "_pack_one", lambda images, row, *how: pack_one(images, row, *how) if row < num_before else 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
-        pack_images(tree, tmp_path / "packed", side=SIDE)
+        pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
     whole = num_before // 4
     assert set(files_in(tmp_path / "packed")) == {"packed.json"} | {
         f"{number:05}.{kind}" for number in range(whole) for kind in ("jpegs", "parquet")
@@ -144,7 +144,7 @@ def test_an_interrupted_build_goes_on(tree, tmp_path, monkeypatch, num_before):
 
     done = []
     monkeypatch.setattr(packed, "_pack_one", lambda images, row, *how: done.append(row) or pack_one(images, row, *how))
-    pack_images(tree, tmp_path / "packed", side=SIDE)
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
     assert sorted(done) == list(range(4 * whole, 10))
     assert files_in(tmp_path / "packed") == files_in(tmp_path / "at once")
 
@@ -152,16 +152,19 @@ def test_an_interrupted_build_goes_on(tree, tmp_path, monkeypatch, num_before):
 def test_whoever_is_told_to_stop_stops_packing_and_keeps_whole_shards(tree, tmp_path):
     calls = itertools.count(1)
     with pytest.raises(ZeroDivisionError):
-        pack_images(tree, tmp_path / "packed", side=SIDE, look_around=lambda: 1 / (next(calls) < 6))
+        pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE), look_around=lambda: 1 / (next(calls) < 6))
 
     assert set(files_in(tmp_path / "packed")) == {"packed.json", "00000.jpegs", "00000.parquet"}
 
 
 def test_packing_again_does_nothing(tree, tmp_path, monkeypatch):
-    pack_images(tree, tmp_path / "packed", side=SIDE)
-    monkeypatch.setattr(packed, "_pack_one", lambda *_: 1 / 0)
+    """Nor are the paths compared again, which may be a million."""
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
+    claim = claim_folder(tree, tmp_path / "packed", side=SIDE)
+    for work in ("_pack_one", "_digest"):
+        monkeypatch.setattr(packed, work, lambda *_: 1 / 0)
 
-    pack_images(tree, tmp_path / "packed", side=SIDE)
+    pack_images(claim)
 
 
 @pytest.mark.parametrize(
@@ -174,21 +177,21 @@ def test_packing_again_does_nothing(tree, tmp_path, monkeypatch):
     ],
 )
 def test_a_folder_of_other_images_is_refused(tree, tmp_path, change, told):
-    pack_images(tree, tmp_path / "packed", side=SIDE)
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
     before = files_in(tmp_path / "packed")
     paths = [*change.get("paths", tree.paths[:2]), *tree.paths[2:]]
     other = FileImages(tree.root, paths, change.get("labels", tree.labels))
 
     with pytest.raises(UserError, match=told):
-        pack_images(other, tmp_path / "packed", side=change.get("side", SIDE), quality=change.get("quality", 90))
+        claim_folder(other, tmp_path / "packed", side=change.get("side", SIDE), quality=change.get("quality", 90))
     assert files_in(tmp_path / "packed") == before
 
 
 def test_the_tree_may_move(tree, tmp_path):
-    pack_images(tree, tmp_path / "packed", side=SIDE)
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
     tree.root.rename(tmp_path / "moved")
 
-    pack_images(FileImages(tmp_path / "moved", tree.paths, tree.labels), tmp_path / "packed", side=SIDE)
+    pack_images(claim_folder(FileImages(tmp_path / "moved", tree.paths, tree.labels), tmp_path / "packed", side=SIDE))
 
 
 def test_bad_files_are_named_and_left_out(tmp_path, lenient, caplog, monkeypatch):
@@ -197,8 +200,8 @@ def test_bad_files_are_named_and_left_out(tmp_path, lenient, caplog, monkeypatch
     write_shard = packed._write_shard
     with monkeypatch.context() as interrupted, pytest.raises(ZeroDivisionError):
         interrupted.setattr(packed, "_write_shard", lambda *what: 1 / 0 if what[1] == 1 else write_shard(*what))
-        pack_images(tree, tmp_path / "packed", side=SIDE)
-    pack_images(tree, tmp_path / "packed", side=SIDE)
+        pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
 
     assert PackedImages.open(tmp_path / "packed").labels.tolist() == [0, 4, 5, 7, 8]
     (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -211,14 +214,14 @@ def test_too_many_bad_files_are_refused(tmp_path):
     tree = make_tree(tmp_path / "tree", [JPEG, JPEG, BAD["zero bytes"]])
 
     with pytest.raises(UserError, match=r"more than 1 % of the 3 image files .* \(.*/a/2.JPEG: it is empty\)"):
-        pack_images(tree, tmp_path / "packed", side=SIDE)
+        pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
 
 
 def test_progress_says_how_long_it_takes(tree, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(packed, "SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level(logging.INFO, "collective_pipeline"):
-        pack_images(tree, tmp_path / "packed", side=SIDE)
-        pack_images(tree, tmp_path / "packed", side=SIDE)
+        pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
+        pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
 
     lines = [record.getMessage() for record in caplog.records]
     assert lines[4] == "5 of 10 images are packed, 50 %; about 0 s left"
@@ -238,7 +241,7 @@ def test_progress_says_how_long_it_takes(tree, tmp_path, monkeypatch, caplog):
     ],
 )
 def test_a_damaged_folder_is_refused(tree, tmp_path, damage, told):
-    pack_images(tree, tmp_path / "packed", side=SIDE)
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
     damage(tmp_path / "packed")
 
     with pytest.raises(UserError, match=told):
@@ -246,16 +249,16 @@ def test_a_damaged_folder_is_refused(tree, tmp_path, damage, told):
 
 
 def test_packing_into_a_folder_of_another_version_is_refused(tree, tmp_path):
-    pack_images(tree, tmp_path / "packed", side=SIDE)
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
     change_header(tmp_path / "packed", format=None)
 
     with pytest.raises(UserError, match="that of another version: remove the folder, and pack them again"):
-        pack_images(tree, tmp_path / "packed", side=SIDE)
+        claim_folder(tree, tmp_path / "packed", side=SIDE)
 
 
 def test_no_images_are_not_packed(tmp_path):
     with pytest.raises(UserError, match="there are no images to pack into"):
-        pack_images(FileImages(tmp_path, [], torch.zeros(0, dtype=torch.int64)), tmp_path / "packed", side=SIDE)
+        claim_folder(FileImages(tmp_path, [], torch.zeros(0, dtype=torch.int64)), tmp_path / "packed", side=SIDE)
 
 
 def test_a_catalog_entry_opens_the_images(tree, tmp_path):
@@ -265,7 +268,7 @@ def test_a_catalog_entry_opens_the_images(tree, tmp_path):
     assert not dataset.exists() and str(tmp_path / "packed") in str(dataset)
     with pytest.raises(DatasetError, match=f"^{tmp_path}/packed holds no packed images"):
         dataset.load()
-    pack_images(tree, tmp_path / "packed", side=SIDE)
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
     assert dataset.exists() and len(dataset.load()) == 10
     with pytest.raises(DatasetError, match="is written by pack_images"):
         PackedImagesDataset(filepath="packed").save("anything")

@@ -191,8 +191,23 @@ class _Header:
         return [words for name, words in told.items() if getattr(self, name) != getattr(other, name)]
 
 
-def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 90) -> "_Header":
-    """Mark a folder as that of a packed copy of these images, as `pack_images` does before it packs.
+@dataclass(frozen=True)
+class Claim:
+    """A folder that is marked as that of a packed copy of these images."""
+
+    images: FileImages
+    folder: Path
+    header: _Header
+
+
+def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 90) -> Claim:
+    """Mark a folder as that of a packed copy of these images, before `pack_images` makes it.
+
+    Args:
+        images: What to pack.
+        folder: For this alone.
+        side: The shorter one, in pixels, to which images are brought; smaller ones keep their size.
+        quality: Of JPEG, from 1 to 100.
 
     Raises:
         UserError: If it holds another one, or there are no images.
@@ -214,35 +229,26 @@ def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 
             partial.write_text(json.dumps(asdict(header), indent=1))
     elif differences := there.differences(header):
         raise UserError(f"{folder} is packed with {', '.join(differences)}: remove it, to pack anew")
-    return header
+    return Claim(images, folder, header)
 
 
 def pack_images(
-    images: FileImages,
-    folder: Path,
-    *,
-    side: int,
-    quality: int = 90,
-    num_threads: int | None = None,
-    look_around: Callable[[], None] = lambda: None,
+    claim: Claim, *, num_threads: int | None = None, look_around: Callable[[], None] = lambda: None
 ) -> None:
-    """Write all images, brought to a shorter side of `side` pixels, into `folder`; what is there already stays.
+    """Write all images into the folder that is claimed for them; what is there already stays.
 
     Whole coloured baseline JPEG files that are small enough and upright are kept as they are. Files that cannot be read
     are named and left out.
 
     Args:
-        images: What to pack.
-        folder: For this alone. One process at a time writes there.
-        side: In pixels; smaller images keep their size.
-        quality: Of JPEG, from 1 to 100.
+        claim: What to pack, and where; one process at a time writes there.
         num_threads: That read, decode and encode; as many as there are cores if not given.
         look_around: Called after every image; what it raises ends packing, and whole shards stay.
 
     Raises:
-        UserError: If the folder holds other images, or more than `MAX_UNUSABLE` of the files cannot be read.
+        UserError: If more than `MAX_UNUSABLE` of the files cannot be read.
     """
-    header = claim_folder(images, folder, side=side, quality=quality)
+    images, folder, header = claim.images, claim.folder, claim.header
     there = [number for number in range(header.num_shards) if _table_of(folder, number).exists()]
     progress = _Progress(len(images), folder, look_around)
     for number in there:
@@ -253,7 +259,7 @@ def pack_images(
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
         for number in sorted(set(range(header.num_shards)).difference(there)):
             rows = _rows_of(header, number)
-            work = deque(pool.submit(_pack_one, images, row, side, quality) for row in rows)
+            work = deque(pool.submit(_pack_one, images, row, header.side, header.quality) for row in rows)
             try:
                 _write_shard(folder, number, images, rows, map(progress.count, _results(work)))
             finally:

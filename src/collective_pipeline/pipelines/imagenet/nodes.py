@@ -63,18 +63,12 @@ def open_images(settings: Parameters, index: ImageIndex, folder: Path) -> Stream
     if own.pack_side is not None:
         packed = (folder / "train", folder / "val")
         check_room(index, folder, own.pack_side)
-        parts = {part: list_files(index, part.name) for part in packed}
-        for part, images in parts.items():  # of which one may be of another copy, before any is packed
-            claim_folder(images, part, side=own.pack_side, quality=own.pack_quality)
-        for part, images in parts.items():
-            pack_images(
-                images,
-                part,
-                side=own.pack_side,
-                quality=own.pack_quality,
-                num_threads=own.threads,
-                look_around=_stop_packing_if_told,
-            )
+        claims = [  # of all parts before any is packed: one may be of another copy
+            claim_folder(list_files(index, part.name), part, side=own.pack_side, quality=own.pack_quality)
+            for part in packed
+        ]
+        for claim in claims:
+            pack_images(claim, num_threads=own.threads, look_around=_stop_packing_if_told)
     splits = stream_index(index, own, split_seed=settings.data.split_seed, packed=packed)
     if len(splits.val) < FEW:
         logger.warning(
