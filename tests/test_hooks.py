@@ -1,10 +1,14 @@
+import os
 import signal
 
+import click
 import pandas as pd
 import pytest
+from kedro.io import DataCatalog
 from tests.conftest import wait_until
 
-from collective_pipeline.hooks import StopCleanly, command_to_go_on, format_comparison
+from collective_pipeline.hooks import PlainErrors, StopCleanly, command_to_go_on, format_comparison
+from collective_pipeline.io.paths import PathDataset
 from collective_pipeline.pipeline_registry import register_pipelines
 from collective_pipeline.training import interrupt
 
@@ -16,13 +20,35 @@ from collective_pipeline.training import interrupt
         ("run --params seeds=1", "kedro run --params seeds=1,resume=true"),
         ("run --params seeds=1,resume=true", "kedro run --params seeds=1,resume=true"),
         ("run --params=seeds=1 --env debug", "kedro run --params=seeds=1,resume=true --env debug"),
-        ("run --pipeline sweep --params seeds=1", "kedro run --pipeline sweep --params seeds=1"),
-        ("run --pipeline=sweep", "kedro run --pipeline=sweep"),
     ],
 )
 def test_who_was_stopped_is_told_the_whole_command_to_go_on(typed, told):
-    assert command_to_go_on(typed.split()) == told
-    assert command_to_go_on(typed.split(), resumes=False) == f"kedro {typed}"  # before anything was trained
+    assert command_to_go_on(typed.split(), resumes=True) == told
+    assert command_to_go_on(typed.split(), resumes=False) == f"kedro {typed}"
+
+
+@pytest.mark.parametrize("name", register_pipelines())
+def test_who_was_stopped_goes_on_from_what_this_run_has_saved_alone(name, tmp_path, monkeypatch):
+    """Not from what an earlier one left, which it may not have come to replace."""
+    monkeypatch.setattr("sys.argv", ["kedro", "run"])
+    pipeline, hooks = register_pipelines()[name], PlainErrors()
+    states = {state: tmp_path / state for state in pipeline.inputs() if state.endswith((".last", ".states"))}
+    catalog = DataCatalog({state: PathDataset(filepath=str(file)) for state, file in states.items()})
+    for file in states.values():
+        file.write_bytes(b"of an earlier run")
+        os.utime(file, (0, 0))
+
+    def stop() -> str:
+        with click.Context(click.Command("run")), pytest.raises(click.ClickException) as stopped:
+            hooks.on_pipeline_error(interrupt.Interrupted("enough"), pipeline, catalog)
+        return stopped.value.message.partition("To go on: ")[2]
+
+    hooks.before_pipeline_run(pipeline, catalog)
+    assert stop() == "kedro run"
+    for file in [*states.values()][:1]:
+        file.write_bytes(b"of this one")
+    goes_on_by_itself = name in {"demo", "lr_finder", "predict", "sweep"}
+    assert stop() == "kedro run" + " --params resume=true" * (not goes_on_by_itself)
 
 
 @pytest.mark.parametrize("pipeline", register_pipelines())

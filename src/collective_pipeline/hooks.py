@@ -350,13 +350,21 @@ def format_comparison(comparison: pd.DataFrame, *, reference: str) -> str:
 class PlainErrors:
     """Whoever types a command gets one sentence for what they can mend; a script gets the exception itself."""
 
+    def __init__(self) -> None:
+        self.states_before: set[tuple[Path, int]] = set()
+
+    @hook_impl
+    def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Note what earlier runs have left."""
+        self.states_before = _find_states(pipeline, catalog)
+
     # After kedro-mlflow has marked its run as failed.
     @hook_impl(trylast=True)
-    def on_pipeline_error(self, error: Exception) -> None:
+    def on_pipeline_error(self, error: Exception, pipeline: Pipeline, catalog: DataCatalog) -> None:
         """Say it plainly if the user can do something about it."""
         for cause in _causes(error):
             if isinstance(cause, UserError):
-                raise _for_person(cause) from error
+                raise _for_person(cause, resumes=not _find_states(pipeline, catalog) <= self.states_before) from error
             if isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT}:
                 where = f" ({cause.filename})" if cause.filename else ""
                 raise _for_person(
@@ -367,6 +375,14 @@ class PlainErrors:
                 ) from error
 
 
+def _find_states(pipeline: Pipeline, catalog: DataCatalog) -> set[tuple[Path, int]]:
+    """The saved states from which a run goes on if it is told to, and when each was written; a sweep is not told."""
+    paths = [_filepath(catalog, name) for name in _list_states(pipeline) if name.endswith(".last")]
+    places = [Path(path) for path in paths if path is not None]
+    files = [file for place in places for file in (place, *place.rglob("*")) if file.is_file()]
+    return {(file, file.stat().st_mtime_ns) for file in files}
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The error, what it came of, and so on."""
     cause: BaseException | None = error
@@ -375,35 +391,34 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _for_person(error: UserError) -> Exception:
+def _for_person(error: UserError, *, resumes: bool = False) -> Exception:
     if click.get_current_context(silent=True) is None:
         return error
-    return _Stopped(error) if isinstance(error, Interrupted) else click.ClickException(str(error))
+    return _Stopped(error, resumes=resumes) if isinstance(error, Interrupted) else click.ClickException(str(error))
 
 
 class _Stopped(click.ClickException):
     """Ends the command as its signal would have."""
 
-    def __init__(self, error: Interrupted) -> None:
-        super().__init__(f"{error}\nTo go on: {command_to_go_on(sys.argv[1:], resumes=error.resumes)}")
+    def __init__(self, error: Interrupted, *, resumes: bool) -> None:
+        super().__init__(f"{error}\nTo go on: {command_to_go_on(sys.argv[1:], resumes=resumes)}")
         self.exit_code = error.exit_code  # type: ignore[misc]  # click reads it from the instance
 
 
-def command_to_go_on(arguments: Sequence[str], *, resumes: bool = True) -> str:
-    """What was typed, with `resume=true` among its parameters; a sweep goes on by itself, what is short begins anew.
+def command_to_go_on(arguments: Sequence[str], *, resumes: bool) -> str:
+    """What was typed; with `resume=true` among its parameters if it has saved a state of training.
 
     Args:
         arguments: Of the command.
-        resumes: Whether it has begun to train.
+        resumes: Whether it has.
     """
     arguments = list(arguments)
-    if not resumes or any("resume=true" in argument for argument in arguments):
-        return shlex.join(["kedro", *arguments])
+    resumes = resumes and not any("resume=true" in argument for argument in arguments)
     if is_launched():
-        return "the same torchrun command with resume=true among its --params"
+        return "the same torchrun command" + " with resume=true among its --params" * resumes
     if arguments[:1] != ["run"]:  # python -m collective_pipeline
         arguments.insert(0, "run")
-    if not any({"sweep", "predict", "lr_finder"} & set(argument.split("=", 1)) for argument in arguments):
+    if resumes:
         for place, argument in enumerate(arguments):
             if argument == "--params" and place + 1 < len(arguments):
                 arguments[place + 1] += ",resume=true"

@@ -22,18 +22,12 @@ _requests: list[BaseException] = []
 
 
 class Interrupted(UserError):
-    """The run was told to stop, and its work is saved.
+    """The run was told to stop, and its work is saved: `what` says which."""
 
-    Args:
-        what: Of its work.
-        resumes: Whether there is a training to go on with; if not, the same command goes on.
-    """
-
-    def __init__(self, what: str, *, resumes: bool = True) -> None:
+    def __init__(self, what: str) -> None:
         stop = _received[0] if _received else signal.SIGTERM
         super().__init__(f"stopped by {stop.name}: {what}")
         self.what = what
-        self.resumes = resumes
         self.exit_code = 128 + stop
 
 
@@ -52,13 +46,13 @@ def request(cause: BaseException) -> None:
     _requests.append(cause)
 
 
-def stop(what: str, *, resumes: bool = True) -> NoReturn:
+def stop(what: str) -> NoReturn:
     """End what was stopped, after its work is saved.
 
     Raises:
         Interrupted: Or the error because of which everything stops: whoever is first tells of it.
     """
-    raise next((cause for cause in _requests if not isinstance(cause, Interrupted)), Interrupted(what, resumes=resumes))
+    raise next((cause for cause in _requests if not isinstance(cause, Interrupted)), Interrupted(what))
 
 
 @contextlib.contextmanager
@@ -95,7 +89,9 @@ class _Listening:
     def __init__(self, *, patient: bool, saves: bool) -> None:
         self.patient = patient
         self.how = "stops at the next step; what trains saves its state" if saves else "ends as soon as it can"
-        self.lost = "with what was saved before; --params resume=true goes on from there" if saves else "unsaved"
+        self.lost = "unsaved"
+        if saves:
+            self.lost += "; --params resume=true goes on from what training had saved before, if it had"
         self.is_told = False
         self.telling = threading.RLock()  # a handler may run within itself
 

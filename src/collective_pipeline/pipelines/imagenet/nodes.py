@@ -82,7 +82,7 @@ def open_images(settings: Parameters, index: ImageIndex, folder: Path) -> Stream
 
 def _stop_packing_if_told() -> None:
     if interrupt.requested():
-        interrupt.stop("the same command goes on with what is packed", resumes=False)
+        interrupt.stop("the same command goes on with what is packed")
 
 
 def check_room(index: ImageIndex, folder: Path, side: int) -> None:
