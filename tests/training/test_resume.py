@@ -309,6 +309,20 @@ def test_nothing_listens_afterwards():
     assert not interrupt.requested() and signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("hears", ["outer", "inner"])
+def test_who_listens_within_another_stops_with_it(hears):
+    """Whichever of them heard it; nobody else does afterwards."""
+    with interrupt.listen():
+        if hears == "outer":
+            signal.raise_signal(signal.SIGTERM)
+        with interrupt.listen():
+            if hears == "inner":
+                signal.raise_signal(signal.SIGTERM)
+            assert interrupt.requested()
+        assert interrupt.requested()
+    assert not interrupt.requested()
+
+
 @pytest.mark.parametrize(("pause", "code"), [(0.0, 0), (2.0, 128 + signal.SIGTERM)])
 def test_a_second_signal_ends_the_process_at_once(pause, code):
     """But not one that is sent together with the first, to the process and to its group."""

@@ -59,6 +59,7 @@ def stop(what: str) -> NoReturn:
 def listen(*, patient: bool = False, saves: bool = True) -> Iterator[None]:
     """Notice SIGTERM and SIGINT; a second one ends the process at once, unless it is `patient`.
 
+    What it hears within another one is for both: a process is told to stop, and no part of it.
     Only the main thread can listen. A worker hears of one stop from its terminal and from the process that started it.
 
     Args:
@@ -75,8 +76,14 @@ def listen(*, patient: bool = False, saves: bool = True) -> Iterator[None]:
 
 
 def _forget() -> None:
-    _received.clear()
-    _requests.clear()
+    """What was heard, unless another one listens still."""
+    if not _is_heard(signal.SIGTERM):
+        _received.clear()
+        _requests.clear()
+
+
+def _is_heard(number: signal.Signals) -> bool:
+    return isinstance(getattr(signal.getsignal(number), "__self__", None), _Listening)
 
 
 class _Listening:
@@ -148,7 +155,7 @@ class _Listening:
 def _leave_to_parent() -> None:
     """In a process that was forked: the parent's listening is not its own, and what ends others ends it."""
     for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
-        if isinstance(getattr(signal.getsignal(number), "__self__", None), _Listening):
+        if _is_heard(number):
             signal.set_wakeup_fd(-1)
             signal.signal(number, handler)
 
