@@ -113,8 +113,8 @@ def train(splits: StreamedSplits, state: Path, options: argparse.Namespace) -> t
     settings = Parameters(imagenet=CONFIG, resume=True).of_experiment("imagenet")
     job = make_job(make_arm(CONFIG, splits.num_classes), splits, settings, state, options.ranks, options.device)
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    result: tuple[Checkpoint, Fit] = launch(job, number=options.ranks, environment={"PYTHONPATH": path})
-    return result
+    checkpoint, fit, _ = launch(job, number=options.ranks, environment={"PYTHONPATH": path})
+    return checkpoint, fit
 
 
 def processes_of(module: str = "collective_pipeline.training.rank") -> list[psutil.Process]:

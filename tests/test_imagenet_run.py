@@ -80,6 +80,7 @@ def test_the_network_is_trained_stage_by_stage_and_tested(trained):
     assert "64 px" in (project / REPORTING / "training_curves.json").read_text()
     assert "Test accuracy against size" not in page and not (project / REPORTING / "accuracy.json").exists()
     assert "resnet18 with" in result.stdout and "train: names of folders; val: names of folders" in page
+    assert "none met by this run" in page
     assert json.loads((project / REPORTING / "results.json").read_text())["resnet18"]["total_epochs"] == 2
     arms = runs_of(project)
     assert set(arms["status"]) == {"FINISHED"} and "resnet18" in set(arms["tags.model_type"])
@@ -150,7 +151,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(trained, params, given, told)
     assert told in result.output and "Traceback" not in result.output
 
 
-def test_a_file_that_is_no_image_is_named_and_stops_the_run_beyond_the_limit(
+def test_a_file_that_is_no_image_is_named_also_in_the_report_and_stops_the_run_beyond_the_limit(
     tmp_path, tmp_path_factory, new_project, params
 ):
     tree = write_tree(tmp_path / "tree")
@@ -165,6 +166,12 @@ def test_a_file_that_is_no_image_is_named_and_stops_the_run_beyond_the_limit(
     assert refused.exit_code == 1 and "Traceback" not in refused.output
     assert "0.jpg" in refused.output or "1.jpg" in refused.output
     assert result.exit_code == 0, result.output
+    told = (
+        (project / REPORTING / "report.html")
+        .read_text()
+        .partition("2 met by this run or left out of its packed copy: ")[2]
+    )
+    assert "red/0.jpg: " in told and "red/1.jpg: " in told
 
 
 def test_a_packed_copy_needs_room(tmp_path, monkeypatch):

@@ -203,7 +203,8 @@ def test_bad_files_are_named_and_left_out(tmp_path, lenient, caplog, monkeypatch
         pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
     pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
 
-    assert PackedImages.open(tmp_path / "packed").labels.tolist() == [0, 4, 5, 7, 8]
+    images = PackedImages.open(tmp_path / "packed")
+    assert images.labels.tolist() == [0, 4, 5, 7, 8] and len(images.unreadable) == 4
     (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert told.startswith("4 of the 9 image files cannot be read and are left out of")
     assert all(f"{tree.root}/{path}: " in told for path in ("b/1.JPEG", "a/2.JPEG", "b/3.JPEG"))

@@ -81,6 +81,16 @@ def make_job(
     return Job(make_arm(config, 3), splits, settings, state, planned, "cpu")
 
 
+def spoil(splits: StreamedSplits, root: Path, bad: set[int], *, max_bad: float) -> StreamedSplits:
+    """The same images, but for these, whose files are empty."""
+    root.mkdir()
+    for file in splits.train.source.root.iterdir():
+        (root / file.name).write_bytes(b"" if int(file.stem) in bad else file.read_bytes())
+    source = replace(splits.train.source, root=root)
+    parts = {name: replace(getattr(splits, name), source=source, max_bad=max_bad) for name in ("train", "val", "test")}
+    return replace(splits, **parts)
+
+
 def ranks() -> list[psutil.Process]:
     """Below this process, and what starts them."""
     below = psutil.Process().children(recursive=True)
@@ -127,11 +137,7 @@ class Projection(nn.Module):
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_file_that_cannot_be_read_counts_neither_way_whoever_validates(splits, tmp_path, number):
     rows, bad = splits.test.rows, {63, 66, 70}
-    for row in rows.tolist():
-        file = splits.train.source.root / f"{row}.jpg"
-        (tmp_path / file.name).write_bytes(b"" if row in bad else file.read_bytes())
-    source = replace(splits.train.source, root=tmp_path)
-    spoilt = replace(splits.test, source=source, max_bad=0.1)
+    spoilt = spoil(splits, tmp_path / "images", bad, max_bad=0.1).test
     good = replace(spoilt, rows=torch.tensor([row for row in rows.tolist() if row not in bad]))
     normalise = StreamedBatches(splits, (1,), CONFIG.training, Stage(epochs=1)).normalise
     barrier, messages = threading.Barrier(number), {}
@@ -160,10 +166,10 @@ def test_norms_over_ranks_are_those_of_one_process_with_all_images(splits, tmp_p
         }
     )
     one, two = (CONFIG.model_copy(update=changes | {"training": some}) for some in (twice, training))
-    alone, fit = work(make_job(splits, tmp_path / "alone.safetensors", planned=1, config=one), ALONE, CPU)
+    alone, fit, _ = work(make_job(splits, tmp_path / "alone.safetensors", planned=1, config=one), ALONE, CPU)
 
     job = make_job(splits, tmp_path / "both.safetensors", planned=2, config=two)
-    both, fit_of_both = launch(job, number=2, environment={})
+    both, fit_of_both, _ = launch(job, number=2, environment={})
 
     for mine, other in zip(told(fit_of_both), told(fit), strict=True):
         assert mine == pytest.approx(other, rel=1e-3)
@@ -172,17 +178,25 @@ def test_norms_over_ranks_are_those_of_one_process_with_all_images(splits, tmp_p
 
 
 def test_two_ranks_train_as_one_process_that_plays_both(splits, tmp_path):
-    """Statistics of norms, dropped paths and all: on another number of ranks nothing but rounding differs."""
-    alone, fit = work(make_job(splits, tmp_path / "alone.safetensors", planned=2), ALONE, CPU)
+    """Statistics of norms, dropped paths and all: on another number of ranks nothing but rounding differs.
+
+    Files that cannot be read included, which the first rank knows of though the second alone has met one.
+    """
+    bad = {7, 51}  # images to train on, which both may read, and to validate on
+    one, two = (spoil(splits, tmp_path / name, bad, max_bad=0.03) for name in ("of one", "of two"))
+    alone, fit, unreadable = work(make_job(one, tmp_path / "alone.safetensors", planned=2), ALONE, CPU)
     before = {child.pid for child in psutil.Process().children(recursive=True)}
 
-    both, fit_of_both = launch(make_job(splits, tmp_path / "both.safetensors", planned=2), number=2, environment={})
+    job = make_job(two, tmp_path / "both.safetensors", planned=2)
+    both, fit_of_both, unreadable_by_both = launch(job, number=2, environment={})
 
     for mine, other in zip(told(fit_of_both), told(fit), strict=True):
         assert mine == pytest.approx(other, rel=1e-4)
     for name, tensor in alone.weights.items():
         assert torch.allclose(both.weights[name], tensor, rtol=1e-3, atol=1e-4), name
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+    for met, root in ((unreadable, one.train.source.root), (unreadable_by_both, two.train.source.root)):
+        assert {file.partition(": ")[0] for file in met} == {f"{root / str(row)}.jpg" for row in bad}
     # With the images of two batches an update, its rate is doubled.
     rates = [row["learning_rate"] for row in fit.history]
     assert max(rates) > CONFIG.training.learning_rate
@@ -190,19 +204,14 @@ def test_two_ranks_train_as_one_process_that_plays_both(splits, tmp_path):
 
 def test_images_are_counted_that_all_ranks_have_trained_on(splits, tmp_path):
     """Of 50 those in whole batches of all four: of 4 images for each in the first stage, of 8 in the second."""
-    _, fit = work(make_job(splits, tmp_path / "state.safetensors", planned=4), ALONE, CPU)
+    _, fit, _ = work(make_job(splits, tmp_path / "state.safetensors", planned=4), ALONE, CPU)
 
     assert [row["images"] for row in fit.history] == [48, 96, 96 + 32, 96 + 64]
 
 
 @pytest.mark.slow
 def test_what_a_rank_fails_of_is_told_and_no_process_is_left(splits, tmp_path):
-    root = tmp_path / "images"
-    root.mkdir()
-    for file in splits.train.source.root.iterdir():
-        (root / file.name).write_bytes(b"" if file.name == "7.jpg" else file.read_bytes())
-    source = replace(splits.train.source, root=root)
-    spoilt = replace(splits, train=replace(splits.train, source=source))
+    spoilt = spoil(splits, tmp_path / "images", {7}, max_bad=0.0)
 
     with pytest.raises(UserError, match=r"7\.jpg"):
         launch(make_job(spoilt, tmp_path / "state.safetensors", planned=2), number=2, environment={})
@@ -341,7 +350,7 @@ class StoppingJob(Job):
 @pytest.mark.slow
 def test_an_interrupted_training_of_two_ranks_goes_on_with_two_or_one(splits, tmp_path):
     """In the middle of an epoch: all stop at the same update, and what the first one saves is the state of both."""
-    whole, fit = work(make_job(splits, tmp_path / "whole.safetensors", planned=2), ALONE, CPU)
+    whole, fit, _ = work(make_job(splits, tmp_path / "whole.safetensors", planned=2), ALONE, CPU)
     state, copy = tmp_path / "state" / "last.safetensors", tmp_path / "copy" / "last.safetensors"
     stopping = StoppingJob(**vars(make_job(splits, state, planned=2)))
 
@@ -351,7 +360,7 @@ def test_an_interrupted_training_of_two_ranks_goes_on_with_two_or_one(splits, tm
     by_two = launch(make_job(splits, state, planned=2, resume=True), number=2, environment={})
     by_one = work(make_job(splits, copy, planned=2, resume=True), ALONE, CPU)
 
-    for resumed, rest in (by_two, by_one):
+    for resumed, rest, _ in (by_two, by_one):
         for mine, other in zip(told(rest), told(fit), strict=True):
             assert mine == pytest.approx(other, rel=1e-4)
         for name, tensor in whole.weights.items():

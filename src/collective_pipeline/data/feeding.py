@@ -22,7 +22,7 @@ from torch import Tensor
 from collective_pipeline.config import UserError
 from collective_pipeline.data.cropping import NUM_BOX_DRAWS, DecodedImages, centre_boxes, random_boxes, resample
 from collective_pipeline.data.jpeg import Problem, decode, decode_on_gpu
-from collective_pipeline.data.packed import FILES_AT_ONCE, EncodedImages, in_chunks
+from collective_pipeline.data.packed import FILES_AT_ONCE, EncodedImages, in_chunks, list_some
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ NUM_CROP_DRAWS = NUM_BOX_DRAWS + 1  # the last one mirrors
 PRODUCERS = 2  # so that one batch is read and cut while another is decoded
 # Of threads, where a GPU decodes: more of them wait for Python's one lock longer than for a disk.
 MOST_READERS = 8
-NUM_TOLD = 3  # of the unusable files, by name
-_told: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ class Feed:
             nothing = torch.zeros(0, 3, self.image_size, self.image_size, dtype=torch.uint8, device=self.device)
             return _Made(nothing, self.source.labels[:0].to(self.device), problems, ready=None)
         if not len(good):
-            raise UserError(f"no file of a batch of {len(rows_B)} is an image: {_list(self._name(problems))}")
+            raise UserError(f"no file of a batch of {len(rows_B)} is an image: {list_some(self._name(problems))}")
         used = torch.from_numpy(good if draws_BD is None else _next_good(good, len(images)))
         seen = images.take(used)
         boxes, flips = self._choose_parts(seen.sizes_B2, draws_BD)
@@ -221,11 +219,11 @@ class Feed:
             raise UserError(
                 f"{self.num_bad:,} or more of the {len(self.source):,} image files cannot be read, {share:.2g} %, and "
                 f"{100 * self.max_bad:g} % may be: replace or remove them, or allow more with imagenet.max_bad "
-                f"({_list(self.bad_files)})"
+                f"({list_some(self.bad_files)})"
             )
         for told in self._name(new):
-            if told not in _told:  # another feed may have met it
-                _told.add(told)
+            if told not in self.source.unreadable:  # another feed may have met it
+                self.source.unreadable.add(told)
                 logger.warning("An image file cannot be read and is left out: %s", told)
 
     def _name(self, problems: dict[int, Problem]) -> list[str]:
@@ -250,7 +248,3 @@ def _next_good(good: NDArray[np.int64], num_places: int) -> NDArray[np.int64]:
     """For every place the next one that is good, itself if it is; behind the last one follows the first."""
     after = np.searchsorted(good, np.arange(num_places))
     return good[after % len(good)]
-
-
-def _list(told: Sequence[str]) -> str:
-    return "; ".join(told[:NUM_TOLD]) + (f"; and {len(told) - NUM_TOLD:,} more" if len(told) > NUM_TOLD else "")

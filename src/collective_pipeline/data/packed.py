@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -51,6 +51,10 @@ class EncodedImages(Protocol):
     def labels(self) -> Tensor:
         """`(n,)`, int64, on the CPU."""
 
+    @property
+    def unreadable(self) -> set[str]:
+        """Files that could not be read so far, by name and reason: whoever meets one tells of it and adds it."""
+
     def __len__(self) -> int: ...
 
     def name(self, row: int) -> str:
@@ -70,6 +74,7 @@ class FileImages:
     root: Path
     paths: Sequence[str]
     labels: Tensor
+    unreadable: set[str] = field(default_factory=set, init=False)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -91,8 +96,9 @@ class PackedImages:
     Its tables are trusted: a GPU decodes into as much memory as they say.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[mmap.mmap], index: pa.Table) -> None:
+    def __init__(self, folder: Path, shards: Sequence[mmap.mmap], index: pa.Table, left_out: Iterable[str]) -> None:
         self.folder = folder
+        self.unreadable = set(left_out)
         self.labels = torch.tensor(index["label"].to_numpy())
         self._shards = shards
         self._views = [memoryview(shard) for shard in shards]
@@ -120,14 +126,15 @@ class PackedImages:
                 f"{folder} is not complete, {len(missing):,} of its {header.num_shards:,} shards are not there: "
                 "pack the images again, which goes on where it was"
             )
-        shards, tables = [], []
+        shards, tables, left_out = [], [], []
         for number in range(header.num_shards):
             table = _read_table(folder, number)
+            left_out += _read_problems(folder, number)
             if len(table):
                 shards.append(_map_shard(folder, number, table))
                 shard = np.full(len(table), len(shards) - 1, dtype=np.int32)
                 tables.append(table.append_column("shard", pa.array(shard)))
-        return cls(folder, shards, pa.concat_tables(tables))
+        return cls(folder, shards, pa.concat_tables(tables), left_out)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process maps the same files."""
@@ -358,7 +365,7 @@ class _Progress:
             if len(self.problems) > MAX_UNUSABLE * self.num_images:
                 raise UserError(
                     f"more than {100 * MAX_UNUSABLE:g} % of the {self.num_images:,} image files to pack into "
-                    f"{self.folder} cannot be read: put good ones in their place ({self._told()})"
+                    f"{self.folder} cannot be read: put good ones in their place ({list_some(self.problems)})"
                 )
         now = time.perf_counter()
         if now - self.last_line >= SECONDS_BETWEEN_LINES:
@@ -382,12 +389,8 @@ class _Progress:
                 f"{len(self.problems):,}",
                 f"{self.num_images:,}",
                 self.folder,
-                self._told(),
+                list_some(self.problems),
             )
-
-    def _told(self) -> str:
-        more = f"; and {len(self.problems) - NUM_TOLD:,} more" if len(self.problems) > NUM_TOLD else ""
-        return "; ".join(self.problems[:NUM_TOLD]) + more
 
 
 def _read_header(folder: Path) -> _Header | None:
@@ -445,6 +448,11 @@ def _map_shard(folder: Path, number: int, table: pa.Table) -> mmap.mmap:
     with path.open("rb") as shard:
         # A private copy of what is written, which nobody does: torch warns of memory that is for reading alone.
         return mmap.mmap(shard.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def list_some(told: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    return "; ".join(told[:NUM_TOLD]) + (f"; and {len(told) - NUM_TOLD:,} more" if len(told) > NUM_TOLD else "")
 
 
 def in_chunks(items: Sequence[Item]) -> list[Sequence[Item]]:

@@ -40,7 +40,7 @@ from collective_pipeline.data.augment import (
 from collective_pipeline.data.batches import Labels, MixedLabels, Normalise
 from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Crop, Feed
 from collective_pipeline.data.image_index import ImageIndex
-from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages
+from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages, list_some
 from collective_pipeline.data.splits import choose_val
 from collective_pipeline.randomness import make_generator
 
@@ -166,7 +166,7 @@ class StreamedSplits:
     Attributes:
         digest: Of everything that decides which images these are.
         augmentation: Of the training images.
-        found: What is known of the files, in words by what it is about.
+        found: What was known of the files before they were read, in words by what it is about.
     """
 
     name: str
@@ -179,6 +179,21 @@ class StreamedSplits:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     found: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def unreadable(self) -> set[str]:
+        """Files of all parts that could not be read so far, by name and reason."""
+        return self.train.source.unreadable | self.val.source.unreadable | self.test.source.unreadable
+
+    def note_unreadable(self, files: set[str]) -> None:
+        """Files that other processes could not read."""
+        self.train.source.unreadable.update(files)
+
+    def describe_files(self) -> dict[str, str]:
+        """What is known of the files by now, in words by what it is about."""
+        files = sorted(self.unreadable)
+        met = f"{len(files):,} met by this run or left out of its packed copy: {list_some(files)}"
+        return {**self.found, "unreadable files": met if files else "none met by this run"}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -251,7 +266,8 @@ def stream_index(
         found={
             "files": f"{index.root} ({index.layout})",
             "labels": "; ".join(f"{part}: {source}" for part, source in index.label_sources.items()),
-            "problems": "; ".join(problem for of_part in index.problems.values() for problem in of_part) or "none",
+            "problems of the tree": "; ".join(problem for of_part in index.problems.values() for problem in of_part)
+            or "none",
         },
     )
 

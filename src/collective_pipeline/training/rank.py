@@ -84,8 +84,11 @@ def scale_rate(settings: Parameters, number: int) -> TrainingConfig:
     return training.model_copy(update={"learning_rate": factor * training.learning_rate})
 
 
-def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]:
+def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit, set[str]]:
     """Train this process's share; the first one reports and saves.
+
+    Returns:
+        What came of it, and the files that any of the processes could not read.
 
     Raises:
         Interrupted: On all ranks, if the first one was told to stop.
@@ -105,7 +108,7 @@ def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]
     if ranks.is_first:
         progress = make_progress(job.arm.model_type, job.arm, splits, job.settings, device, num_gpus=ranks.number)
         callbacks = [progress, Curves()]
-    return train_arm(
+    checkpoint, fit = train_arm(
         job.arm,
         splits,
         job.training,
@@ -117,9 +120,10 @@ def work(job: Job, ranks: Ranks, device: torch.device) -> tuple[Checkpoint, Fit]
         prepare=(lambda model, _: normalise_over_ranks(model)) if over_ranks else None,
         ranks=ranks,
     )
+    return checkpoint, fit, ranks.unite(splits.unreadable)
 
 
-def lead(job: Job) -> tuple[Checkpoint, Fit]:
+def lead(job: Job) -> tuple[Checkpoint, Fit, set[str]]:
     """Do a job as the first of the processes that torchrun has started: the others wait for it in `follow`."""
     ranks = Ranks.join()
     ranks.tell(job)

@@ -83,6 +83,13 @@ class Ranks:
         dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
         return told[0]
 
+    def unite(self, own: set[str]) -> set[str]:
+        """What any of them has."""
+        of_ranks = [own] * self.number
+        if self.number > 1:
+            dist.all_gather_object(of_ranks, own)
+        return set().union(*of_ranks)
+
     def share_(self, tensors: Sequence[Tensor]) -> None:
         """Give all ranks what the first one has in these tensors."""
         if self.number > 1:

@@ -162,7 +162,7 @@ def describe_run(
             "test images": f"{len(splits.test):,} (read once, at the end)",
             "channel means": ", ".join(f"{mean:.4f}" for mean in splits.mean),
             "channel deviations": ", ".join(f"{std:.4f}" for std in splits.std),
-            **(splits.found if isinstance(splits, StreamedSplits) else {}),
+            **(splits.describe_files() if isinstance(splits, StreamedSplits) else {}),
         },
         "Parameters": {name: str(value) for name, value in flatten(settings).items() if is_read(name)},
     }

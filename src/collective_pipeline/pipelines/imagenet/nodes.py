@@ -182,9 +182,10 @@ def train(
     number = count_ranks(settings.num_gpus, device)
     job = Job(arm, splits, settings, snapshots.path, snapshots.identity["num_gpus"], device.type)
     if is_launched():
-        checkpoint, fit = lead(job)
+        checkpoint, fit, unreadable = lead(job)
     elif number > 1:
-        checkpoint, fit = launch(job, number=number, environment=run_environment())
+        checkpoint, fit, unreadable = launch(job, number=number, environment=run_environment())
     else:
-        checkpoint, fit = work(job, ALONE, device)
+        checkpoint, fit, unreadable = work(job, ALONE, device)
+    splits.note_unreadable(unreadable)
     return checkpoint, tabulate_history(arm.model_type, fit)
