@@ -216,6 +216,10 @@ class Sources:
     def labels(self) -> Tensor:
         return self.first.labels
 
+    @property
+    def unreadable(self) -> set[str]:
+        return self.first.unreadable
+
     def __len__(self) -> int:
         return len(self.first)
 

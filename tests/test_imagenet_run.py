@@ -1,6 +1,7 @@
 """`kedro run --pipeline imagenet` as a user types it, on a hundred image files of different sizes."""
 
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,6 +173,20 @@ def test_a_file_that_is_no_image_is_named_also_in_the_report_and_stops_the_run_b
         .partition("2 met by this run or left out of its packed copy: ")[2]
     )
     assert "red/0.jpg: " in told and "red/1.jpg: " in told
+
+
+def test_who_stops_it_before_it_trains_is_told_the_same_command(tmp_path, new_project, params, monkeypatch):
+    def be_stopped(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return index_images(*arguments, **options)
+
+    monkeypatch.setattr(nodes, "index_images", be_stopped)
+    monkeypatch.setattr("sys.argv", ["kedro", "run", "--pipeline", "imagenet"])
+    command = ("run", "--pipeline", "imagenet", "--env", "debug", "--params", as_params(params))
+    result = kedro(new_project(tmp_path), *command)
+
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert "did not begin\nTo go on: kedro run --pipeline imagenet\n" in result.output
 
 
 def test_a_packed_copy_needs_room(tmp_path, monkeypatch):
