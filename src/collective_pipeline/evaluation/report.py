@@ -16,6 +16,7 @@ from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_CO
 from collective_pipeline.evaluation.experts import SEED_COLUMNS, UNIT_COLUMNS, ExpertAnalysis
 from collective_pipeline.evaluation.figures import (
     curve_points,
+    is_settled,
     plot_accuracy,
     plot_accuracy_against_macs,
     plot_accuracy_against_params,
@@ -394,8 +395,8 @@ def _figures(
         yield from _figures_side_by_side(results, comparison, reference, compared)
     yield make_figure(
         plot_training_curves(history),
-        "Lines are means over seeds, bands reach from the lowest to the highest seed. The axis of accuracy leaves out "
-        "the first leaps of the training."
+        "Lines are means over seeds, bands reach from the lowest to the highest seed."
+        + ("" if is_settled(history).all() else " The axis of accuracy leaves out the first leaps of the training.")
         + (" Dotted lines are where the size of training images changes." if size_changes(history) else ""),
         curve_points(history),
         "training_curves.csv",
