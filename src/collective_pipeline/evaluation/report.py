@@ -215,6 +215,11 @@ def span(spec: str, low: float, high: float) -> str:
     return "" if pd.isna(low) else f"{low:{spec}} to {high:{spec}}"
 
 
+def off_target(arm: Any) -> str:
+    """By how many percent an arm misses its number of parameters, or nothing where it has it or was not given one."""
+    return number("+.3f", arm.param_error_pct) if round(arm.param_error_pct, 3) else ""
+
+
 def p_value(value: float) -> str:
     """To three decimals."""
     return "< 0.001" if value < 0.001 else number(".3f", value)
@@ -240,7 +245,7 @@ DIFFERENCE: Columns = {
 EXECUTED = "of them executed"
 COST: Columns = {
     "Arm": lambda arm: arm.model_type,
-    "Parameters off target (%)": lambda arm: number("+z.3f", arm.param_error_pct),
+    "Parameters off target (%)": off_target,
     "Accuracy per 100,000 parameters": lambda arm: number(".2f", arm.param_efficiency),
     "Accuracy per million parameters": lambda arm: number(".1f", arm.accuracy_per_million_params),
     "Accuracy per log10 of parameters": lambda arm: number(".3f", arm.accuracy_per_log10_params),
@@ -348,7 +353,13 @@ def _comparison_tables(comparison: pd.DataFrame, reference: str, compared: bool)
     cost |= spent_per_seed(comparison)
     return [
         make_table(caption, columns, comparison, COMPARISON_COLUMNS, "comparison.csv"),
-        make_table("Parameter efficiency and cost", cost, comparison, COMPARISON_COLUMNS, "comparison.csv"),
+        make_table(
+            "Parameter efficiency and cost",
+            without_empty(cost, comparison),
+            comparison,
+            COMPARISON_COLUMNS,
+            "comparison.csv",
+        ),
     ]
 
 
@@ -385,7 +396,8 @@ def _accuracy(arm: Any) -> tuple[str, str]:
 
 
 def _size(arm: Any) -> tuple[str, str]:
-    return f"{arm.params:,}", f"{arm.param_error_pct:+z.3f} % off the target"
+    missed = off_target(arm)
+    return f"{arm.params:,}", f"{missed} % off the target" if missed else ""
 
 
 def _figures(
