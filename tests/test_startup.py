@@ -1,6 +1,7 @@
 """What happens before Kedro: commands outside of a project, and two that are mended."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -44,3 +45,24 @@ def test_a_gpu_gives_each_stream_a_queue_of_its_own(before, after):
     told = subprocess.run([sys.executable, "-c", script], env=given, capture_output=True, text=True, check=True)
 
     assert told.stdout.strip() == after
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        ("KeyboardInterrupt", -signal.SIGINT, ["", "Stopped by SIGINT before anything was done."]),
+        ("ImportError('torch')", 1, ["Traceback (most recent call last):", "ImportError: torch"]),
+    ],
+)
+def test_ctrl_c_during_imports_is_one_sentence(error, code, told):
+    """Whoever started it sees that a signal ended it; of what fails, all is told."""
+    script = (
+        "import sys; from collective_pipeline import startup\n"
+        f"def importing(): raise {error}\n"
+        "startup.quieten = importing; sys.argv = ['kedro', 'info']; startup.prepare()"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+    lines = ended.stderr.splitlines()
+    assert ended.returncode == code and [lines[0], lines[-1]] == told
+    assert len(lines) == 2 or code == 1

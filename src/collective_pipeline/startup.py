@@ -6,6 +6,7 @@ import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
+from types import TracebackType
 
 from kedro.framework.cli.hooks import cli_hook_impl
 from kedro.framework.project import pipelines
@@ -16,6 +17,7 @@ from collective_pipeline.config import suggest
 
 def prepare() -> None:
     """Refuse a project's command outside of a project, mend two commands, silence what nobody can act on."""
+    sys.excepthook = tell_error
     # Kedro itself would only say that there is no such command.
     if sys.argv[1:2] in (["run"], ["registry"], ["catalog"], ["mlflow"]) and find_kedro_project(Path.cwd()) is None:
         sys.exit(
@@ -28,6 +30,17 @@ def prepare() -> None:
     # `kedro mlflow ui` looks for mlflow on the PATH, where it is only if this environment is activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     quieten()
+
+
+def tell_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python does, but for Ctrl-C in the seconds of imports: once a command runs, click or the run hears of it.
+
+    Python ends with the signal all the same, which a shell calls 130.
+    """
+    if issubclass(kind, KeyboardInterrupt):
+        sys.stderr.write("\nStopped by SIGINT before anything was done.\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def quieten() -> None:

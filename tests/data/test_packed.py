@@ -4,9 +4,12 @@ import io
 import itertools
 import json
 import logging
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from kedro.io import DataCatalog, DatasetError
@@ -63,6 +66,22 @@ def change_header(folder, **changes):
     (folder / "packed.json").write_text(
         json.dumps({name: value for name, value in header.items() if value is not None})
     )
+
+
+def change_table(folder, row, **changes):
+    """What one table says of one of its images."""
+    path = folder / "00001.parquet"
+    table = pq.read_table(path)
+    for name, value in changes.items():
+        values = table[name].to_pylist()
+        values[row] = value
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values))
+    pq.write_table(table, path)
+
+
+def rename_in(path):
+    """One byte, as a disk may lose it."""
+    path.write_bytes(path.read_bytes().replace(b"b/5", b"b/4"))
 
 
 def test_files_are_read_as_they_are(tree):
@@ -238,7 +257,10 @@ def test_progress_says_how_long_it_takes(tree, tmp_path, monkeypatch, caplog):
         (lambda folder: change_header(folder, format=None), "that of another version: remove the folder, and pack"),
         (lambda folder: (folder / "00001.jpegs").write_bytes(b"short"), "00001.jpegs has 5 bytes where its table says"),
         (lambda folder: (folder / "00001.jpegs").unlink(), "00001.jpegs has 0 bytes where its table says"),
-        (lambda folder: (folder / "00001.parquet").write_bytes(b"x"), "00001.parquet is damaged: remove it, and pack"),
+        (lambda folder: (folder / "00001.parquet").write_bytes(b"x"), "it is no table of a shard: remove it, and pack"),
+        (lambda folder: rename_in(folder / "00001.parquet"), "00001.parquet is damaged, it is no table of a shard"),
+        (lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "00001.parquet"), "it is no table of a shard"),
+        (lambda folder: shutil.copy(folder / "00002.parquet", folder / "00001.parquet"), "it has 2 rows and not 4"),
     ],
 )
 def test_a_damaged_folder_is_refused(tree, tmp_path, damage, told):
@@ -247,6 +269,52 @@ def test_a_damaged_folder_is_refused(tree, tmp_path, damage, told):
 
     with pytest.raises(UserError, match=told):
         PackedImages.open(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    ("row", "changes"),
+    [
+        (0, {"height": 0}),
+        (1, {"width": -43}),
+        (1, {"height": 64, "width": 43}),
+        (2, {"height": SIDE, "width": packed.MAX_PIXELS // SIDE + 1}),
+        (2, {"height": 2**62, "width": 2**62}),
+        (2, {"width": None}),
+        (2, {"offset": 0}),
+        (0, {"offset": -8, "length": 8}),
+        (3, {"length": 0}),
+        (3, {"length": 2**62}),
+    ],
+)
+def test_what_packing_does_not_write_is_not_believed(tree, tmp_path, row, changes):
+    """A GPU decodes into as much memory as is written there. Removing the table is enough to have it made anew."""
+    folder = tmp_path / "packed"
+    pack_images(claim_folder(tree, folder, side=SIDE))
+    before = files_in(folder)
+    change_table(folder, row, **changes)
+
+    with pytest.raises(UserError, match=r"00001\.(parquet is damaged|jpegs has .* where its table says)"):
+        PackedImages.open(folder)
+    (folder / "00001.parquet").unlink()
+    pack_images(claim_folder(tree, folder, side=SIDE))
+    assert files_in(folder) == before and len(PackedImages.open(folder)) == 10
+
+
+def test_what_packing_may_write_is_believed(tree, tmp_path):
+    """As many pixels as are decoded, in an image that is as small as it was to be; and a table without checksums."""
+    folder = tmp_path / "packed"
+    pack_images(claim_folder(tree, folder, side=SIDE))
+    change_table(folder, 2, height=packed.MAX_PIXELS // SIDE, width=SIDE)
+
+    assert len(PackedImages.open(folder)) == 10
+
+
+def test_packing_into_a_folder_with_a_damaged_table_is_refused(tree, tmp_path):
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
+    (tmp_path / "packed" / "00001.parquet").write_bytes(b"x")
+
+    with pytest.raises(UserError, match=r"00001.parquet is damaged, it is no table of a shard: remove it, and pack"):
+        pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
 
 
 def test_packing_into_a_folder_of_another_version_is_refused(tree, tmp_path):

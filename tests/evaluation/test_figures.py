@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tests.evaluation.test_sizes import grid
 
 from collective_pipeline.config import MODEL_TYPES, ComparisonConfig
 from collective_pipeline.data.splits import Images
-from collective_pipeline.evaluation.comparison import RUN_COLUMNS, compare_arms
+from collective_pipeline.evaluation.comparison import RUN_COLUMNS, compare_arms, compare_sizes
 from collective_pipeline.evaluation.experts import ExpertAnalysis
 from collective_pipeline.evaluation.figures import (
     plot_accuracy,
@@ -21,6 +22,7 @@ from collective_pipeline.evaluation.figures import (
     size_changes,
 )
 from collective_pipeline.evaluation.gpu import GPU_COLUMNS
+from collective_pipeline.evaluation.sweep_figures import plot_differences_by_size
 
 SIZES = [(MODEL_TYPES, 3, 5), (MODEL_TYPES, 1, 1), (("very_deep_resnet",), 1, 1), (("collective",), 2, 1)]
 
@@ -140,9 +142,39 @@ def test_curves_are_means_inside_the_band_of_the_seeds():
     assert band.y[4:] == pytest.approx(expected.min()[::-1])
 
 
-def test_one_epoch_is_drawn_as_points():
-    _, _, history = make_run(("collective",), 3, 1)
-    assert {trace.mode for trace in plot_training_curves(history).data[1::2]} == {"markers"}
+@pytest.mark.parametrize("others_epochs", [1, 3])
+def test_one_epoch_is_drawn_as_points(others_epochs):
+    """However long other arms train; ticks are whole epochs that there were."""
+    _, _, history = make_run(("collective", "shallow"), 3, others_epochs)
+    history = history[(history["model_type"] == "shallow") | (history["epoch"] == 1)]
+    figure = plot_training_curves(history)
+
+    assert {trace.mode for trace in figure.data[1:6:2]} == {"markers"}
+    assert {trace.mode for trace in figure.data[7::2]} == {"markers" if others_epochs == 1 else "lines"}
+    for axis in figure.select_xaxes():
+        assert axis.dtick == 1 and axis.range == ((0.5, 1.5) if others_epochs == 1 else None)
+
+
+@pytest.mark.parametrize("factor", [1, 1.02, 3, 5, 40])
+def test_an_axis_of_losses_has_two_numbers_or_more(factor):
+    """At 1, 2 and 5 of every decade or, where losses are too close for that, where Plotly itself puts them."""
+    _, _, history = make_run(("collective",), 1, 2)
+    history["val_loss"] = [0.21 * factor, 0.21]
+    decades = [digit * 10.0**power for power in (-1, 0) for digit in (1, 2, 5)]
+    dtick = plot_training_curves(history).layout.yaxis2.dtick
+
+    assert dtick == ("D2" if factor >= 5 else None)
+    assert dtick is None or sum(0.21 <= tick <= 0.21 * factor for tick in decades) >= 2
+
+
+@pytest.mark.parametrize("sizes", [(560_000,), (300_000, 560_000)])
+def test_ticks_of_a_sweep_tell_its_networks_apart(sizes):
+    """Those of one size are a few parameters apart; a single arm has its name beside the figure."""
+    comparison = compare_sizes(grid(1, arms=("collective", "shallow"), sizes=sizes), ComparisonConfig(resamples=100))
+    figure = plot_differences_by_size(comparison)
+
+    assert figure.layout.xaxis.tickformat == (",d" if len(sizes) == 1 else ".3s")
+    assert figure.layout.showlegend
 
 
 def test_curves_are_marked_where_an_arm_changes_the_size_of_its_images():

@@ -27,7 +27,7 @@ def make_history(results: pd.DataFrame) -> pd.DataFrame:
     return results[["model_type", "seed"]].assign(epoch=1, **figures)
 
 
-def make_report(arms=MODEL_TYPES, num_seeds=3, **changes) -> str:
+def make_report(arms=MODEL_TYPES, num_seeds=3, off_target=1.0, **changes) -> str:
     rng = np.random.default_rng(0)
     seeds = range(42, 42 + num_seeds)
     results = pd.DataFrame(
@@ -38,6 +38,7 @@ def make_report(arms=MODEL_TYPES, num_seeds=3, **changes) -> str:
                 "model_type": arm,
                 "seed": seed,
                 "params": 560_000,
+                "param_error_pct": off_target,
                 "test_accuracy": 97 + rng.random(),
                 "latency_ms": 0.5,
                 "diverged": False,
@@ -143,6 +144,15 @@ def test_a_single_arm_has_no_comparison():
     assert not any("Difference" in text or "Paired" in text or "against size" in text for text in page.texts)
     assert sum(attributes.get("class") == "plot" for attributes in page.all("div")) == 1
     assert not any(text == "nan" for text in page.texts)
+
+
+@pytest.mark.parametrize("arms", [("resnet18",), MODEL_TYPES])
+@pytest.mark.parametrize("off_target", [0.0, 0.0001, -0.1])
+def test_a_target_is_told_of_only_where_it_is_missed(arms, off_target):
+    """A network whose size was not asked for is its own target."""
+    told = [text for text in Page(make_report(arms=arms, num_seeds=1, off_target=off_target)).texts if "target" in text]
+
+    assert told == (["-0.100 % off the target", "Parameters off target (%)"] if off_target == -0.1 else [])
 
 
 def test_what_diverged_is_in_the_tables():

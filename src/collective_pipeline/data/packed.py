@@ -29,7 +29,7 @@ from torch import Tensor
 
 from collective_pipeline import files
 from collective_pipeline.config import UserError
-from collective_pipeline.data.jpeg import Encoded, Files, Problem, address_of, decode, encode, is_usual
+from collective_pipeline.data.jpeg import MAX_PIXELS, Encoded, Files, Problem, address_of, decode, encode, is_usual
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,19 @@ MAX_UNUSABLE = 0.01  # of all files, as for folders of small images
 NUM_TOLD = 3  # of the unusable files, by name
 SECONDS_BETWEEN_LINES = 5.0
 FILES_AT_ONCE = 8  # of a thread: less time at Python's lock than one by one
+
+# Of a shard, a row for each image; a file that could not be packed has no bytes.
+TABLE = pa.schema(
+    {
+        "path": pa.string(),
+        "label": pa.int64(),
+        "offset": pa.int64(),
+        "length": pa.int64(),
+        "height": pa.int64(),
+        "width": pa.int64(),
+        "problem": pa.string(),
+    }
+)
 
 Item = TypeVar("Item")
 
@@ -93,7 +106,7 @@ class FileImages:
 class PackedImages:
     """A packed folder that is complete, its images mapped into memory: nothing is read before it is wanted.
 
-    Its tables are trusted: a GPU decodes into as much memory as they say.
+    That images are as large as the tables say is not looked up in the files: a GPU decodes into as much memory.
     """
 
     def __init__(self, folder: Path, shards: Sequence[mmap.mmap], index: pa.Table, left_out: Iterable[str]) -> None:
@@ -115,7 +128,8 @@ class PackedImages:
         """The images that `pack_images` put into a folder, without the files that it left out.
 
         Raises:
-            UserError: If the folder holds none, or is not complete, or a file of it has another length than its table.
+            UserError: If the folder holds none, or is not complete, or a file of it has another length than its table,
+                or a table says what packing does not write.
         """
         header = _read_header(folder)
         if header is None:
@@ -128,7 +142,7 @@ class PackedImages:
             )
         shards, tables, left_out = [], [], []
         for number in range(header.num_shards):
-            table = _read_table(folder, number)
+            table = _read_table(folder, header, number)
             left_out += _read_problems(folder, number)
             if len(table):
                 shards.append(_map_shard(folder, number, table))
@@ -321,17 +335,18 @@ def _write_shard(
     ends = np.cumsum(lengths)
     table = pa.table(
         {
-            "path": pa.array([images.paths[row] for row in rows], pa.string()),
+            "path": [images.paths[row] for row in rows],
             "label": images.labels[rows.start : rows.stop].numpy(),
             "offset": ends - lengths,
             "length": np.asarray(lengths),
             "height": np.asarray(sizes)[:, 0],
             "width": np.asarray(sizes)[:, 1],
-            "problem": pa.array(problems, pa.string()),
-        }
+            "problem": problems,
+        },
+        schema=TABLE,
     )
     with files.replacing(_table_of(folder, number)) as partial:
-        pq.write_table(table, partial)
+        pq.write_table(table, partial, write_page_checksum=True)
 
 
 class _Progress:
@@ -420,21 +435,43 @@ def _table_of(folder: Path, number: int) -> Path:
     return folder / f"{number:05}.parquet"
 
 
-def _read_table(folder: Path, number: int) -> pa.Table:
-    """The files of a shard that could be read."""
-    path = _table_of(folder, number)
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is damaged: remove it, and pack the images again, which makes it anew") from error
-    return table.filter(table["problem"].is_null()).drop_columns("problem")
+def _read_table(folder: Path, header: _Header, number: int) -> pa.Table:
+    """The files of a shard that could be read.
+
+    Raises:
+        UserError: If the table is damaged, or says what packing does not write.
+    """
+    table = _load_table(folder, number)
+    if len(table) != len(_rows_of(header, number)):
+        raise _damaged(folder, number, f"it has {len(table):,} rows and not {len(_rows_of(header, number)):,}")
+    table = table.filter(table["problem"].is_null())
+    offsets, lengths, heights, widths = (table[name].to_numpy() for name in ("offset", "length", "height", "width"))
+    shorter, longer = np.minimum(heights, widths), np.maximum(heights, widths)
+    # Each file behind the one before it, and each image as small as it was to be, with as many pixels as are decoded.
+    is_sound = (lengths > 0) & (offsets >= 0) & (offsets == lengths.cumsum() - lengths)
+    is_sound &= (shorter > 0) & (shorter <= header.side) & (longer <= MAX_PIXELS // shorter.clip(1))
+    if not is_sound.all():
+        row = int(is_sound.argmin())
+        told = f"{heights[row]} x {widths[row]} pixels in {lengths[row]} bytes from byte {offsets[row]}"
+        raise _damaged(folder, number, f"{table['path'][row]} cannot be {told}")
+    return table
 
 
 def _read_problems(folder: Path, number: int) -> list[str]:
-    problems: list[str] = (
-        pq.read_table(_table_of(folder, number), columns=["problem"])["problem"].drop_null().to_pylist()
-    )
+    problems: list[str] = _load_table(folder, number)["problem"].drop_null().to_pylist()
     return problems
+
+
+def _load_table(folder: Path, number: int) -> pa.Table:
+    try:
+        return pq.read_table(_table_of(folder, number), page_checksum_verification=True).cast(TABLE)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _damaged(folder, number, "it is no table of a shard") from error
+
+
+def _damaged(folder: Path, number: int, reason: str) -> UserError:
+    path = _table_of(folder, number)
+    return UserError(f"{path} is damaged, {reason}: remove it, and pack the images again, which makes it anew")
 
 
 def _map_shard(folder: Path, number: int, table: pa.Table) -> mmap.mmap:

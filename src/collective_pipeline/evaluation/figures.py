@@ -97,11 +97,15 @@ def _plot_against(cost: str, unit: str, results: pd.DataFrame, comparison: pd.Da
             legendgroup=name,
             hovertemplate=f"{name}, mean<br>%{{x:,.0f}} {unit}<br>%{{y:.2f}} %<extra></extra>",
         )
-    fewest, most = int(results[cost].min()), int(results[cost].max())
-    # Arms of one size would otherwise get an axis of half parameters.
+    set_axis_of_counts(figure, results[cost])
+    return figure
+
+
+def set_axis_of_counts(figure: go.Figure, counts: pd.Series) -> None:
+    """Whole numbers, in full: arms of one size would otherwise get an axis of half parameters."""
+    fewest, most = int(counts.min()), int(counts.max())
     pad = max(0.06 * (most - fewest), 0.0005 * most)
     figure.update_xaxes(range=[fewest - pad, most + pad], tickformat=",d", nticks=6)
-    return figure
 
 
 def plot_training_curves(history: pd.DataFrame) -> go.Figure:
@@ -118,7 +122,6 @@ def plot_training_curves(history: pd.DataFrame) -> go.Figure:
     )
     colors = colors_of(history["model_type"].unique())
     num_epochs = int(history["epoch"].max())
-    mode = "lines" if num_epochs > 1 else "markers"
     for name in history["model_type"].unique():
         epochs = history[history["model_type"] == name].groupby("epoch")
         for row, column in enumerate(PANELS, start=1):
@@ -140,7 +143,7 @@ def plot_training_curves(history: pd.DataFrame) -> go.Figure:
             figure.add_scatter(
                 x=x,
                 y=curve["mean"].tolist(),
-                mode=mode,
+                mode="lines" if len(x) > 1 else "markers",  # arms may differ in their epochs
                 line={"color": colors[name], "width": 2},
                 marker={"color": colors[name], "size": 9},
                 name=name,
@@ -156,18 +159,13 @@ def plot_training_curves(history: pd.DataFrame) -> go.Figure:
         figure.add_annotation(
             x=epoch - 0.5, y=0, xref="x", yref="y domain", text=size, xanchor="left", yanchor="bottom", showarrow=False
         )
-    # Ticks at 1, 2 and 5 of every decade, written in full.
-    figure.update_yaxes(title_text="Loss (log scale)", type="log", dtick="D2", tickformat="~g")
-    figure.update_yaxes(
-        title_text="Accuracy (%)",
-        type="linear",
-        dtick=None,
-        tickformat=None,
-        range=_settled_range(history),
-        row=1,
-        col=1,
-    )
-    figure.update_xaxes(dtick=1 if num_epochs <= 10 else None)
+    for row, column in enumerate(PANELS, start=1):
+        if column == "val_accuracy":
+            figure.update_yaxes(title_text="Accuracy (%)", range=_settled_range(history), row=row, col=1)
+        else:
+            dtick = _loss_ticks(history[column])
+            figure.update_yaxes(title_text="Loss (log scale)", type="log", dtick=dtick, tickformat="~g", row=row, col=1)
+    figure.update_xaxes(dtick=1 if num_epochs <= 10 else None, range=[0.5, 1.5] if num_epochs == 1 else None)
     figure.update_xaxes(title_text="Epoch", row=len(PANELS), col=1)
     return finish(figure, "Training curves", None, None, height=900)
 
@@ -405,12 +403,21 @@ def fade(color: str, opacity: float) -> str:
     return f"rgba({red},{green},{blue},{opacity})"
 
 
+def is_settled(history: pd.DataFrame) -> "pd.Series[bool]":
+    """Which epochs the axis of accuracy is made for, all but the first fifth: leaps would flatten what follows."""
+    return history["epoch"].gt(0.2 * history["epoch"].max())
+
+
 def _settled_range(history: pd.DataFrame) -> Sequence[float] | None:
-    """From where the curves are after a fifth of the epochs: the first leaps would flatten all that follows."""
-    settled = history.loc[history["epoch"] > 0.2 * history["epoch"].max(), "val_accuracy"]
+    settled = history.loc[is_settled(history), "val_accuracy"]
     low, high = float(settled.min()), float(settled.max())
     pad = 0.05 * (high - low)
     return [low - pad, high + pad] if pad > 0 else None
+
+
+def _loss_ticks(losses: pd.Series) -> str | None:
+    """At 1, 2 and 5 of every decade, of which at least two are seen; where losses are too close, Plotly's own."""
+    return "D2" if losses.max() >= 5 * losses.min() else None
 
 
 def _mean_of_seeds(comparison: pd.DataFrame) -> str:
@@ -434,7 +441,7 @@ def finish(figure: go.Figure, title: str, x_title: str | None, y_title: str | No
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.04, "yanchor": "bottom"},
     )
     figure.update_xaxes(automargin=True, gridcolor=GRID, zeroline=False, title_font_size=14)
-    figure.update_yaxes(automargin=True, gridcolor=GRID, zeroline=False, title_font_size=14)
+    figure.update_yaxes(automargin=True, gridcolor=GRID, zeroline=False, title_font_size=14, title_standoff=10)
     if x_title:
         figure.update_xaxes(title_text=x_title)
     if y_title:

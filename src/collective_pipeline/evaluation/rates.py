@@ -88,10 +88,10 @@ def plot_rates(table: pd.DataFrame, found: Mapping[str, Any]) -> go.Figure:
         ("rate_of_lowest_loss", "Lowest", COLORS[3]),
     ):
         if found[key] is not None:
-            at = table[table["rate"] == found[key]]
+            at = _row_at(table, found[key])
             figure.add_scatter(
-                x=at["rate"].tolist(),
-                y=at["smoothed"].tolist(),
+                x=[at["rate"]],
+                y=[at["smoothed"]],
                 name=name,
                 mode="markers",
                 marker={"color": color, "size": 13, "symbol": "diamond"},
@@ -102,6 +102,11 @@ def plot_rates(table: pd.DataFrame, found: Mapping[str, Any]) -> go.Figure:
     ends = table["smoothed"].min(), 1.2 * table["smoothed"].head(max(1, len(table) // 4)).max()
     figure.update_yaxes(range=[ends[0] - 0.1 * (ends[1] - ends[0]), ends[1] + 0.1 * (ends[1] - ends[0])])
     return finish(figure, "Loss against the learning rate", "Learning rate", "Training loss", height=480)
+
+
+def _row_at(table: pd.DataFrame, rate: float) -> "pd.Series[float]":
+    """The update with this rate, which a table that was read from text may have with another last digit."""
+    return table.iloc[int((table["rate"] - rate).abs().argmin())]
 
 
 FOUND: Columns = {
@@ -129,11 +134,7 @@ def write_rate_report(
     """The page as HTML; `found` has the answer beside what `suggest_rate` gives."""
     named = {"Falls fastest": found["suggested_rate"], "Lowest": found["rate_of_lowest_loss"]}
     rates = pd.DataFrame(
-        [
-            {"what": what, **table[table["rate"] == rate].iloc[0].to_dict()}
-            for what, rate in named.items()
-            if rate is not None
-        ],
+        [{"what": what, **_row_at(table, rate).to_dict()} for what, rate in named.items() if rate is not None],
         columns=["what", *RATE_COLUMNS],
     )
     figure = make_figure(

@@ -16,6 +16,7 @@ from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_CO
 from collective_pipeline.evaluation.experts import SEED_COLUMNS, UNIT_COLUMNS, ExpertAnalysis
 from collective_pipeline.evaluation.figures import (
     curve_points,
+    is_settled,
     plot_accuracy,
     plot_accuracy_against_macs,
     plot_accuracy_against_params,
@@ -214,6 +215,11 @@ def span(spec: str, low: float, high: float) -> str:
     return "" if pd.isna(low) else f"{low:{spec}} to {high:{spec}}"
 
 
+def off_target(arm: Any) -> str:
+    """By how many percent an arm misses its number of parameters, or nothing where it has it or was not given one."""
+    return number("+.3f", arm.param_error_pct) if round(arm.param_error_pct, 3) else ""
+
+
 def p_value(value: float) -> str:
     """To three decimals."""
     return "< 0.001" if value < 0.001 else number(".3f", value)
@@ -239,7 +245,7 @@ DIFFERENCE: Columns = {
 EXECUTED = "of them executed"
 COST: Columns = {
     "Arm": lambda arm: arm.model_type,
-    "Parameters off target (%)": lambda arm: number("+z.3f", arm.param_error_pct),
+    "Parameters off target (%)": off_target,
     "Accuracy per 100,000 parameters": lambda arm: number(".2f", arm.param_efficiency),
     "Accuracy per million parameters": lambda arm: number(".1f", arm.accuracy_per_million_params),
     "Accuracy per log10 of parameters": lambda arm: number(".3f", arm.accuracy_per_log10_params),
@@ -347,7 +353,13 @@ def _comparison_tables(comparison: pd.DataFrame, reference: str, compared: bool)
     cost |= spent_per_seed(comparison)
     return [
         make_table(caption, columns, comparison, COMPARISON_COLUMNS, "comparison.csv"),
-        make_table("Parameter efficiency and cost", cost, comparison, COMPARISON_COLUMNS, "comparison.csv"),
+        make_table(
+            "Parameter efficiency and cost",
+            without_empty(cost, comparison),
+            comparison,
+            COMPARISON_COLUMNS,
+            "comparison.csv",
+        ),
     ]
 
 
@@ -384,7 +396,8 @@ def _accuracy(arm: Any) -> tuple[str, str]:
 
 
 def _size(arm: Any) -> tuple[str, str]:
-    return f"{arm.params:,}", f"{arm.param_error_pct:+z.3f} % off the target"
+    missed = off_target(arm)
+    return f"{arm.params:,}", f"{missed} % off the target" if missed else ""
 
 
 def _figures(
@@ -394,8 +407,8 @@ def _figures(
         yield from _figures_side_by_side(results, comparison, reference, compared)
     yield make_figure(
         plot_training_curves(history),
-        "Lines are means over seeds, bands reach from the lowest to the highest seed. The axis of accuracy leaves out "
-        "the first leaps of the training."
+        "Lines are means over seeds, bands reach from the lowest to the highest seed."
+        + ("" if is_settled(history).all() else " The axis of accuracy leaves out the first leaps of the training.")
         + (" Dotted lines are where the size of training images changes." if size_changes(history) else ""),
         curve_points(history),
         "training_curves.csv",

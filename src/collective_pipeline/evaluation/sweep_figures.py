@@ -13,6 +13,7 @@ from collective_pipeline.evaluation.figures import (
     fade,
     finish,
     marker_of,
+    set_axis_of_counts,
 )
 
 LOSS: Columns = ("test_loss_mean", "test_loss_ci_low", "test_loss_ci_high")
@@ -212,5 +213,9 @@ def _plot_by_size(comparison: pd.DataFrame, columns: Columns, title: str, y_titl
             legendgroup=name,
             hovertemplate=f"{name}<br>%{{x:,}} parameters<br>%{{y:.3f}}<extra></extra>",
         )
-    figure.update_xaxes(tickformat=".3s")
+    if single:
+        set_axis_of_counts(figure, comparison["params"])
+    else:
+        figure.update_xaxes(tickformat=".3s")
+    figure.update_layout(showlegend=True)  # or nothing would say which arm it is, if it is one
     return finish(figure, title, "Trainable parameters", y_title, height=520)

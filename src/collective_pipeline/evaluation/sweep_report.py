@@ -130,7 +130,8 @@ def _key_figures(
         for arm in arms.head(1).itertuples():
             note = f"{arm.model_type}, {arm.params:,} parameters"
             figures[f"{name}, test accuracy"] = f"{arm.test_accuracy_mean:.2f} %", note
-    tested = f"{comparison['target_params'].nunique()} sizes, {runs['seed'].nunique()} seeds"
+    counts = {"size": comparison["target_params"].nunique(), "seed": runs["seed"].nunique()}
+    tested = ", ".join(f"{number} {name}{'s' if number > 1 else ''}" for name, number in counts.items())
     figures["Trainings tested"] = f"{len(runs):,}", tested
     if not trials.empty:
         planned = trials["max_epochs"].sum()
