@@ -1,10 +1,8 @@
 """The suggestion is where the loss falls fastest, whatever the noise and however it ends."""
 
-import io
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from collective_pipeline.evaluation.rates import (
@@ -86,12 +84,9 @@ def test_the_page_has_the_answer_the_figure_and_every_update():
 
 
 def test_a_table_that_was_read_from_its_file_may_have_other_last_digits():
-    table = tabulate_rates(RATES.astype(np.float32).tolist(), curve(), planned=300)
-    # As pandas 2 read by default.
-    read = pd.read_csv(io.StringIO(table.to_csv(index=False)), float_precision="legacy")
-    others = table["rate"][table["rate"] != read["rate"]].tolist()
-    assert others
+    table = tabulate_rates(RATES, curve(), planned=300)
+    read = table.assign(rate=np.nextafter(table["rate"], 1))  # as pandas 2 reads some numbers
+    found = {"answer": "This one.", **suggest_rate(table)}
+    page = write_rate_report(title="Which?", table=read, found=found, facts={"Run": {}})
 
-    for rate in others[:3]:
-        found = {"suggested_rate": rate, "rate_of_lowest_loss": rate, "answer": "This one."}
-        assert f"{rate:.2e}" in write_rate_report(title="Which?", table=read, found=found, facts={"Run": {}})
+    assert page.count(f"{found['suggested_rate']:.2e}") == 1
