@@ -207,6 +207,17 @@ def test_two_minutes_within_the_first_epoch_tell_the_whole_plan(clock, told):
     assert line.endswith("at the pace of its updates all 3 epochs take about 6.0 h and cost 12.00")
 
 
+def test_what_the_first_update_compiles_is_no_pace(clock, told):
+    """It took 80 s on four H200, whose epochs took 15: the plan of seven minutes was told as one of two hours."""
+    report = Progress("resnet50", num_epochs=30, num_arms=1, device_type="cuda", price_per_hour=2.0)
+    for number in report.watch(range(1, 301)):
+        clock["wall"] += 80 if number == 1 else 0.05
+    report(epoch(1, 95.0, num_epochs=30))
+
+    (line,) = (line for line in told.messages if "epoch 1/30" in line)
+    assert line.endswith("15.0 s/epoch  7 min 15 s left") and "will take" not in told.text
+
+
 @pytest.mark.parametrize(
     ("device_type", "num_gpus", "price"), [("cuda", 4, 12.0), ("cuda", 0.5, 1.5), ("cpu", 1, None)]
 )

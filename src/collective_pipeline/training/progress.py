@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 5.0
 LONG_SECONDS = 15 * 60
 LONG_EPOCH_SECONDS = 60.0
-# When the time of the whole plan is told, if its first epoch is not over. The pace is that of the second minute: the
-# first one has compiled and recorded.
+# When the time of the whole plan is told, if its first epoch is not over. The pace is that of the second minute, or of
+# what is left of it after the first stop: what came before has compiled and recorded.
 FORECAST_SECONDS = 120.0
 # Of the cores that torch's threads are to have, they have about 0.95 on a quiet machine. Where others take a part of
 # them, the threads wait for each other at every small operation, and training is 10 to 40 times slower.
@@ -69,23 +69,31 @@ class Progress:
         self.last: Epoch | None = None
         self.stage_began = (0, 0.0)
         self.first: Epoch | None = None  # that is told, of the stage
+        # Of the epoch that is running: which part of it was done at its first stop, and when. What came before may have
+        # compiled, for a minute and more.
+        self.first_stop: tuple[float, float] | None = None
 
     def watch(self, stops: Iterable[int]) -> Iterator[int]:
         """The numbers of updates of an epoch that are done at each stop, with a line now and then if it is long."""
         numbers = list(stops)
         started = time.perf_counter()
-        mark = (numbers[0] - 1, 0.0) if numbers else (0, 0.0)
+        self.first_stop = None
+        mark = (0.0, started)
         for number in numbers:
             yield number
             if self.started is None and number >= WARM_UP_STEPS:
                 self.started = time.perf_counter(), time.process_time()
-            elapsed = time.perf_counter() - started
+            now = number / numbers[-1], time.perf_counter()
+            if self.first_stop is None:
+                self.first_stop = mark = now
+                continue
+            elapsed = now[1] - started
             if elapsed <= LONG_EPOCH_SECONDS:
-                mark = number, elapsed
+                mark = now
             elif not self.length_is_known:
-                self._warn_if_long(self._expect((number - numbers[0] + 1) / numbers[-1], elapsed))
+                self._warn_if_long(self._expect(self.first_stop, now))
             if elapsed > FORECAST_SECONDS and not self.is_forecast:
-                self._forecast(self._expect((number - mark[0]) / numbers[-1], elapsed - mark[1]))
+                self._forecast(self._expect(mark, now))
             if self._is_due(4 * SECONDS_BETWEEN_LINES):
                 self._log(f"epoch {self.epochs_done + 1}: {100 * number / numbers[-1]:.0f} % of its steps")
                 self._warn_if_busy()
@@ -133,15 +141,26 @@ class Progress:
     def _pace(self, epoch: Epoch) -> float:
         """That of the stage, for all that is still to come.
 
-        Its first epoch that is told counts only as long as there is no other: on a GPU it also compiles and records.
+        Its first epoch that is told counts only as long as there is no other, and from its first stop on.
         """
-        since = self.stage_began if self.first is None else (self.first.number, self.first.seconds)
-        self.first = self.first or epoch
-        return measure_pace(self.weights, since, (epoch.number, epoch.seconds))
+        first, self.first = self.first, self.first or epoch
+        if first is not None:
+            return measure_pace(self.weights, (first.number, first.seconds), (epoch.number, epoch.seconds))
+        if self.first_stop is not None and self.first_stop[0] < 1:
+            share, moment = self.first_stop
+            now = epoch.number, time.perf_counter()
+            return measure_pace(self.weights, (epoch.number - 1 + share, moment), now)
+        return measure_pace(self.weights, self.stage_began, (epoch.number, epoch.seconds))
 
-    def _expect(self, share: float, seconds: float) -> float:
-        """Seconds of the whole plan, all its parts, if this share of the epoch that is running took so long."""
-        pace = measure_pace(self.weights, (self.epochs_done, 0.0), (self.epochs_done + share, seconds))
+    def _expect(self, since: tuple[float, float], now: tuple[float, float]) -> float:
+        """Seconds of the whole plan, all its parts, at the pace between two moments of the epoch that is running.
+
+        Args:
+            since: Which part of the epoch was done, and when.
+            now: Likewise, later.
+        """
+        done = self.epochs_done
+        pace = measure_pace(self.weights, (done + since[0], since[1]), (done + now[0], now[1]))
         return self.num_parts * pace * sum(self.weights)
 
     def _forecast(self, seconds: float) -> None:
