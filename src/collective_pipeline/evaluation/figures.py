@@ -20,6 +20,8 @@ DIFFERENCE: Columns = ("difference_to_reference", "difference_ci_low", "differen
 
 # Okabe and Ito's colours, which stay apart for the colour-blind, without the two that vanish on white or on black.
 COLORS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C8C", "#A6761D")
+DASHES = ("solid", "dash", "dot")  # of lines; the next one when all colours are taken
+NAMES_IN_MARGIN = 8  # of a legend that has two rows, on a page as wide as a report
 PANELS = {"val_accuracy": "Validation accuracy", "val_loss": "Validation loss", "train_loss": "Training loss"}
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 GRID = "#E3E3E3"
@@ -120,7 +122,7 @@ def plot_training_curves(history: pd.DataFrame) -> go.Figure:
         row_heights=[0.44, 0.28, 0.28],
         subplot_titles=list(PANELS.values()),
     )
-    colors = colors_of(history["model_type"].unique())
+    colors, dashes = colors_of(history["model_type"].unique()), dashes_of(history["model_type"].unique())
     num_epochs = int(history["epoch"].max())
     for name in history["model_type"].unique():
         epochs = history[history["model_type"] == name].groupby("epoch")
@@ -144,7 +146,7 @@ def plot_training_curves(history: pd.DataFrame) -> go.Figure:
                 x=x,
                 y=curve["mean"].tolist(),
                 mode="lines" if len(x) > 1 else "markers",  # arms may differ in their epochs
-                line={"color": colors[name], "width": 2},
+                line={"color": colors[name], "width": 2, "dash": dashes[name]},
                 marker={"color": colors[name], "size": 9},
                 name=name,
                 legendgroup=name,
@@ -392,9 +394,18 @@ def marker_of(name: str, color: str, reference: str) -> dict[str, object]:
 
 def colors_of(arms: Iterable[str]) -> dict[str, str]:
     """The arms' colours, in whichever order; those of phase 1 have theirs whichever others are shown."""
+    return {name: COLORS[place % len(COLORS)] for name, place in _places_of(arms).items()}
+
+
+def dashes_of(arms: Iterable[str]) -> dict[str, str]:
+    """What tells lines of one colour apart."""
+    return {name: DASHES[place // len(COLORS) % len(DASHES)] for name, place in _places_of(arms).items()}
+
+
+def _places_of(arms: Iterable[str]) -> dict[str, int]:
     arms = sorted(arms)
     names = dict.fromkeys([*(MODEL_TYPES if set(arms) & set(MODEL_TYPES) or not arms else ()), *arms])
-    return {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    return {name: place for place, name in enumerate(names)}
 
 
 def fade(color: str, opacity: float) -> str:
@@ -427,15 +438,26 @@ def _mean_of_seeds(comparison: pd.DataFrame) -> str:
 
 def finish(figure: go.Figure, title: str, x_title: str | None, y_title: str | None, *, height: int) -> go.Figure:
     """Title, axes, font and margins as in all figures."""
-    has_legend = any(getattr(trace, "showlegend", False) is not False for trace in figure.data)  # an image has none
+    # An image has none.
+    num_named = sum(getattr(trace, "showlegend", False) is not False for trace in figure.data)
+    top = 64 if num_named == 0 else 130 + 26 * ((num_named - 1) // NAMES_IN_MARGIN)
     figure.update_layout(
         template="none",
-        title={"text": title, "x": 0.02, "xanchor": "left", "font": {"size": 20}},
+        # At the top, or a legend of two rows would run into it.
+        title={
+            "text": title,
+            "x": 0.02,
+            "xanchor": "left",
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 18},
+            "font": {"size": 20},
+        },
         font={"family": FONT, "size": 14, "color": "#222222"},
         paper_bgcolor="white",
         plot_bgcolor="white",
         height=height,
-        margin={"l": 60, "r": 24, "t": 130 if has_legend else 64, "b": 56},
+        margin={"l": 60, "r": 24, "t": top, "b": 56},
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8C8C8C", "activecolor": "#222222"},
         # Above the panels it may wrap on a narrow screen without running into an axis.
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.04, "yanchor": "bottom"},
