@@ -210,12 +210,35 @@ def test_two_minutes_within_the_first_epoch_tell_the_whole_plan(clock, told):
 def test_what_the_first_update_compiles_is_no_pace(clock, told):
     """It took 80 s on four H200, whose epochs took 15: the plan of seven minutes was told as one of two hours."""
     report = Progress("resnet50", num_epochs=30, num_arms=1, device_type="cuda", price_per_hour=2.0)
-    for number in report.watch(range(1, 301)):
+    for number in report.watch(range(1, 281)):
         clock["wall"] += 80 if number == 1 else 0.05
+    clock["wall"] += 1  # validates
     report(epoch(1, 95.0, num_epochs=30))
 
     (line,) = (line for line in told.messages if "epoch 1/30" in line)
     assert line.endswith("15.0 s/epoch  7 min 15 s left") and "will take" not in told.text
+
+
+def test_updates_that_only_wait_to_be_done_are_no_pace(clock, told):
+    """A GPU is some updates behind: the first that come after what was compiled took no time."""
+    report = Progress("resnet50", num_epochs=10, num_arms=1, device_type="cuda", price_per_hour=3.6)
+    for number in report.watch(range(1, 1001)):
+        clock["wall"] += 130 if number == 1 else 0.002 if number < 4 else 1.0
+
+    (line,) = (line for line in told.messages if "take about" in line and "At this pace" not in line)
+    assert line.endswith("take about 2.8 h and cost 10.00") and told.text.count("will take about 2.7 h") == 1
+
+
+def test_the_rest_of_an_epoch_is_validated_once(clock, told):
+    """One that goes on shortly before its end is no measure of the time of a whole one."""
+    report = Progress("resnet50", num_epochs=90, num_arms=1, device_type="cuda")
+    report(replace(epoch(1, 200.0, num_epochs=90), restored=True))
+    for _ in report.watch(range(2490, 2501)):
+        clock["wall"] += 0.08
+    clock["wall"] += 20
+    report(epoch(2, 400.0, num_epochs=90))
+
+    assert " 200.0 s/epoch" in told.text
 
 
 @pytest.mark.parametrize(

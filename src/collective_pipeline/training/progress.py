@@ -16,12 +16,13 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 5.0
 LONG_SECONDS = 15 * 60
 LONG_EPOCH_SECONDS = 60.0
-# When the time of the whole plan is told, if its first epoch is not over. The pace is that of the second minute, or of
-# what is left of it after the first stop: what came before has compiled and recorded.
+# After the first stop of an epoch, before which an update may have compiled and been recorded: when the time of the
+# whole plan is told, if the epoch is not over. The pace is that of the second minute.
 FORECAST_SECONDS = 120.0
 # Of the cores that torch's threads are to have, they have about 0.95 on a quiet machine. Where others take a part of
 # them, the threads wait for each other at every small operation, and training is 10 to 40 times slower.
 QUIET_SHARE = 0.75
+MOST_UNSEEN = 0.5  # of an epoch, before its first stop, for its pace to be that of the rest
 WARM_UP_STEPS = 20  # torch imports parts of itself at the first step, on one thread
 
 
@@ -69,29 +70,27 @@ class Progress:
         self.last: Epoch | None = None
         self.stage_began = (0, 0.0)
         self.first: Epoch | None = None  # that is told, of the stage
-        # Of the epoch that is running: which part of it was done at its first stop, and when. What came before may have
-        # compiled, for a minute and more.
-        self.first_stop: tuple[float, float] | None = None
+        # The first and the last of the epoch that is running: which part of it was done, and when. What came before the
+        # first may have compiled, for a minute and more.
+        self.stops: list[tuple[float, float]] = []
 
     def watch(self, stops: Iterable[int]) -> Iterator[int]:
         """The numbers of updates of an epoch that are done at each stop, with a line now and then if it is long."""
         numbers = list(stops)
-        started = time.perf_counter()
-        self.first_stop = None
-        mark = (0.0, started)
+        self.stops = []
+        mark = (0.0, 0.0)
         for number in numbers:
             yield number
             if self.started is None and number >= WARM_UP_STEPS:
                 self.started = time.perf_counter(), time.process_time()
             now = number / numbers[-1], time.perf_counter()
-            if self.first_stop is None:
-                self.first_stop = mark = now
-                continue
-            elapsed = now[1] - started
+            self.stops = [*self.stops[:1], now]
+            first = self.stops[0]
+            elapsed = now[1] - first[1]
             if elapsed <= LONG_EPOCH_SECONDS:
                 mark = now
             elif not self.length_is_known:
-                self._warn_if_long(self._expect(self.first_stop, now))
+                self._warn_if_long(self._expect(first, now))
             if elapsed > FORECAST_SECONDS and not self.is_forecast:
                 self._forecast(self._expect(mark, now))
             if self._is_due(4 * SECONDS_BETWEEN_LINES):
@@ -146,10 +145,10 @@ class Progress:
         first, self.first = self.first, self.first or epoch
         if first is not None:
             return measure_pace(self.weights, (first.number, first.seconds), (epoch.number, epoch.seconds))
-        if self.first_stop is not None and self.first_stop[0] < 1:
-            share, moment = self.first_stop
-            now = epoch.number, time.perf_counter()
-            return measure_pace(self.weights, (epoch.number - 1 + share, moment), now)
+        if self.stops and self.stops[0][0] < MOST_UNSEEN:
+            (share, began), (_, ended) = self.stops[0], self.stops[-1]
+            validation = time.perf_counter() - ended
+            return ((ended - began) / (1 - share) + validation) / self.weights[epoch.number - 1]
         return measure_pace(self.weights, self.stage_began, (epoch.number, epoch.seconds))
 
     def _expect(self, since: tuple[float, float], now: tuple[float, float]) -> float:
