@@ -9,7 +9,7 @@ The files are those of `--folder` and below, repeated as often as it takes, or 3
 With `--train` that network trains as `imagenet` in conf/base says, compiled and in bfloat16 on a GPU, one epoch on a
 batch that lies ready, again and again, one on what the feed gives, and so on in turn: a ratio is to the mean of the
 ready ones before and after it. `--augment` adds all other augmentations, as the environment imagenet_seed_90 has them.
-Processes that torchrun starts train one network together, and the figures are of all of them.
+Processes that torchrun starts train one network together, and the speeds of training are of all of them.
 """
 
 import argparse
@@ -33,12 +33,12 @@ from torch import Tensor
 
 from collective_pipeline.config import AugmentationConfig, ImageNetConfig, Stage
 from collective_pipeline.data.decoding import list_image_files
-from collective_pipeline.data.feeding import NUM_CROP_DRAWS, PRODUCERS, Crop, Feed
+from collective_pipeline.data.feeding import NUM_CROP_DRAWS, PRODUCERS, Crop, Feed, choose_threads
 from collective_pipeline.data.jpeg import Files, decode, decode_on_gpu, encode
 from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages, claim_folder, pack_images
 from collective_pipeline.data.streaming import Share, StreamedBatches, StreamedImages, StreamedSplits
 from collective_pipeline.pipelines.imagenet.nodes import make_arm
-from collective_pipeline.training.launch import is_launched
+from collective_pipeline.training.launch import count_own_cores, is_launched
 from collective_pipeline.training.rank import own_device
 from collective_pipeline.training.ranks import ALONE, Ranks
 from collective_pipeline.training.runtime import choose_device
@@ -58,6 +58,9 @@ def main() -> None:
     if not is_launched():
         measure(options, device, ALONE)
         return
+    if options.alone or not options.train:
+        sys.exit("under torchrun a network trains, and nothing is fed alone: give --train and --no-alone")
+    options.threads = options.threads or choose_threads(count_own_cores(), device)
     ranks, device = Ranks.join(), own_device(device.type)
     with contextlib.redirect_stdout(sys.stdout if ranks.is_first else None):
         measure(options, device, ranks)

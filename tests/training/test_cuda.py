@@ -1,6 +1,7 @@
 """A recorded step does what the step does; with stand-ins for CUDA's parts where there is no CUDA device."""
 
 import copy
+import gc
 from functools import partial
 
 import pytest
@@ -102,6 +103,20 @@ def test_recording_changes_nothing(arm, splits, training, as_on_cuda, changes):
         expected, _ = train_arm(arm, splits, config, seeds=(1, 2), device=CPU)
 
     assert all(torch.equal(recorded.weights[name], tensor) for name, tensor in expected.weights.items())
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_nothing_is_collected_while_a_step_is_compiled_and_recorded(as_on_cuda, was_on):
+    """And whoever had switched the collector off finds it off."""
+    states = []
+    recorded = Recorded(lambda: states.append(gc.isenabled()), dict)
+    try:
+        if not was_on:
+            gc.disable()
+        recorded()
+        assert states[0] is False and gc.isenabled() is was_on
+    finally:
+        gc.enable()
 
 
 def test_what_cannot_be_recorded_runs_unrecorded(arm, splits, training, as_on_cuda, monkeypatch, caplog):

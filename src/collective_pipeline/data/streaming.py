@@ -186,7 +186,7 @@ class StreamedSplits:
         return self.train.source.unreadable | self.val.source.unreadable | self.test.source.unreadable
 
     def note_unreadable(self, files: set[str]) -> None:
-        """Files that other processes could not read."""
+        """Add files that any process could not read; of which part they are does not matter."""
         self.train.source.unreadable.update(files)
 
     def describe_files(self) -> dict[str, str]:
