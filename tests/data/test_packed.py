@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import logging
+import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -280,6 +281,8 @@ def test_a_damaged_folder_is_refused(tree, tmp_path, damage, told):
         (2, {"height": SIDE, "width": packed.MAX_PIXELS // SIDE + 1}),
         (2, {"height": 2**62, "width": 2**62}),
         (2, {"width": None}),
+        (1, {"label": None}),
+        (0, {"path": None}),
         (2, {"offset": 0}),
         (0, {"offset": -8, "length": 8}),
         (3, {"length": 0}),
@@ -300,6 +303,17 @@ def test_what_packing_does_not_write_is_not_believed(tree, tmp_path, row, change
     assert files_in(folder) == before and len(PackedImages.open(folder)) == 10
 
 
+def test_labels_that_were_not_packed_are_refused(tmp_path, lenient):
+    """Those of all files are compared, also of one that was left out."""
+    tree = make_tree(tmp_path / "tree", [JPEG] * 5 + [BAD["zero bytes"], JPEG])
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
+    assert PackedImages.open(tmp_path / "packed").labels.tolist() == [0, 1, 2, 3, 4, 6]
+    change_table(tmp_path / "packed", 0, label=-999)
+
+    with pytest.raises(UserError, match=r"the tables in .*packed have other labels .*: remove the folder, and pack"):
+        PackedImages.open(tmp_path / "packed")
+
+
 def test_what_packing_may_write_is_believed(tree, tmp_path):
     """As many pixels as are decoded, in an image that is as small as it was to be; and a table without checksums."""
     folder = tmp_path / "packed"
@@ -309,12 +323,38 @@ def test_what_packing_may_write_is_believed(tree, tmp_path):
     assert len(PackedImages.open(folder)) == 10
 
 
-def test_packing_into_a_folder_with_a_damaged_table_is_refused(tree, tmp_path):
-    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
-    (tmp_path / "packed" / "00001.parquet").write_bytes(b"x")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "00001.parquet").write_bytes(b"x"),
+        lambda folder: shutil.copy(folder / "00002.parquet", folder / "00001.parquet"),
+        lambda folder: change_table(folder, 1, width=-43),
+    ],
+)
+def test_packing_into_a_folder_with_a_damaged_table_is_refused(tree, tmp_path, damage):
+    """Before hours are spent on the shards that are not there."""
+    folder = tmp_path / "packed"
+    pack_images(claim_folder(tree, folder, side=SIDE))
+    damage(folder)
+    (folder / "00002.parquet").unlink()
 
-    with pytest.raises(UserError, match=r"00001.parquet is damaged, it is no table of a shard: remove it, and pack"):
-        pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
+    with pytest.raises(UserError, match=r"00001.parquet is damaged, .*: remove it, and pack"):
+        pack_images(claim_folder(tree, folder, side=SIDE))
+    assert not (folder / "00002.parquet").exists()
+
+
+def test_a_table_that_the_system_does_not_open_is_not_called_damaged(tree, tmp_path):
+    """Nobody is told to remove a good one."""
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
+    claim = claim_folder(tree, tmp_path / "packed", side=SIDE)
+    pack_images(claim)  # what reads tables is imported
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, allowed[1]))
+    try:
+        with pytest.raises(OSError, match=r"00000.parquet.*Too many open files"):
+            pack_images(claim)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
 
 
 def test_packing_into_a_folder_of_another_version_is_refused(tree, tmp_path):

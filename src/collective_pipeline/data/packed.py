@@ -43,15 +43,15 @@ FILES_AT_ONCE = 8  # of a thread: less time at Python's lock than one by one
 
 # Of a shard, a row for each image; a file that could not be packed has no bytes.
 TABLE = pa.schema(
-    {
-        "path": pa.string(),
-        "label": pa.int64(),
-        "offset": pa.int64(),
-        "length": pa.int64(),
-        "height": pa.int64(),
-        "width": pa.int64(),
-        "problem": pa.string(),
-    }
+    [
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("label", pa.int64(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("length", pa.int64(), nullable=False),
+        pa.field("height", pa.int64(), nullable=False),
+        pa.field("width", pa.int64(), nullable=False),
+        pa.field("problem", pa.string()),
+    ]
 )
 
 Item = TypeVar("Item")
@@ -106,7 +106,7 @@ class FileImages:
 class PackedImages:
     """A packed folder that is complete, its images mapped into memory: nothing is read before it is wanted.
 
-    That images are as large as the tables say is not looked up in the files: a GPU decodes into as much memory.
+    The files are not checked against the sizes in the tables, from which a GPU's memory is allocated.
     """
 
     def __init__(self, folder: Path, shards: Sequence[mmap.mmap], index: pa.Table, left_out: Iterable[str]) -> None:
@@ -129,7 +129,7 @@ class PackedImages:
 
         Raises:
             UserError: If the folder holds none, or is not complete, or a file of it has another length than its table,
-                or a table says what packing does not write.
+                or a table says what packing does not write. Paths are believed as they are: they are for messages.
         """
         header = _read_header(folder)
         if header is None:
@@ -140,14 +140,21 @@ class PackedImages:
                 f"{folder} is not complete, {len(missing):,} of its {header.num_shards:,} shards are not there: "
                 "pack the images again, which goes on where it was"
             )
-        shards, tables, left_out = [], [], []
+        shards, tables, labels, left_out = [], [], [], []
         for number in range(header.num_shards):
             table = _read_table(folder, header, number)
-            left_out += _read_problems(folder, number)
-            if len(table):
-                shards.append(_map_shard(folder, number, table))
-                shard = np.full(len(table), len(shards) - 1, dtype=np.int32)
-                tables.append(table.append_column("shard", pa.array(shard)))
+            labels.append(table["label"].to_numpy())
+            left_out += _problems_in(table)
+            packed = _packed_in(table)
+            if len(packed):
+                shards.append(_map_shard(folder, number, packed))
+                shard = np.full(len(packed), len(shards) - 1, dtype=np.int32)
+                tables.append(packed.append_column("shard", pa.array(shard)))
+        if _digest([np.concatenate(labels).tobytes()]) != header.labels:
+            raise UserError(
+                f"the tables in {folder} have other labels than its images had when they were packed: remove the "
+                "folder, and pack them again"
+            )
         return cls(folder, shards, pa.concat_tables(tables), left_out)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -267,14 +274,14 @@ def pack_images(
         look_around: Called after every image; what it raises ends packing, and whole shards stay.
 
     Raises:
-        UserError: If more than `MAX_UNUSABLE` of the files cannot be read.
+        UserError: If more than `MAX_UNUSABLE` of the files cannot be read, or a table that is there is damaged.
     """
     images, folder, header = claim.images, claim.folder, claim.header
     there = [number for number in range(header.num_shards) if _table_of(folder, number).exists()]
     progress = _Progress(len(images), folder, look_around)
     for number in there:
-        shard = _rows_of(header, number)
-        progress.skip(len(shard), _read_problems(folder, number))
+        table = _read_table(folder, header, number)
+        progress.skip(len(table), _problems_in(table))
     if there:
         logger.info("%s: %s of %s shards are there already", folder, f"{len(there):,}", f"{header.num_shards:,}")
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
@@ -436,16 +443,22 @@ def _table_of(folder: Path, number: int) -> Path:
 
 
 def _read_table(folder: Path, header: _Header, number: int) -> pa.Table:
-    """The files of a shard that could be read.
+    """All files of a shard, also those that could not be read.
 
     Raises:
         UserError: If the table is damaged, or says what packing does not write.
+        OSError: If the system does not let it be read.
     """
-    table = _load_table(folder, number)
+    try:
+        table = pq.read_table(_table_of(folder, number), page_checksum_verification=True).cast(TABLE)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, and the table may be good
+            raise
+        raise _damaged(folder, number, "it is no table of a shard") from error
     if len(table) != len(_rows_of(header, number)):
         raise _damaged(folder, number, f"it has {len(table):,} rows and not {len(_rows_of(header, number)):,}")
-    table = table.filter(table["problem"].is_null())
-    offsets, lengths, heights, widths = (table[name].to_numpy() for name in ("offset", "length", "height", "width"))
+    packed = _packed_in(table)
+    offsets, lengths, heights, widths = (packed[name].to_numpy() for name in ("offset", "length", "height", "width"))
     shorter, longer = np.minimum(heights, widths), np.maximum(heights, widths)
     # Each file behind the one before it, and each image as small as it was to be, with as many pixels as are decoded.
     is_sound = (lengths > 0) & (offsets >= 0) & (offsets == lengths.cumsum() - lengths)
@@ -453,20 +466,19 @@ def _read_table(folder: Path, header: _Header, number: int) -> pa.Table:
     if not is_sound.all():
         row = int(is_sound.argmin())
         told = f"{heights[row]} x {widths[row]} pixels in {lengths[row]} bytes from byte {offsets[row]}"
-        raise _damaged(folder, number, f"{table['path'][row]} cannot be {told}")
+        raise _damaged(folder, number, f"{packed['path'][row]} cannot be {told}")
     return table
 
 
-def _read_problems(folder: Path, number: int) -> list[str]:
-    problems: list[str] = _load_table(folder, number)["problem"].drop_null().to_pylist()
+def _packed_in(table: pa.Table) -> pa.Table:
+    """The rows of files that could be read."""
+    return table.filter(table["problem"].is_null())
+
+
+def _problems_in(table: pa.Table) -> list[str]:
+    """Of the others."""
+    problems: list[str] = table["problem"].drop_null().to_pylist()
     return problems
-
-
-def _load_table(folder: Path, number: int) -> pa.Table:
-    try:
-        return pq.read_table(_table_of(folder, number), page_checksum_verification=True).cast(TABLE)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise _damaged(folder, number, "it is no table of a shard") from error
 
 
 def _damaged(folder: Path, number: int, reason: str) -> UserError:
