@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 
@@ -28,27 +29,38 @@ def test_who_was_stopped_is_told_the_whole_command_to_go_on(typed, told):
 
 
 @pytest.mark.parametrize("name", register_pipelines())
-def test_who_was_stopped_goes_on_from_what_this_run_has_saved_alone(name, tmp_path, monkeypatch):
-    """Not from what an earlier one left, which it may not have come to replace."""
+@pytest.mark.parametrize(
+    "error",
+    [interrupt.Interrupted("enough"), OSError(errno.ENOSPC, "No space left on device")],
+    ids=["told", "full_disk"],
+)
+def test_who_was_stopped_goes_on_from_what_this_run_has_saved_alone(name, error, tmp_path, monkeypatch):
+    """Not from what an earlier one left, which it may not have come to replace, nor from what is beside a state."""
     monkeypatch.setattr("sys.argv", ["kedro", "run"])
     pipeline, hooks = register_pipelines()[name], PlainErrors()
-    states = {state: tmp_path / state for state in pipeline.inputs() if state.endswith((".last", ".states"))}
-    catalog = DataCatalog({state: PathDataset(filepath=str(file)) for state, file in states.items()})
+    names = [state for state in pipeline.inputs() if state.endswith((".last", ".states"))]
+    states = {state: tmp_path / state / "last.safetensors" for state in names}
+    places = {state: file.parent if state == "sub_models.last" else file for state, file in states.items()}
+    catalog = DataCatalog({state: PathDataset(filepath=str(place)) for state, place in places.items()})
     for file in states.values():
+        file.parent.mkdir()
         file.write_bytes(b"of an earlier run")
         os.utime(file, (0, 0))
 
-    def stop() -> str:
+    def is_told_to_resume() -> bool:
         with click.Context(click.Command("run")), pytest.raises(click.ClickException) as stopped:
-            hooks.on_pipeline_error(interrupt.Interrupted("enough"), pipeline, catalog)
-        return stopped.value.message.partition("To go on: ")[2]
+            hooks.on_pipeline_error(error, pipeline, catalog)
+        return "--params resume=true" in stopped.value.message
 
     hooks.before_pipeline_run(pipeline, catalog)
-    assert stop() == "kedro run"
-    for file in [*states.values()][:1]:
+    for file in states.values():
+        file.with_suffix(".run").touch()
+        file.with_name(f".partial.{file.name}").touch()
+    assert not is_told_to_resume()
+    for file in states.values():
         file.write_bytes(b"of this one")
-    goes_on_by_itself = name in {"demo", "lr_finder", "predict", "sweep"}
-    assert stop() == "kedro run" + " --params resume=true" * (not goes_on_by_itself)
+        assert is_told_to_resume() == (name != "sweep")  # which goes on by itself
+        os.utime(file, (0, 0))
 
 
 @pytest.mark.parametrize("pipeline", register_pipelines())

@@ -10,6 +10,12 @@ import pytest
 from collective_pipeline import startup
 
 
+@pytest.fixture(autouse=True)
+def _own_excepthook(monkeypatch):
+    """What a command makes of errors is no other test's."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
 @pytest.mark.parametrize("command", ["run", "registry", "mlflow"])
 def test_command_outside_of_a_project_is_one_sentence(command, tmp_path, monkeypatch):
     """It says where one is, and where to go."""
@@ -66,3 +72,20 @@ def test_ctrl_c_during_imports_is_one_sentence(error, code, told):
     lines = ended.stderr.splitlines()
     assert ended.returncode == code and [lines[0], lines[-1]] == told
     assert len(lines) == 2 or code == 1
+
+
+def test_ctrl_c_during_the_imports_of_what_torchrun_starts_is_one_sentence():
+    """Kedro loads no plugins there."""
+    script = """
+import runpy, sys
+class Stopping:
+    def find_spec(name, *where):
+        if name == "torch":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stopping)
+runpy.run_module("collective_pipeline", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stderr.splitlines() == ["", "Stopped by SIGINT before anything was done."]

@@ -1,12 +1,17 @@
 """`python -m collective_pipeline` is `kedro run`; of several that torchrun starts, the first one is."""
 
 import os
+import sys
 from pathlib import Path
+
+from collective_pipeline.startup import quieten, tell_error
+
+if __name__ == "__main__":
+    sys.excepthook = tell_error  # the imports below take seconds
 
 from kedro.framework.cli.utils import find_run_command
 from kedro.framework.project import configure_project
 
-from collective_pipeline.startup import quieten
 from collective_pipeline.training.launch import is_launched
 from collective_pipeline.training.rank import follow
 

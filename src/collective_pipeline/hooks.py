@@ -362,15 +362,17 @@ class PlainErrors:
     @hook_impl(trylast=True)
     def on_pipeline_error(self, error: Exception, pipeline: Pipeline, catalog: DataCatalog) -> None:
         """Say it plainly if the user can do something about it."""
+        resumes = not _find_states(pipeline, catalog) <= self.states_before
         for cause in _causes(error):
             if isinstance(cause, UserError):
-                raise _for_person(cause, resumes=not _find_states(pipeline, catalog) <= self.states_before) from error
+                raise _for_person(cause, resumes=resumes) from error
             if isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT}:
                 where = f" ({cause.filename})" if cause.filename else ""
+                how = " with --params resume=true, which does not train again what is done" if resumes else " again"
                 raise _for_person(
                     UserError(
-                        f"a result could not be written: {cause.strerror}{where}; mend that and give the same command "
-                        "with --params resume=true, which does not train again what is done"
+                        f"a result could not be written: {cause.strerror}{where}; mend that and give the same "
+                        f"command{how}"
                     )
                 ) from error
 
@@ -379,7 +381,8 @@ def _find_states(pipeline: Pipeline, catalog: DataCatalog) -> set[tuple[Path, in
     """The saved states from which a run goes on if it is told to, and when each was written; a sweep is not told."""
     paths = [_filepath(catalog, name) for name in _list_states(pipeline) if name.endswith(".last")]
     places = [Path(path) for path in paths if path is not None]
-    files = [file for place in places for file in (place, *place.rglob("*")) if file.is_file()]
+    # One of several states is a folder, in which a run notes its id before it trains, and may leave a partial file.
+    files = [file for place in places for file in (place, *place.rglob("[!.]*.safetensors")) if file.is_file()]
     return {(file, file.stat().st_mtime_ns) for file in files}
 
 

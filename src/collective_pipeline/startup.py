@@ -35,7 +35,8 @@ def prepare() -> None:
 def tell_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """As Python does, but for Ctrl-C in the seconds of imports: once a command runs, click or the run hears of it.
 
-    Python ends with the signal all the same, which a shell calls 130.
+    The first second is Kedro's own: nobody else's code is there before. Python ends with the signal all the same,
+    which a shell calls 130.
     """
     if issubclass(kind, KeyboardInterrupt):
         sys.stderr.write("\nStopped by SIGINT before anything was done.\n")

@@ -309,34 +309,30 @@ def test_nothing_listens_afterwards():
     assert not interrupt.requested() and signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("hears", ["outer", "inner"])
-def test_who_listens_within_another_stops_with_it(hears):
-    """Whichever of them heard it; nobody else does afterwards."""
-    with interrupt.listen():
-        if hears == "outer":
-            signal.raise_signal(signal.SIGTERM)
-        with interrupt.listen():
-            if hears == "inner":
-                signal.raise_signal(signal.SIGTERM)
-            assert interrupt.requested()
-        assert interrupt.requested()
-    assert not interrupt.requested()
-
-
-@pytest.mark.parametrize(("pause", "code"), [(0.0, 0), (2.0, 128 + signal.SIGTERM)])
-def test_a_second_signal_ends_the_process_at_once(pause, code):
+@pytest.mark.parametrize(
+    ("pause", "saves", "code", "left"),
+    [
+        (0.0, True, 0, None),
+        (2.0, True, 128 + signal.SIGTERM, "; --params resume=true goes on from the last saved state, if there is one."),
+        (2.0, False, 128 + signal.SIGTERM, ", unsaved."),
+    ],
+)
+def test_a_second_signal_ends_the_process_at_once(pause, saves, code, left):
     """But not one that is sent together with the first, to the process and to its group."""
     script = f"""
 import os, signal, time
 from collective_pipeline.training import interrupt
-with interrupt.listen():
+with interrupt.listen(saves={saves}):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep({pause})
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.3)
     os._exit(0 if interrupt.requested() else 1)
 """
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == code
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+    assert ended.returncode == code
+    assert left is None or ended.stderr.endswith(f"SIGTERM again: the run ends at once{left}\n")
 
 
 def test_what_ends_a_forked_process_does_not_stop_its_parent():

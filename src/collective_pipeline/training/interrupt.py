@@ -59,7 +59,6 @@ def stop(what: str) -> NoReturn:
 def listen(*, patient: bool = False, saves: bool = True) -> Iterator[None]:
     """Notice SIGTERM and SIGINT; a second one ends the process at once, unless it is `patient`.
 
-    What it hears within another one is for both: a process is told to stop, and no part of it.
     Only the main thread can listen. A worker hears of one stop from its terminal and from the process that started it.
 
     Args:
@@ -76,14 +75,8 @@ def listen(*, patient: bool = False, saves: bool = True) -> Iterator[None]:
 
 
 def _forget() -> None:
-    """What was heard, unless another one listens still."""
-    if not _is_heard(signal.SIGTERM):
-        _received.clear()
-        _requests.clear()
-
-
-def _is_heard(number: signal.Signals) -> bool:
-    return isinstance(getattr(signal.getsignal(number), "__self__", None), _Listening)
+    _received.clear()
+    _requests.clear()
 
 
 class _Listening:
@@ -96,9 +89,9 @@ class _Listening:
     def __init__(self, *, patient: bool, saves: bool) -> None:
         self.patient = patient
         self.how = "stops at the next step; what trains saves its state" if saves else "ends as soon as it can"
-        self.lost = "unsaved"
-        if saves:
-            self.lost += "; --params resume=true goes on from what training had saved before, if it had"
+        self.left = (
+            "; --params resume=true goes on from the last saved state, if there is one" if saves else ", unsaved"
+        )
         self.is_told = False
         self.telling = threading.RLock()  # a handler may run within itself
 
@@ -134,9 +127,7 @@ class _Listening:
                     threading.Thread(target=self._tell, args=(numbers[0],), daemon=True).start()
                 first_at = first_at or time.perf_counter()
                 if time.perf_counter() - first_at > SECONDS_OF_ONE_STOP and not self.patient:
-                    os.write(
-                        2, f"{signal.Signals(numbers[0]).name} again: the run ends at once, {self.lost}.\n".encode()
-                    )
+                    os.write(2, f"{signal.Signals(numbers[0]).name} again: the run ends at once{self.left}.\n".encode())
                     os._exit(128 + numbers[0])
 
     def _is_news(self, number: int) -> bool:
@@ -155,7 +146,7 @@ class _Listening:
 def _leave_to_parent() -> None:
     """In a process that was forked: the parent's listening is not its own, and what ends others ends it."""
     for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
-        if _is_heard(number):
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), _Listening):
             signal.set_wakeup_fd(-1)
             signal.signal(number, handler)
 
