@@ -8,6 +8,7 @@ import pytest
 from kedro.io import DataCatalog
 from tests.conftest import wait_until
 
+from collective_pipeline.config import UserError
 from collective_pipeline.hooks import PlainErrors, StopCleanly, command_to_go_on, format_comparison
 from collective_pipeline.io.paths import PathDataset
 from collective_pipeline.pipeline_registry import register_pipelines
@@ -31,8 +32,8 @@ def test_who_was_stopped_is_told_the_whole_command_to_go_on(typed, told):
 @pytest.mark.parametrize("name", register_pipelines())
 @pytest.mark.parametrize(
     "error",
-    [interrupt.Interrupted("enough"), OSError(errno.ENOSPC, "No space left on device")],
-    ids=["told", "full_disk"],
+    [interrupt.Interrupted("enough"), OSError(errno.ENOSPC, "No space left on device"), UserError("mend that")],
+    ids=["told", "full_disk", "refused"],
 )
 def test_who_was_stopped_goes_on_from_what_this_run_has_saved_alone(name, error, tmp_path, monkeypatch):
     """Not from what an earlier one left, which it may not have come to replace, nor from what is beside a state."""

@@ -397,7 +397,12 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _for_person(error: UserError, *, resumes: bool = False) -> Exception:
     if click.get_current_context(silent=True) is None:
         return error
-    return _Stopped(error, resumes=resumes) if isinstance(error, Interrupted) else click.ClickException(str(error))
+    if isinstance(error, Interrupted):
+        return _Stopped(error, resumes=resumes)
+    told = str(error)
+    if resumes and "resume=true" not in told:
+        told += "; what was trained is saved, and --params resume=true goes on from it"
+    return click.ClickException(told)
 
 
 class _Stopped(click.ClickException):

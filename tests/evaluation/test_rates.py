@@ -70,7 +70,7 @@ def test_the_answer_says_how_it_ends():
     exploded = whole.head(280)
 
     assert "falls fastest at a learning rate of" in answer_rates(suggest_rate(whole), whole, name="x", planned=300)
-    assert answer_rates(suggest_rate(exploded), exploded, name="x", planned=300).endswith("it explodes.")
+    assert answer_rates(suggest_rate(exploded), exploded, name="x", planned=300).endswith("it had exploded.")
     assert "may be higher" in answer_rates(suggest_rate(falling), falling, name="x", planned=300)
 
 

@@ -76,7 +76,7 @@ def test_the_length_of_a_run_counts_seeds_that_train_in_turn(clock, told):
 
     lines = [" ".join(line.split()) for line in told.messages]
     assert sum("At this pace resnet18 will take about 4.5 h; for an answer in minutes" in line for line in lines) == 1
-    assert lines[-1].startswith("resnet18 epoch 1: ")
+    assert lines[-1].startswith("resnet18 seeds, part 2/3 epoch 1: ")
 
 
 def test_lines_are_some_seconds_apart_and_the_last_is_always_told(clock, told):

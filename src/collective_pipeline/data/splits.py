@@ -129,10 +129,11 @@ def choose_val(labels: Tensor, class_names: Sequence[str], *, fraction: float, s
     val_counts = _apportion(counts, fraction)
     for class_name, count, val_count in zip(class_names, counts, val_counts, strict=True):
         if not 0 < val_count < count:
+            enough = f" ({math.ceil(100 / count) / 100:g} or more)" if count > 1 and not val_count else ""
             raise UserError(
                 f"class '{class_name}' of {name} has {count} training images, and val_fraction={fraction:g} leaves "
                 f"{val_count} for validation and {count - val_count} for training: "
-                "choose another val_fraction, or a data set with more images of that class"
+                f"choose another val_fraction{enough}, or take more images of that class"
             )
     generator = torch.Generator().manual_seed(seed)
     is_val = torch.zeros(len(labels), dtype=torch.bool)

@@ -260,8 +260,8 @@ def stream_index(
         images(train, rows[is_val]),
         images(test, torch.arange(len(test))),
         index.class_names,
-        f"{index.digest} {split_seed} {config.val_fraction}"
-        + (f" {config.pack_side} {config.pack_quality}" if packed else ""),
+        f"files {index.digest}, split_seed {split_seed}, val_fraction {config.val_fraction:g}"
+        + (f", pack_side {config.pack_side}, pack_quality {config.pack_quality}" if packed else ", not packed"),
         config.augmentation,
         found={
             "files": f"{index.root} ({index.layout})",

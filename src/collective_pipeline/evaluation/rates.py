@@ -65,7 +65,7 @@ def answer_rates(found: Mapping[str, float | None], table: pd.DataFrame, *, name
         f"{found['rate_of_lowest_loss']:.1e}."
     )
     if len(table) < planned:
-        return f"{told} Beyond {last:.1e} it explodes."
+        return f"{told} By {last:.1e} it had exploded."
     if found["rate_of_lowest_loss"] == last:
         return f"{told} It still falls at the highest rate that was tried: lr_finder.highest may be higher."
     return told

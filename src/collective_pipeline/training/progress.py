@@ -63,6 +63,7 @@ class Progress:
         self.device_type = device_type
         self.last_line = time.perf_counter()
         self.epochs_done = 0
+        self.part = 1
         self.started: tuple[float, float] | None = None
         self.share_is_known = False
         self.length_is_known = False
@@ -94,12 +95,14 @@ class Progress:
             if elapsed > FORECAST_SECONDS and not self.is_forecast:
                 self._forecast(self._expect(mark, now))
             if self._is_due(4 * SECONDS_BETWEEN_LINES):
-                self._log(f"epoch {self.epochs_done + 1}: {100 * number / numbers[-1]:.0f} % of its steps")
+                of_seeds = f"seeds, part {self.part}/{self.num_parts}  " if self.num_parts > 1 else ""
+                self._log(f"{of_seeds}epoch {self.epochs_done + 1}: {100 * number / numbers[-1]:.0f} % of its steps")
                 self._warn_if_busy()
 
     def __call__(self, epoch: Epoch) -> None:
         """Tell what this epoch gave, and after the first what all of it will take."""
         self.epochs_done = 0 if epoch.finished else epoch.number  # then the next seeds begin
+        self.part = epoch.group[0] + epoch.finished
         self._note_stage(epoch)
         if epoch.restored:
             if epoch.finished and not epoch.partial and not self.brief:
@@ -200,7 +203,8 @@ class Progress:
         if wall > 1 and busy / wall < QUIET_SHARE * num_threads:
             logger.warning(
                 "Other programs use this machine's cores, and torch's %d threads wait for each other: let the others "
-                "finish, or start again with OMP_NUM_THREADS=1, which is far faster on a busy machine.",
+                "finish, or stop this with Ctrl-C and put OMP_NUM_THREADS=1 before the command that is told then: on a "
+                "busy machine that is far faster.",
                 num_threads,
             )
 

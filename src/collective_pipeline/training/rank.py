@@ -12,7 +12,6 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,10 +133,14 @@ def lead(job: Job) -> tuple[Checkpoint, Fit, set[str]]:
 
 @record
 def follow() -> None:
-    """Do what the first of the processes that torchrun has started gives to all."""
-    with _listening(os.getppid()):
-        ranks = Ranks.join()
-        job: Job = ranks.tell(None)
+    """Do what the first of the processes that torchrun has started gives to all.
+
+    A signal ends it at once while it waits for that: there is nothing to save.
+    """
+    _look_after(os.getppid())
+    ranks = Ranks.join()
+    job: Job = ranks.tell(None)
+    with interrupt.listen(patient=True):
         with contextlib.suppress(Interrupted):  # the first one tells
             work(job, ranks, own_device(job.device_type))
         ranks.leave()
@@ -147,7 +150,8 @@ def follow() -> None:
 def main(folder: Path, launcher: int) -> None:
     """Do the job in `folder`; the first rank leaves there what came of it."""
     sys.excepthook = _say_nothing
-    with _listening(launcher, folder / STOP):
+    _look_after(launcher, folder / STOP)
+    with interrupt.listen(patient=True):
         job: Job = pickle.loads((folder / JOB).read_bytes())
         ranks = Ranks.join()
         try:
@@ -166,8 +170,7 @@ def _say_nothing(*error: object) -> None:
     """Of an error that ends this process: `record` has noted it, and the command tells of it."""
 
 
-@contextlib.contextmanager
-def _listening(parent: int, stop: Path | None = None) -> Iterator[None]:
+def _look_after(parent: int, stop: Path | None = None) -> None:
     """Log as the command does; stop when told to, and when the process that started this one, `parent`, is gone.
 
     Args:
@@ -175,9 +178,7 @@ def _listening(parent: int, stop: Path | None = None) -> Iterator[None]:
         stop: The file with which the launcher tells it.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
-    with interrupt.listen(patient=True):
-        threading.Thread(target=_watch, args=(parent, stop), daemon=True).start()
-        yield
+    threading.Thread(target=_watch, args=(parent, stop), daemon=True).start()
 
 
 def own_device(device_type: str) -> torch.device:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 SHARE = 0.01
 SECONDS_BETWEEN = 30.0
 
+DIGEST = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24,}\b")  # whose beginning is enough for a person
 DAMAGE = (OSError, SafetensorError, KeyError, TypeError, ValueError)
 
 
@@ -160,7 +162,8 @@ class Snapshots:
         header = _read_header(self.path)
         if header is not None and not header["facts"]["place"]["finished"]:
             logger.warning(
-                "%s: a run that was interrupted after epoch %d is replaced; resume=true would have gone on from there.",
+                "%s: a run that was interrupted after epoch %d is replaced, from which its own command could have "
+                "gone on with resume=true.",
                 self.name,
                 header["facts"]["place"]["epoch"],
             )
@@ -203,6 +206,7 @@ class Snapshots:
         differing = [name for name in names if self.identity.get(name) != saved.get(name)]
         if differing:
             was = "; ".join(f"{name} was {saved.get(name)!r} and is {self.identity.get(name)!r}" for name in differing)
+            was = DIGEST.sub(r"\1…", was)
             raise UserError(
                 f"resume=true: {path} is of another run: {was}; give the command that was interrupted, or leave "
                 "resume=true out to begin anew, which replaces what was saved"
