@@ -179,6 +179,7 @@ def feed(source: EncodedImages, size: int, options: argparse.Namespace, num_batc
         image_size=size,
         num_threads=options.threads,
         ahead=options.ahead,
+        most_bad=len(source) // 100,
     )
     return one.batches(rows_KB, draws_KBD)
 
@@ -289,7 +290,7 @@ def time_training(sources: Sources, size: int, options: argparse.Namespace, rank
     )
     number = (NUM_WARM_UP + options.steps) * sources.batch_size
     rows = torch.arange(number) % len(sources)
-    images = StreamedImages(sources, rows, size, Crop(), threads=options.threads)
+    images = StreamedImages(sources, rows, size, Crop(), threads=options.threads, most_bad=len(sources) // 100)
     few = replace(images, rows=torch.arange(min(len(sources), sources.batch_size)))
     names = tuple(map(str, range(NUM_CLASSES)))
     splits = StreamedSplits("imagenet", images, few, few, names, "generated", settings.augmentation)

@@ -1057,7 +1057,9 @@ class ImageNetConfig(Config):
         le=512,
         description="that read images, of each GPU; null: its share of cores, 8 where a GPU decodes",
     )
-    max_bad: Fraction = Field(0.001, description="of the images that cannot be read; beyond it training stops")
+    max_bad: Fraction = Field(
+        0.001, description="of all image files: so many may be unreadable in a part, more stop the run"
+    )
     training: TrainingConfig = TrainingConfig(
         epochs=16,
         stages=(

@@ -115,7 +115,7 @@ def test_packed_images_feed_as_their_files(tree, tmp_path):
 )
 def test_the_next_good_image_of_its_batch_stands_for_a_bad_one(tmp_path, bad, seen):
     source = bad_tree(tmp_path, bad)
-    one = feed(source, max_bad=0.5, crop=Crop(scale=(1.0, 1.0), flip=0.0))
+    one = feed(source, most_bad=len(bad), crop=Crop(scale=(1.0, 1.0), flip=0.0))
     middle_of_all = torch.full((2, 8, NUM_CROP_DRAWS), 0.5)
     (images, labels), (_, others) = one.batches(torch.arange(16).view(2, 8), middle_of_all)
     same = feed(source, crop=Crop(scale=(1.0, 1.0), flip=0.0))
@@ -129,7 +129,7 @@ def test_the_next_good_image_of_its_batch_stands_for_a_bad_one(tmp_path, bad, se
 def test_bad_files_are_counted_and_named_once(tmp_path, caplog):
     source = bad_tree(tmp_path, {4, 1})
     (tmp_path / source.paths[9]).unlink()
-    one = feed(source, max_bad=0.2)
+    one = feed(source, most_bad=3)
     for _ in range(2):
         list(one.batches(torch.arange(16).view(2, 8), None))
 
@@ -142,10 +142,11 @@ def test_bad_files_are_counted_and_named_once(tmp_path, caplog):
 
 def test_too_many_bad_files_stop_the_feed(tmp_path):
     source = bad_tree(tmp_path, {1, 2, 9, 11, 14})
-    one = feed(source, max_bad=0.25)
+    one = feed(source, most_bad=4, num_files=4000)
 
     with pytest.raises(
-        UserError, match=r"5 or more of the 16 image files .* 25 % may be.* \(.*/b/1.JPEG: .*; and 2 more\)"
+        UserError,
+        match=r"5 or more image files cannot be read, where 4 of all 4,000 may.*/b/1.JPEG: .*; and 2 more\)",
     ):
         list(one.batches(torch.arange(16).view(2, 8), None))
 
@@ -154,7 +155,7 @@ def test_a_batch_without_any_image_stops_the_feed(tmp_path):
     source = bad_tree(tmp_path, {0, 1})
 
     with pytest.raises(UserError, match=r"no file of a batch of 2 is an image: .*/a/0.JPEG: "):
-        list(feed(source, max_bad=1).batches(torch.tensor([[0, 1]]), torch.zeros(1, 2, NUM_CROP_DRAWS)))
+        list(feed(source, most_bad=2).batches(torch.tensor([[0, 1]]), torch.zeros(1, 2, NUM_CROP_DRAWS)))
 
 
 class Watched:

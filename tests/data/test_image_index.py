@@ -168,6 +168,24 @@ def test_what_is_left_out_is_told(ilsvrc):
     assert "1 x .jpeg that is a folder or leads nowhere, 1 x .txt, 1 x hidden" in told
 
 
+def test_empty_files_are_told_before_they_are_opened(ilsvrc):
+    write_solution(ilsvrc)
+    base = ilsvrc / "Data" / "CLS-LOC"
+    for path in (
+        base / "train" / "n01" / "n01_2.JPEG",
+        base / "train" / "n02" / "n02_0.JPEG",
+        base / "val" / f"{stem(4)}.JPEG",
+    ):
+        path.write_bytes(b"")
+    index = index_images(ilsvrc)
+
+    assert index.problems == {
+        TRAIN: ("2 files are empty, the first is Data/CLS-LOC/train/n01/n01_2.JPEG",),
+        VAL: (f"1 files are empty, the first is Data/CLS-LOC/val/{stem(4)}.JPEG",),
+    }
+    assert len(index.table) == 18
+
+
 def test_names_of_classes_come_from_the_mapping(ilsvrc):
     write_solution(ilsvrc)
     (ilsvrc.parent / "LOC_synset_mapping.txt").write_text(

@@ -175,7 +175,7 @@ def test_a_feed_of_a_gpu_gives_the_batches_of_the_cpu(card, tmp_path, monkeypatc
         source = PackedImages.open(tmp_path / "packed")
     rows_KB = torch.arange(len(source)).repeat(8).view(-1, 8)
     draws_KBD = torch.rand(*rows_KB.shape, NUM_CROP_DRAWS, generator=torch.Generator().manual_seed(0))
-    here, there = (Feed(source, device=device, image_size=24, max_bad=0.5) for device in (CPU, CUDA))
+    here, there = (Feed(source, device=device, image_size=24, most_bad=2) for device in (CPU, CUDA))
     for draws in (draws_KBD, None):
         batches = zip(here.batches(rows_KB, draws), there.batches(rows_KB, draws), strict=True)
         assert all(torch.equal(one, other) for pair in batches for one, other in zip(*pair, strict=True))

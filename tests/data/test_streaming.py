@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.data.test_packed import make_tree
 
-from collective_pipeline.config import AugmentationConfig, Stage, TrainingConfig, UserError
+from collective_pipeline.config import AugmentationConfig, ImageNetConfig, Stage, TrainingConfig, UserError
 from collective_pipeline.data.augment import (
     NUM_COLOUR_DRAWS,
     NUM_CUTOUT_DRAWS,
@@ -20,6 +20,7 @@ from collective_pipeline.data.augment import (
 )
 from collective_pipeline.data.cropping import NUM_BOX_DRAWS, DecodedImages, random_boxes, resample
 from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Crop
+from collective_pipeline.data.image_index import index_images
 from collective_pipeline.data.jpeg import decode, encode
 from collective_pipeline.data.streaming import (
     IMAGENET_MEAN,
@@ -29,6 +30,7 @@ from collective_pipeline.data.streaming import (
     StreamedBatches,
     StreamedImages,
     StreamedSplits,
+    stream_index,
 )
 from collective_pipeline.randomness import make_generator
 
@@ -55,7 +57,7 @@ def splits(source):
     """All rows are shuffled, so that a place among the training images is no row of the source."""
     rows = torch.randperm(NUM_ALL, generator=torch.Generator().manual_seed(1))
     train, val, test = (
-        StreamedImages(source, part, SIZE, CROP, threads=2, max_bad=0.1)
+        StreamedImages(source, part, SIZE, CROP, threads=2, most_bad=2)
         for part in (rows[:NUM_TRAIN], rows[NUM_TRAIN:57], rows[57:])
     )
     return StreamedSplits("imagenet", train, val, test, ("a", "b"), "digest", AugmentationConfig())
@@ -205,3 +207,27 @@ def test_a_file_that_cannot_be_read_is_left_out_where_the_middle_is_seen(splits,
     labels = torch.cat([labels for _, labels in val.chunks(size)])
 
     assert labels.tolist() == [row for row in rows if row not in {rows[1], rows[6]}]
+
+
+@pytest.mark.parametrize(("max_bad", "most_bad"), [(0.04, 2), (0.019, 0)])
+def test_how_many_files_may_be_bad_is_of_all_parts_and_not_of_the_one_that_has_them(
+    source, tmp_path, max_bad, most_bad
+):
+    for row in range(50):
+        folder = tmp_path / ("train" if row < 40 else "val") / "ab"[row % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{row}.jpg").write_bytes(source.read([row])[0])
+    test_files = sorted((tmp_path / "val" / "a").iterdir())
+    config = ImageNetConfig(val_fraction=0.1, threads=2, max_bad=max_bad)
+
+    def num_readable():
+        splits = stream_index(index_images(tmp_path), config, split_seed=1)
+        return sum(len(labels) for _, labels in splits.test.chunks(10))
+
+    for file in test_files[:most_bad]:
+        file.write_bytes(b"")
+    assert num_readable() == 10 - most_bad
+    test_files[most_bad].write_bytes(b"")
+    told = f"{most_bad + 1} or more image files cannot be read, where {most_bad} of all 50 may be so: .*max_bad"
+    with pytest.raises(UserError, match=told):
+        num_readable()

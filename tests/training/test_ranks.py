@@ -68,7 +68,7 @@ def splits(tmp_path_factory) -> StreamedSplits:
         (root / f"{number}.jpg").write_bytes(encode(image, 95))
     files = FileImages(root, [f"{number}.jpg" for number in range(75)], labels)
     train, val, test = (
-        StreamedImages(files, torch.arange(first, last), 16, Crop(), threads=2, max_bad=0.0)
+        StreamedImages(files, torch.arange(first, last), 16, Crop(), threads=2)
         for first, last in ((0, 50), (50, 62), (62, 75))
     )
     return StreamedSplits("imagenet", train, val, test, tuple("abc"), "digest", AugmentationConfig())
@@ -81,13 +81,15 @@ def make_job(
     return Job(make_arm(config, 3), splits, settings, state, planned, "cpu")
 
 
-def spoil(splits: StreamedSplits, root: Path, bad: set[int], *, max_bad: float) -> StreamedSplits:
+def spoil(splits: StreamedSplits, root: Path, bad: set[int], *, most_bad: int) -> StreamedSplits:
     """The same images, but for these, whose files are empty."""
     root.mkdir()
     for file in splits.train.source.root.iterdir():
         (root / file.name).write_bytes(b"" if int(file.stem) in bad else file.read_bytes())
     source = replace(splits.train.source, root=root)
-    parts = {name: replace(getattr(splits, name), source=source, max_bad=max_bad) for name in ("train", "val", "test")}
+    parts = {
+        name: replace(getattr(splits, name), source=source, most_bad=most_bad) for name in ("train", "val", "test")
+    }
     return replace(splits, **parts)
 
 
@@ -137,7 +139,7 @@ class Projection(nn.Module):
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_file_that_cannot_be_read_counts_neither_way_whoever_validates(splits, tmp_path, number):
     rows, bad = splits.test.rows, {63, 66, 70}
-    spoilt = spoil(splits, tmp_path / "images", bad, max_bad=0.1).test
+    spoilt = spoil(splits, tmp_path / "images", bad, most_bad=len(bad)).test
     good = replace(spoilt, rows=torch.tensor([row for row in rows.tolist() if row not in bad]))
     normalise = StreamedBatches(splits, (1,), CONFIG.training, Stage(epochs=1)).normalise
     barrier, messages = threading.Barrier(number), {}
@@ -183,7 +185,7 @@ def test_two_ranks_train_as_one_process_that_plays_both(splits, tmp_path):
     Files that cannot be read included, which the first rank knows of though the second alone has met one.
     """
     bad = {7, 51}  # images to train on, which both may read, and to validate on
-    one, two = (spoil(splits, tmp_path / name, bad, max_bad=0.03) for name in ("of one", "of two"))
+    one, two = (spoil(splits, tmp_path / name, bad, most_bad=len(bad)) for name in ("of one", "of two"))
     alone, fit, unreadable = work(make_job(one, tmp_path / "alone.safetensors", planned=2), ALONE, CPU)
     before = {child.pid for child in psutil.Process().children(recursive=True)}
 
@@ -211,7 +213,7 @@ def test_images_are_counted_that_all_ranks_have_trained_on(splits, tmp_path):
 
 @pytest.mark.slow
 def test_what_a_rank_fails_of_is_told_and_no_process_is_left(splits, tmp_path):
-    spoilt = spoil(splits, tmp_path / "images", {7}, max_bad=0.0)
+    spoilt = spoil(splits, tmp_path / "images", {7}, most_bad=0)
 
     with pytest.raises(UserError, match=r"7\.jpg"):
         launch(make_job(spoilt, tmp_path / "state.safetensors", planned=2), number=2, environment={})

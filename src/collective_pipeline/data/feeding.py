@@ -72,7 +72,8 @@ class Feed:
         num_threads: That read files, and decode those of the CPU; if not given, as many as there are cores, and at
             most `MOST_READERS` where a GPU decodes.
         ahead: Batches at most, and at least 1, that are made or wait, without the one that was taken last.
-        max_bad: Share of the files of `source` that may be no images.
+        most_bad: How many files may be no images.
+        num_files: Of how many, for messages; if not given, those of `source`.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class Feed:
         crop: Crop | None = None,
         num_threads: int | None = None,
         ahead: int = PRODUCERS + 2,
-        max_bad: float = 0.01,
+        most_bad: int = 0,
+        num_files: int | None = None,
     ) -> None:
         self.source = source
         self.device = device
@@ -92,7 +94,8 @@ class Feed:
         self.crop = crop or Crop()
         self.num_threads = num_threads or choose_threads(os.cpu_count() or 1, device)
         self.ahead = ahead
-        self.max_bad = max_bad
+        self.most_bad = most_bad
+        self.num_files = len(source) if num_files is None else num_files
         self._problems: dict[int, Problem] = {}
         self._streams = _streams_of(device)
 
@@ -119,7 +122,7 @@ class Feed:
                 middle.
 
         Raises:
-            UserError: If more than `max_bad` of the files are no images, or all of one batch for which there are draws.
+            UserError: If more than `most_bad` files are no images, or all of one batch for which there are draws.
         """
         readers = ThreadPoolExecutor(self.num_threads, "feed-reader")
         producers = ThreadPoolExecutor(PRODUCERS, "feed-producer")
@@ -214,11 +217,10 @@ class Feed:
         """
         new = {row: problem for row, problem in problems.items() if row not in self._problems}
         self._problems |= new
-        if self.num_bad > self.max_bad * len(self.source):
-            share = 100 * self.num_bad / len(self.source)
+        if self.num_bad > self.most_bad:
             raise UserError(
-                f"{self.num_bad:,} or more of the {len(self.source):,} image files cannot be read, {share:.2g} %, and "
-                f"{100 * self.max_bad:g} % may be: replace or remove them, or allow more with imagenet.max_bad "
+                f"{self.num_bad:,} or more image files cannot be read, where {self.most_bad:,} of all "
+                f"{self.num_files:,} may be so: replace or remove them, or allow more with a larger imagenet.max_bad "
                 f"({list_some(self.bad_files)})"
             )
         for told in self._name(new):

@@ -165,7 +165,10 @@ def _index(root: Path, layout: str) -> ImageIndex:
         tuple(f"{name} {titles.get(name, '')}".rstrip() for name in classes),
         table,
         {TRAIN: "names of folders", VAL: source},
-        {TRAIN: _tell_others(train.values()), VAL: problems},
+        {
+            TRAIN: (*_tell_empty(table, TRAIN), *_tell_others(train.values())),
+            VAL: (*_tell_empty(table, VAL), *problems),
+        },
     )
 
 
@@ -330,6 +333,12 @@ def _tabulate(part: str, root: Path, listed: Mapping[str, _Folder], labels: Mapp
 
 def _from_root(root: Path, folders: Iterable[_Folder]) -> Iterator[tuple[str, _Folder]]:
     return ((found.path.relative_to(root).as_posix(), found) for found in folders)
+
+
+def _tell_empty(table: pd.DataFrame, part: str) -> tuple[str, ...]:
+    """Files of a part that cannot be read, as is known before they are opened."""
+    empty = table.loc[(table["part"] == part) & (table["num_bytes"] == 0), "path"].tolist()
+    return (f"{len(empty):,} files are empty, the first is {empty[0]}",) if empty else ()
 
 
 def _tell_others(folders: Iterable[_Folder]) -> tuple[str, ...]:

@@ -101,7 +101,8 @@ class StreamedImages:
         crop: What is seen of an image.
         device: Where.
         threads: That read and decode.
-        max_bad: Part of the images that may be unreadable.
+        most_bad: How many of its files may be unreadable.
+        num_files: Of all parts, among which `most_bad` may be; None: those of the source.
         share: Whose part of them this process evaluates.
     """
 
@@ -111,7 +112,8 @@ class StreamedImages:
     crop: Crop
     device: torch.device = CPU
     threads: int | None = None
-    max_bad: float = 0.01
+    most_bad: int = 0
+    num_files: int | None = None
     share: Share = Share()
 
     def __len__(self) -> int:
@@ -147,7 +149,8 @@ class StreamedImages:
             image_size=self.image_size,
             crop=self.crop,
             num_threads=self.threads,
-            max_bad=self.max_bad,
+            most_bad=self.most_bad,
+            num_files=self.num_files,
         )
 
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -250,8 +253,13 @@ def stream_index(
     is_val = choose_val(train.labels, index.class_names, fraction=config.val_fraction, seed=split_seed, name="imagenet")
     crop = Crop(scale=config.augmentation.crop_area)
 
+    num_files = len(index.table)
+    most_bad = int(config.max_bad * num_files)
+
     def images(source: EncodedImages, rows: Tensor) -> StreamedImages:
-        return StreamedImages(source, rows, config.image_size, crop, threads=config.threads, max_bad=config.max_bad)
+        return StreamedImages(
+            source, rows, config.image_size, crop, threads=config.threads, most_bad=most_bad, num_files=num_files
+        )
 
     rows = torch.arange(len(train))
     return StreamedSplits(
