@@ -145,11 +145,14 @@ def test_the_report_says_what_an_update_and_its_rate_were(trained):
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(trained, params, given, told):
+    """And leaves no run in MLflow."""
     given = as_params({**params, **given})
+    runs = set(runs_of(trained[0])["run_id"])
     result = kedro(trained[0], "run", "--pipeline", "imagenet", "--env", "debug", "--params", given)
 
     assert result.exit_code == 1
     assert told in result.output and "Traceback" not in result.output
+    assert runs and set(runs_of(trained[0])["run_id"]) == runs
 
 
 def test_a_file_that_is_no_image_is_named_also_in_the_report_and_stops_the_run_beyond_the_limit(

@@ -1,4 +1,4 @@
-"""What happens before Kedro: commands outside of a project, and two that are mended."""
+"""What happens before Kedro: commands that are refused, and two that are mended."""
 
 import os
 import signal
@@ -34,6 +34,27 @@ def test_viz_alone_shows_the_graph(tmp_path, monkeypatch):
 
     assert sys.argv == ["kedro", "viz", "run"]
     assert os.environ["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)  # noqa: PTH120
+
+
+@pytest.mark.parametrize("given", [["--env", "debugg"], ["--env=debugg"], ["-e", "debugg"]])
+def test_an_environment_without_a_folder_is_refused_in_one_sentence(given, tmp_path, new_project, monkeypatch):
+    """With the nearest and all there are, from any folder of the project."""
+    project = new_project(tmp_path)
+    monkeypatch.chdir(project / "conf")
+    known = ", ".join(sorted(folder.name for folder in (project / "conf").iterdir() if folder.is_dir()))
+    told = f"Error: there is no environment 'debugg' (no folder conf/debugg): did you mean 'debug'? choose from {known}"
+    monkeypatch.setattr(sys, "argv", ["kedro", "run", *given, "--pipeline", "imagenet"])
+    with pytest.raises(SystemExit) as refused:
+        startup.prepare()
+
+    assert refused.value.code == told and "base, debug" in known
+
+
+@pytest.mark.parametrize("given", [["--env", "debug"], ["--env=base"], ["--env", "own", "--conf-source", "elsewhere"]])
+def test_an_environment_with_a_folder_is_taken(given, tmp_path, new_project, monkeypatch):
+    """So is one of another source of configuration, into which only Kedro looks."""
+    monkeypatch.chdir(new_project(tmp_path))
+    startup.check_environment(given)
 
 
 def test_two_params_are_refused():

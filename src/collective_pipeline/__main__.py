@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from collective_pipeline.startup import quieten, tell_error
+from collective_pipeline.startup import check_environment, quieten, tell_error
 
 if __name__ == "__main__":
     sys.excepthook = tell_error  # the imports below take seconds
@@ -19,6 +19,7 @@ if __name__ == "__main__" and is_launched() and os.environ["RANK"] != "0":
     follow()
 elif __name__ == "__main__":
     quieten()
+    check_environment(sys.argv[1:])
     package_name = Path(__file__).parent.name
     configure_project(package_name)
     find_run_command(package_name)()

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from collective_pipeline.config import suggest
 
 
 def prepare() -> None:
-    """Refuse a project's command outside of a project, mend two commands, silence what nobody can act on."""
+    """Refuse a command outside of a project or for no environment, mend two, silence what nobody can act on."""
     sys.excepthook = tell_error
     # Kedro itself would only say that there is no such command.
     if sys.argv[1:2] in (["run"], ["registry"], ["catalog"], ["mlflow"]) and find_kedro_project(Path.cwd()) is None:
@@ -24,12 +25,32 @@ def prepare() -> None:
             f"Error: {Path.cwd()} is not inside a Kedro project, so there is nothing to {sys.argv[1]}: change to the "
             "folder of collective-pipeline (the one with pyproject.toml and conf/) and try again"
         )
+    # Of other commands, such as `kedro new`, -e is something else.
+    if sys.argv[1:2] in (["run"], ["catalog"], ["mlflow"], ["viz"]):
+        check_environment(sys.argv[2:])
     # `kedro viz` is what people type; since Kedro-Viz 6 it only prints its help.
     if sys.argv[1:] == ["viz"]:
         sys.argv.append("run")
     # `kedro mlflow ui` looks for mlflow on the PATH, where it is only if this environment is activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     quieten()
+
+
+def check_environment(arguments: Sequence[str]) -> None:
+    """Refuse an environment without a folder in conf/, for which Kedro would end with a traceback.
+
+    Args:
+        arguments: Of a command; what `--conf-source` names is left to Kedro.
+    """
+    project = find_kedro_project(Path.cwd())
+    if project is None or any(argument.split("=")[0] == "--conf-source" for argument in arguments):
+        return
+    given = [after for argument, after in pairwise(arguments) if argument in {"--env", "-e"}]
+    given += [argument.removeprefix("--env=") for argument in arguments if argument.startswith("--env=")]
+    for name in given:
+        if not (project / "conf" / name).is_dir():
+            known = sorted(folder.name for folder in (project / "conf").iterdir() if folder.is_dir())
+            sys.exit(f"Error: there is no environment '{name}' (no folder conf/{name}){suggest(name, known)}")
 
 
 def tell_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
