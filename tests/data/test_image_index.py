@@ -180,8 +180,8 @@ def test_empty_files_are_told_before_they_are_opened(ilsvrc):
     index = index_images(ilsvrc)
 
     assert index.problems == {
-        TRAIN: ("2 files are empty, the first is Data/CLS-LOC/train/n01/n01_2.JPEG",),
-        VAL: (f"1 files are empty, the first is Data/CLS-LOC/val/{stem(4)}.JPEG",),
+        TRAIN: ("empty files: 2, the first is Data/CLS-LOC/train/n01/n01_2.JPEG",),
+        VAL: (f"empty files: 1, the first is Data/CLS-LOC/val/{stem(4)}.JPEG",),
     }
     assert len(index.table) == 18
 

@@ -338,7 +338,7 @@ def _from_root(root: Path, folders: Iterable[_Folder]) -> Iterator[tuple[str, _F
 def _tell_empty(table: pd.DataFrame, part: str) -> tuple[str, ...]:
     """Files of a part that cannot be read, as is known before they are opened."""
     empty = table.loc[(table["part"] == part) & (table["num_bytes"] == 0), "path"].tolist()
-    return (f"{len(empty):,} files are empty, the first is {empty[0]}",) if empty else ()
+    return (f"empty files: {len(empty):,}, the first is {empty[0]}",) if empty else ()
 
 
 def _tell_others(folders: Iterable[_Folder]) -> tuple[str, ...]:
