@@ -45,12 +45,16 @@ def check_environment(arguments: Sequence[str]) -> None:
     project = find_kedro_project(Path.cwd())
     if project is None or any(argument.split("=")[0] == "--conf-source" for argument in arguments):
         return
-    given = [after for argument, after in pairwise(arguments) if argument in {"--env", "-e"}]
-    given += [argument.removeprefix("--env=") for argument in arguments if argument.startswith("--env=")]
-    for name in given:
+    for name in _values_of(arguments, "--env", "-e"):
         if not (project / "conf" / name).is_dir():
             known = sorted(folder.name for folder in (project / "conf").iterdir() if folder.is_dir())
             sys.exit(f"Error: there is no environment '{name}' (no folder conf/{name}){suggest(name, known)}")
+
+
+def _values_of(arguments: Sequence[str], *options: str) -> list[str]:
+    """What is given for an option of these names, behind it or behind its equals sign."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    return [after for word, after in pairwise(words) if word in options]
 
 
 def tell_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -94,8 +98,7 @@ class CheckCommand:
         if sum(argument.split("=")[0] == "--params" for argument in command_args) > 1:
             # Click would keep the last one, and the run would be another than the one that was meant.
             sys.exit("Error: there are two --params, of which only one would count: join them with a comma into one")
-        words = [word for argument in command_args for word in argument.split("=", 1)]
-        given = [after for word, after in pairwise(words) if word in {"--pipeline", "--pipelines", "-p"}]
+        given = _values_of(command_args, "--pipeline", "--pipelines", "-p")
         for name in (name for names in given for name in names.split(",")):
             if name not in pipelines:
                 known = [known for known in pipelines if not known.startswith("_")]

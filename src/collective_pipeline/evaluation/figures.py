@@ -122,9 +122,10 @@ def plot_training_curves(history: pd.DataFrame) -> go.Figure:
         row_heights=[0.44, 0.28, 0.28],
         subplot_titles=list(PANELS.values()),
     )
-    colors, dashes = colors_of(history["model_type"].unique()), dashes_of(history["model_type"].unique())
+    names = history["model_type"].unique()
+    colors, dashes = colors_of(names), dashes_of(names)
     num_epochs = int(history["epoch"].max())
-    for name in history["model_type"].unique():
+    for name in names:
         epochs = history[history["model_type"] == name].groupby("epoch")
         for row, column in enumerate(PANELS, start=1):
             curve = epochs[column].agg(["mean", "min", "max"])

@@ -62,8 +62,6 @@ class Progress:
         self.price_per_hour = price_per_hour
         self.device_type = device_type
         self.last_line = time.perf_counter()
-        self.epochs_done = 0
-        self.part = 1
         self.started: tuple[float, float] | None = None
         self.share_is_known = False
         self.length_is_known = False
@@ -74,6 +72,16 @@ class Progress:
         # The first and the last of the epoch that is running: which part of it was done, and when. What came before the
         # first may have compiled, for a minute and more.
         self.stops: list[tuple[float, float]] = []
+
+    @property
+    def epochs_done(self) -> int:
+        """Of the seeds that train now: after the last epoch of some, the next ones begin."""
+        return 0 if self.last is None or self.last.finished else self.last.number
+
+    @property
+    def part(self) -> int:
+        """Which of the groups of seeds trains now, from 1."""
+        return 1 if self.last is None else self.last.group[0] + self.last.finished
 
     def watch(self, stops: Iterable[int]) -> Iterator[int]:
         """The numbers of updates of an epoch that are done at each stop, with a line now and then if it is long."""
@@ -95,14 +103,12 @@ class Progress:
             if elapsed > FORECAST_SECONDS and not self.is_forecast:
                 self._forecast(self._expect(mark, now))
             if self._is_due(4 * SECONDS_BETWEEN_LINES):
-                of_seeds = f"seeds, part {self.part}/{self.num_parts}  " if self.num_parts > 1 else ""
-                self._log(f"{of_seeds}epoch {self.epochs_done + 1}: {100 * number / numbers[-1]:.0f} % of its steps")
+                place = f"{_of_seeds(self.part, self.num_parts)}epoch {self.epochs_done + 1}"
+                self._log(f"{place}: {100 * number / numbers[-1]:.0f} % of its steps")
                 self._warn_if_busy()
 
     def __call__(self, epoch: Epoch) -> None:
         """Tell what this epoch gave, and after the first what all of it will take."""
-        self.epochs_done = 0 if epoch.finished else epoch.number  # then the next seeds begin
-        self.part = epoch.group[0] + epoch.finished
         self._note_stage(epoch)
         if epoch.restored:
             if epoch.finished and not epoch.partial and not self.brief:
@@ -121,10 +127,8 @@ class Progress:
             )
             time_left = f"done in {duration(epoch.seconds)}" if epoch.finished else f"{duration(left)} left"
             per_epoch = pace * self.weights[epoch.number - 1]
-            of_seeds = f"seeds, part {group}/{num_groups}  " if epoch.partial else ""
-            self._log(
-                f"{of_seeds}epoch {epoch.number}/{epoch.num_epochs}  {score}  {per_epoch:.1f} s/epoch  {time_left}"
-            )
+            place = f"{_of_seeds(group, num_groups)}epoch {epoch.number}/{epoch.num_epochs}"
+            self._log(f"{place}  {score}  {per_epoch:.1f} s/epoch  {time_left}")
         self._warn_if_busy()
         if not self.length_is_known and (self.device_type != "cuda" or epoch.number > 1):
             self._warn_if_long(pace * whole * num_groups)
@@ -214,6 +218,11 @@ class Progress:
     def _log(self, text: str) -> None:
         self.last_line = time.perf_counter()
         logger.info("%-*s  %s", ARM_NAME_WIDTH, self.arm, text)
+
+
+def _of_seeds(part: int, num_parts: int) -> str:
+    """Which seeds a line is of, where they train in turn."""
+    return f"seeds, part {part}/{num_parts}  " if num_parts > 1 else ""
 
 
 def make_progress(
