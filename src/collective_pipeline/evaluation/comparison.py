@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import stats
+import scipy  # imports `stats` where it is used: every command would wait for it
 
 from collective_pipeline.config import ComparisonConfig
 from collective_pipeline.evaluation.gpu import COST_COLUMNS, GPU_COLUMNS
@@ -249,7 +249,7 @@ def probability_of_improvement(arm: pd.Series, reference: pd.Series) -> float:
     own, other = arm.dropna().to_numpy(), reference.dropna().to_numpy()
     if not len(own) or not len(other):
         return math.nan
-    return float(stats.mannwhitneyu(own, other).statistic / (len(own) * len(other)))
+    return float(scipy.stats.mannwhitneyu(own, other).statistic / (len(own) * len(other)))
 
 
 def _holm_column(p_values: pd.Series) -> pd.Series:
@@ -299,7 +299,7 @@ def _intervals(values: pd.DataFrame, config: ComparisonConfig) -> tuple[pd.Serie
 def _interval(values: Floats, config: ComparisonConfig) -> tuple[float, float]:
     if len(values) < 2:
         return np.nan, np.nan
-    bounds = stats.bootstrap(
+    bounds = scipy.stats.bootstrap(
         (values,),
         np.mean,
         n_resamples=config.resamples,
@@ -315,7 +315,7 @@ def _sign_flip_p_value(differences: Floats) -> float:
     """How often a mean this far from 0 arises when every seed's difference may as well have the other sign."""
     if len(differences) == 1:
         return 1.0  # both signs are equally far from 0; SciPy refuses samples of one
-    test = stats.permutation_test(
+    test = scipy.stats.permutation_test(
         (differences,),
         _rounded_mean,
         permutation_type="samples",

@@ -14,9 +14,6 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
@@ -80,6 +77,11 @@ def probe_predictions(train_SNBE: Tensor, labels_B: Tensor, test_SNBE: Tensor) -
         labels_B: Their labels.
         test_SNBE: Features of the images to predict.
     """
+    # Here: every command would wait for them.
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
+    from sklearn.pipeline import make_pipeline  # noqa: PLC0415
+    from sklearn.preprocessing import StandardScaler  # noqa: PLC0415
+
     predictions_SNB = torch.empty(test_SNBE.shape[:3], dtype=torch.int64)
     probabilities_SNB = torch.empty(test_SNBE.shape[:3])
     for seed, member in itertools.product(*map(range, test_SNBE.shape[:2])):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+import plotly  # type: ignore[import-untyped,unused-ignore]  # imports `offline` where it is used
 import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs  # type: ignore[import-untyped,unused-ignore]
 
 from collective_pipeline.data.splits import Images
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS
@@ -201,7 +201,7 @@ def render(
         details=details,
         facts=facts,
         highlighted=highlighted,
-        plotly_js=Markup(get_plotlyjs()),
+        plotly_js=Markup(plotly.offline.get_plotlyjs()),
     )
 
 
