@@ -2,13 +2,18 @@
 
 import json
 import signal
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import yaml
+from kedro.io import DataCatalog
 from PIL import Image
+from tests.conftest import ROOT
 from tests.test_run import as_params, kedro, runs_of
 
 from collective_pipeline.config import UserError
@@ -112,6 +117,31 @@ def test_a_packed_copy_gives_the_same_images_where_they_are_small(trained, tmp_p
     columns = ["test_accuracy", "test_loss", "val_accuracy"]
     packed, plain = (pd.read_csv(one / REPORTING / "runs.csv")[columns] for one in (project, trained[0]))
     pd.testing.assert_frame_equal(packed, plain)
+
+
+def test_packed_copies_of_each_size_lie_side_by_side_and_serve_subsets(tmp_path, params, monkeypatch):
+    """Whose images are those of the files; the catalog opens each of them."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("data/05_model_input/imagenet/packed")
+
+    def images(side, subset_size):
+        given = {"folder": params["imagenet.folder"], "pack_side": side, "subset_size": subset_size}
+        settings, _ = read_settings({"imagenet": given | {"val_fraction": 0.1}}, "imagenet")
+        splits = nodes.open_images(settings, nodes.index_files(settings, None)[0], folder)
+        parts = (splits.train, splits.val, splits.test)
+        return [batch for part in parts for batch, _ in part.chunks(8)], [part.labels for part in parts]
+
+    of_both = [images(side, None) for side in (200, 64)]
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    of_subset, of_files = images(200, 60), images(None, 60)
+
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == written
+    assert len(torch.cat(of_subset[1])) == 66 < len(torch.cat(of_both[0][1]))
+    for mine, of_file in zip(*map(chain.from_iterable, (of_subset, of_files)), strict=True):
+        assert torch.equal(mine, of_file)
+    entries = yaml.safe_load((ROOT / "conf/base/catalog.yml").read_text())
+    catalog = DataCatalog.from_config({name: entries[name] for name in entries if name.startswith("imagenet.packed_")})
+    assert [len(catalog.load(f"imagenet.packed_{side}.train")) for side in (64, 200)] == [120, 120]
 
 
 def test_the_report_says_what_an_update_and_its_rate_were(trained):

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import logging
+import pickle
 import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -205,6 +206,43 @@ def test_a_folder_of_other_images_is_refused(tree, tmp_path, change, told):
     with pytest.raises(UserError, match=told):
         claim_folder(other, tmp_path / "packed", side=change.get("side", SIDE), quality=change.get("quality", 90))
     assert files_in(tmp_path / "packed") == before
+
+
+def some_of(tree, rows):
+    return FileImages(tree.root, [tree.paths[row] for row in rows], tree.labels[rows])
+
+
+def test_a_whole_copy_serves_some_of_its_images(tree, tmp_path):
+    """In their own order, here and in another process, and nothing is written."""
+    folder = tmp_path / "packed"
+    pack_images(claim_folder(tree, folder, side=SIDE))
+    before = files_in(folder)
+    some = some_of(tree, [7, 2, 5])
+    pack_images(claim_folder(some, folder, side=SIDE))
+
+    whole, images = PackedImages.open(folder), PackedImages.open(folder, some.paths)
+    assert files_in(folder) == before
+    for one in (images, pickle.loads(pickle.dumps(images))):
+        assert one.labels.tolist() == [7, 2, 5] and one.name(1).startswith(tree.paths[2])
+        assert one.read([0, 1, 2]) == whole.read([7, 2, 5])
+
+
+def test_of_a_whole_copy_s_bad_files_some_images_have_their_own(tmp_path, lenient):
+    tree = make_tree(tmp_path / "tree", [JPEG, *list(BAD.values())[:2], JPEG, JPEG])
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
+    images = PackedImages.open(tmp_path / "packed", some_of(tree, [4, 2, 3]).paths)
+
+    assert images.labels.tolist() == [4, 3]
+    (told,) = images.unreadable
+    assert told.startswith(f"{tree.root / tree.paths[2]}: ")
+
+
+def test_a_copy_that_is_not_whole_serves_no_others(tree, tmp_path):
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
+    (tmp_path / "packed" / "00002.parquet").unlink()
+
+    with pytest.raises(UserError, match="is packed with 10 images and not 3, other files, other labels: remove it"):
+        claim_folder(some_of(tree, [7, 2, 5]), tmp_path / "packed", side=SIDE)
 
 
 def test_the_tree_may_move(tree, tmp_path):

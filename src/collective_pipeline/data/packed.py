@@ -14,13 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -109,8 +110,16 @@ class PackedImages:
     The files are not checked against the sizes in the tables, from which a GPU's memory is allocated.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[mmap.mmap], index: pa.Table, left_out: Iterable[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shards: Sequence[mmap.mmap],
+        index: pa.Table,
+        left_out: Iterable[str],
+        wanted: Sequence[str] | None,
+    ) -> None:
         self.folder = folder
+        self.wanted = wanted
         self.unreadable = set(left_out)
         self.labels = torch.tensor(index["label"].to_numpy())
         self._shards = shards
@@ -124,8 +133,12 @@ class PackedImages:
         self._addresses = np.array(starts, np.uint64)[self._shard_of] + self._offsets.astype(np.uint64)
 
     @classmethod
-    def open(cls, folder: Path) -> "PackedImages":
+    def open(cls, folder: Path, wanted: Sequence[str] | None = None) -> "PackedImages":
         """The images that `pack_images` put into a folder, without the files that it left out.
+
+        Args:
+            folder: Of a packed copy.
+            wanted: Paths of those of its files that are wanted, in their order; None: all.
 
         Raises:
             UserError: If the folder holds none, or is not complete, or a file of it has another length than its table,
@@ -134,6 +147,8 @@ class PackedImages:
         header = _read_header(folder)
         if header is None:
             raise UserError(f"{folder} holds no packed images: pack them there first")
+        if wanted is not None and _digest_of(wanted) == header.files:
+            wanted = None  # another process need not be told a million of them
         missing = [number for number in range(header.num_shards) if not _table_of(folder, number).exists()]
         if missing:
             raise UserError(
@@ -144,7 +159,8 @@ class PackedImages:
         for number in range(header.num_shards):
             table = _read_table(folder, header, number)
             labels.append(table["label"].to_numpy())
-            left_out += _problems_in(table)
+            of_wanted = table if wanted is None else table.filter(pc.is_in(table["path"], value_set=pa.array(wanted)))
+            left_out += _problems_in(of_wanted)
             packed = _packed_in(table)
             if len(packed):
                 shards.append(_map_shard(folder, number, packed))
@@ -155,11 +171,14 @@ class PackedImages:
                 f"the tables in {folder} have other labels than its images had when they were packed: remove the "
                 "folder, and pack them again"
             )
-        return cls(folder, shards, pa.concat_tables(tables), left_out)
+        index = pa.concat_tables(tables)
+        if wanted is not None:
+            index = index.take(_find(wanted, index).drop_null())
+        return cls(folder, shards, index, left_out, wanted)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process maps the same files."""
-        return PackedImages.open, (self.folder,)
+        return PackedImages.open, (self.folder, self.wanted)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -221,11 +240,19 @@ class _Header:
 
 @dataclass(frozen=True)
 class Claim:
-    """A folder that is marked as that of a packed copy of these images."""
+    """A folder that is marked as that of a packed copy of these images.
+
+    Attributes:
+        images: What to pack.
+        folder: Where.
+        header: Of the folder.
+        is_part: Whether the copy there is whole, and of more images than these: they need not be packed.
+    """
 
     images: FileImages
     folder: Path
     header: _Header
+    is_part: bool = False
 
 
 def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 90) -> Claim:
@@ -238,14 +265,14 @@ def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 
         quality: Of JPEG, from 1 to 100.
 
     Raises:
-        UserError: If it holds another one, or there are no images.
+        UserError: If it holds another one, in which these images are not, or there are no images.
     """
     if len(images) == 0:
         raise UserError(f"there are no images to pack into {folder}: give some")
     header = _Header(
         format=FORMAT,
         num_images=len(images),
-        files=_digest(path.encode() for path in images.paths),
+        files=_digest_of(images.paths),
         labels=_digest([images.labels.numpy().tobytes()]),
         side=side,
         quality=quality,
@@ -256,6 +283,9 @@ def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 
         with files.replacing(folder / HEADER) as partial:
             partial.write_text(json.dumps(asdict(header), indent=1))
     elif differences := there.differences(header):
+        of_same_images = replace(header, num_images=there.num_images, files=there.files, labels=there.labels)
+        if of_same_images == there and _holds(folder, there, images):
+            return Claim(images, folder, there, is_part=True)
         raise UserError(f"{folder} is packed with {', '.join(differences)}: remove it, to pack anew")
     return Claim(images, folder, header)
 
@@ -277,6 +307,9 @@ def pack_images(
         UserError: If more than `MAX_UNUSABLE` of the files cannot be read, or a table that is there is damaged.
     """
     images, folder, header = claim.images, claim.folder, claim.header
+    if claim.is_part:
+        logger.info("%s is of %s images, these %s among them", folder, f"{header.num_images:,}", f"{len(images):,}")
+        return
     there = [number for number in range(header.num_shards) if _table_of(folder, number).exists()]
     progress = _Progress(len(images), folder, look_around)
     for number in there:
@@ -430,6 +463,21 @@ def _read_header(folder: Path) -> _Header | None:
     return header
 
 
+def _holds(folder: Path, header: _Header, images: FileImages) -> bool:
+    """Whether a folder is complete, and these images are in it with the same labels."""
+    numbers = range(header.num_shards)
+    if not all(_table_of(folder, number).exists() for number in numbers):
+        return False
+    index = pa.concat_tables(_read_table(folder, header, number) for number in numbers)
+    rows = _find(images.paths, index)
+    return not rows.null_count and bool((index["label"].take(rows).to_numpy() == images.labels.numpy()).all())
+
+
+def _find(paths: Sequence[str], index: pa.Table) -> pa.Array:
+    """The row of each of these files, or null."""
+    return pc.index_in(pa.array(paths, pa.string()), value_set=index["path"])
+
+
 def _rows_of(header: _Header, number: int) -> range:
     return range(header.num_images)[number * header.images_a_shard : (number + 1) * header.images_a_shard]
 
@@ -521,6 +569,10 @@ def _read_file(path: str) -> bytearray | Problem:
     except OSError as error:
         return Problem(error.strerror or str(error))
     return data
+
+
+def _digest_of(paths: Sequence[str]) -> str:
+    return _digest(path.encode() for path in paths)
 
 
 def _digest(parts: Iterable[bytes]) -> str:

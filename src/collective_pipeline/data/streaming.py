@@ -244,11 +244,13 @@ def stream_index(
         index: Of the files.
         config: How they are seen.
         split_seed: Which of the training images are for validation.
-        packed: Folders of packed copies of the two parts, if those are to be read.
+        packed: Folders of packed copies of the two parts, or of more images, if those are to be read.
     """
     train, test = (
-        list_files(index, part) if packed is None else PackedImages.open(packed[i])
-        for i, part in enumerate(("train", "val"))
+        files if folder is None else PackedImages.open(folder, files.paths)
+        for files, folder in zip(
+            (list_files(index, part) for part in ("train", "val")), packed or (None, None), strict=True
+        )
     )
     is_val = choose_val(train.labels, index.class_names, fraction=config.val_fraction, seed=split_seed, name="imagenet")
     crop = Crop(scale=config.augmentation.crop_area)

@@ -54,13 +54,16 @@ def index_files(settings: Parameters, known: ImageIndex | None) -> tuple[ImageIn
 
 
 def open_images(settings: Parameters, index: ImageIndex, folder: Path) -> StreamedSplits:
-    """The images as training reads them: the files, or a packed copy in `folder`, which is made or completed first.
+    """The images as training reads them: the files, or a packed copy, which is made or completed first.
+
+    Each size of packed images has a folder of its own in `folder`; a copy of all images serves any subset of them.
 
     Raises:
         UserError: If a class has too few, or too many cannot be read.
     """
     own, packed = settings.imagenet, None
     if own.pack_side is not None:
+        folder /= str(own.pack_side)
         packed = (folder / "train", folder / "val")
         check_room(index, folder, own.pack_side)
         claims = [  # of all parts before any is packed: one may be of another copy
