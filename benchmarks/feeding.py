@@ -1,7 +1,8 @@
 """How many images a second come from JPEG files to the device, and what of a network's speed is left when they do.
 
     python benchmarks/feeding.py [--folder data/ilsvrc] [--images 20000] [--image-sizes 224 128 64] [--sides 256 400]
-    python benchmarks/feeding.py --train resnet50 [--steps 200] [--no-alone] [--augment] [--blur]
+    python benchmarks/feeding.py --train resnet50 [--steps 200] [--no-alone] [--augment]
+    python benchmarks/feeding.py --train resnet50 --blur [--steps 100] [--image-sizes 224]
     torchrun --standalone --nproc-per-node 4 benchmarks/feeding.py --train resnet50 --no-alone
 
 The files are those of `--folder` and below, repeated as often as it takes, or 300 made of noise, of 110 KB and 400 x
@@ -9,6 +10,8 @@ The files are those of `--folder` and below, repeated as often as it takes, or 3
 With `--train` that network trains as `imagenet` in conf/base says, compiled and in bfloat16 on a GPU, one epoch on a
 batch that lies ready, again and again, one on what the feed gives, and so on in turn: a ratio is to the mean of the
 ready ones before and after it. `--augment` adds all other augmentations, as the environment imagenet_seed_90 has them.
+`--blur` asks something else: how much longer an epoch on ready batches takes where the network has blur, against the
+mean of one without before and after it.
 Processes that torchrun starts train one network together, and the speeds of training are of all of them.
 """
 
@@ -54,11 +57,13 @@ Batch = tuple[Tensor, Tensor]
 def main() -> None:
     """Print the tables."""
     options = parse()
+    if options.blur and not options.train:
+        sys.exit("--blur is of a network that trains: give --train resnet50 as well")
     device = choose_device(options.device)
     if not is_launched():
         measure(options, device, ALONE)
         return
-    if options.alone or not options.train:
+    if (options.alone and not options.blur) or not options.train:
         sys.exit("under torchrun a network trains, and nothing is fed alone: give --train and --no-alone")
     options.threads = options.threads or choose_threads(count_own_cores(), device)
     ranks, device = Ranks.join(), own_device(device.type)
@@ -72,6 +77,9 @@ def measure(options: argparse.Namespace, device: torch.device, ranks: Ranks) -> 
     print(describe(device))
     with tempfile.TemporaryDirectory() as scratch:
         files = find_files(options.folder or make_files(Path(scratch) / "files"))
+        if options.blur:
+            tell_blur(files, options, device, ranks)
+            return
         sources: dict[str, EncodedImages] = {"as they are": files}
         first = FileImages(files.root, files.paths[:1], files.labels[:1])
         pack_images(claim_folder(first, Path(scratch) / "warm up", side=32))
@@ -99,7 +107,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--alone", action=argparse.BooleanOptionalAction, default=True, help="feed without a network")
     parser.add_argument("--train", help="a network: resnet50")
     parser.add_argument("--augment", action="store_true", help="while training: colour, shift, cutout, MixUp, CutMix")
-    parser.add_argument("--blur", action="store_true", help="in the network that trains")
+    parser.add_argument("--blur", action="store_true", help="instead, what blur in the network that trains costs")
     parser.add_argument("--steps", type=int, default=100, help="of training that are timed")
     return parser.parse_args()
 
@@ -270,11 +278,26 @@ def tell_training(
             print(f"{row}{speeds[name] / ready:>8.3f}{gigabytes:>12.1f}", flush=True)
 
 
-def time_training(sources: Sources, size: int, options: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
+def tell_blur(files: EncodedImages, options: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
+    """Images a second on ready batches without blur and with it, and how much longer it takes."""
+    print(f"\n{options.train:>16}{'pixels':>8}{'without':>10}{'blur':>10}{'time':>8}")
+    for size in options.image_sizes:
+        speeds = []
+        for blur in (False, True, False):
+            named: dict[str, EncodedImages | None] = {"warm up": files, "ready": None}
+            sources = Sources(named, device, ranks.number * options.batch_size)
+            speeds.append(time_training(sources, size, options, ranks, blur=blur)["ready"])
+        without = (speeds[0] + speeds[2]) / 2
+        print(f"{'':>16}{size:>8}{without:>10,.3g}{speeds[1]:>10,.3g}{without / speeds[1]:>8.3f}", flush=True)
+
+
+def time_training(
+    sources: Sources, size: int, options: argparse.Namespace, ranks: Ranks, *, blur: bool = False
+) -> dict[str, float]:
     """Images a second of each epoch, by the project's own loop."""
     settings = ImageNetConfig(
         model=options.train,
-        blur=options.blur,
+        blur=blur,
         augmentation=FULL if options.augment else AugmentationConfig(),
         training=ImageNetConfig().training.model_copy(
             update={
