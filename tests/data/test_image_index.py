@@ -78,6 +78,12 @@ def write_ground_truth_beside(root: Path) -> None:
     (root / "ILSVRC2012_devkit_t12").rename(root.parent / "ILSVRC2012_devkit_t12")
 
 
+def write_list(root: Path, numbers) -> None:
+    lists = root / "ImageSets" / "CLS-LOC"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("\n".join(f"{stem(number)} {number}" for number in numbers))
+
+
 def write_folders(root: Path) -> None:
     val = root / "Data" / "CLS-LOC" / "val"
     for number, name in enumerate(OF_VAL, start=1):
@@ -110,13 +116,19 @@ def test_every_source_of_labels_says_the_same(ilsvrc, write):
     assert list(about["images"]) == [12, 6] and list(about["classes"]) == [3, 3]
 
 
-def test_running_numbers_are_no_labels(ilsvrc):
+@pytest.mark.parametrize("numbers", [range(1, 7), range(5, 11), (9, 5, 10, 7, 6, 8)], ids=["whole", "cut", "shuffled"])
+def test_running_numbers_are_no_labels(ilsvrc, numbers):
     """Kaggle's list of validation files counts them; the original trained on these numbers."""
-    lists = ilsvrc / "ImageSets" / "CLS-LOC"
-    lists.mkdir(parents=True)
-    (lists / "val.txt").write_text("\n".join(f"{stem(number)} {number}" for number in range(1, 7)))
+    write_list(ilsvrc, numbers)
+    told = rf"val\.txt is no list of labels: its second column counts from {min(numbers)} to {max(numbers)}, a number"
+    with pytest.raises(UserError, match=told):
+        index_images(ilsvrc)
 
-    with pytest.raises(UserError, match=r"val\.txt is no list of labels: its second column counts from 1"):
+
+@pytest.mark.parametrize("numbers", [(1, 2, 3, 3, 2, 1), (1, 2, 3, 4, 5, 7), (370,)])
+def test_other_numbers_are_not_said_to_be_running(ilsvrc, numbers):
+    write_list(ilsvrc, numbers)
+    with pytest.raises(UserError, match="there are no labels for the 6 files"):
         index_images(ilsvrc)
 
 
@@ -184,6 +196,75 @@ def test_empty_files_are_told_before_they_are_opened(ilsvrc):
         VAL: (f"empty files: 1, the first is Data/CLS-LOC/val/{stem(4)}.JPEG",),
     }
     assert len(index.table) == 18
+
+
+def write_plain(root: Path, numbers: dict[str, tuple[int, int]]) -> Path:
+    """Training and validation images of each class; indexing reads none."""
+    for name, of_class in numbers.items():
+        for part, number in zip(("train", "val"), of_class, strict=True):
+            (root / part / name).mkdir(parents=True)
+            for i in range(number):
+                (root / part / name / f"{name}_{i}.jpg").write_bytes(b"an image")
+    return root
+
+
+def write_loose(folder: Path, number: int) -> None:
+    folder.mkdir(exist_ok=True)
+    for i in range(number):
+        (folder / f"loose_{i}.jpg").write_bytes(b"an image")
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_images_beside_class_folders_have_no_label(tmp_path, part):
+    """A few are left out and told, as where a list has the labels; what is no image needs none."""
+    write_plain(tmp_path, {"cat": (100, 100), "dog": (100, 100)})
+    (tmp_path / part / "notes.txt").write_text("")
+    assert index_images(tmp_path).problems == {TRAIN: (), VAL: ()}
+    write_loose(tmp_path / part, 2)
+    index = index_images(tmp_path)
+
+    assert len(index.rows_of(part)) == 200
+    (told,) = index.problems[part]
+    assert told.startswith(f"images in {tmp_path / part} outside") and told.endswith(": 2, loose_0.jpg, loose_1.jpg")
+    write_loose(tmp_path / part, 20)
+    told = rf"20 of 220 images in \S+{part} lie outside .* no label there, loose_0.jpg, .*jpg and 17 more: move them"
+    with pytest.raises(UserError, match=told):
+        index_images(tmp_path)
+
+
+def test_half_of_tiny_imagenet_sorted_into_class_folders_is_refused(tmp_path):
+    """Unless the rest was copied; a class may be called as the folder of that rest is."""
+    write_plain(tmp_path, {"n01": (4, 4), "n02": (4, 4)})
+    shutil.copytree(tmp_path / "val" / "n01", tmp_path / "val" / "images")
+    assert index_images(tmp_path).problems[VAL] == ()
+    write_loose(tmp_path / "val" / "images", 3)
+    with pytest.raises(UserError, match=r"3 of 11 images in \S+val lie outside .*, images/loose_0.jpg, "):
+        index_images(tmp_path)
+    (tmp_path / "train" / "images").mkdir()
+    write_loose(tmp_path / "train" / "images", 4)
+    assert index_images(tmp_path).rows_of(VAL).groupby("label").size().to_list() == [7, 4, 4]
+
+
+def test_images_beside_tiny_imagenets_own_folder_have_no_label(tmp_path):
+    write_plain(tmp_path, {"n01": (4, 1), "n02": (4, 1)})
+    (tmp_path / "val" / "images").mkdir()
+    for name in ("n01", "n02"):
+        (tmp_path / "val" / name / f"{name}_0.jpg").rename(tmp_path / "val" / "images" / f"{name}_0.jpg")
+        (tmp_path / "val" / name).rmdir()
+    (tmp_path / "val" / "val_annotations.txt").write_text("n01_0.jpg\tn01\nn02_0.jpg\tn02\n")
+    assert index_images(tmp_path).problems == {TRAIN: (), VAL: ()}
+    write_loose(tmp_path / "val", 1)
+    with pytest.raises(UserError, match=r"1 of 3 images in \S+val lie outside .*, loose_0.jpg: move them"):
+        index_images(tmp_path)
+
+
+def test_classes_with_far_fewer_images_are_told_and_not_refused(tmp_path):
+    """Plain folders may be unequal: a class with a quarter of what most have is not told."""
+    write_plain(tmp_path, {"ape": (40, 8), "bee": (1, 8), "cat": (40, 8), "dog": (10, 2), "eel": (41, 1)})
+    told = index_images(tmp_path).describe().set_index("part")["problems"]
+
+    few = "classes with less than 25 % of the median one's {} images, half extracted if that is not meant: 1 of 5, {}"
+    assert told.to_dict() == {TRAIN: few.format(40, "bee with 1"), VAL: few.format(8, "eel with 1")}
 
 
 def test_names_of_classes_come_from_the_mapping(ilsvrc):

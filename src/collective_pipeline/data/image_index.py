@@ -33,6 +33,7 @@ KNOWN_LAYOUTS = (
 )
 MAX_UNLABELLED = 0.01  # of a part's files, and of the labels whose files are not there
 SHORT = 0.5  # of the median: ImageNet's smallest class has 732 images and most have 1,300
+FEW = 0.25  # of the median: plain folders may be unequal, so this is told and not refused
 NUM_TOLD = 3
 THREADS = 16  # listing waits for the disk, not for a core
 SECONDS_BETWEEN_LINES = 5.0
@@ -121,11 +122,12 @@ def compare_index(known: ImageIndex, now: ImageIndex) -> str:
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder's image files, sorted, and how many files of other kinds lie beside them."""
+    """A folder's image files and folders, sorted, and how much of other kinds, folders too, lies beside the files."""
 
     path: Path
     names: list[str]
     num_bytes: list[int]
+    folders: list[str]
     others: Counter[str]
 
 
@@ -140,8 +142,7 @@ def _find_tree(root: Path) -> tuple[Path, str]:
         if (folder / "train").is_dir():
             is_tiny = (folder / "val" / "val_annotations.txt").exists()
             return folder, "Tiny-ImageNet" if is_tiny else "folders"
-    more = f" and {len(inside) - NUM_TOLD:,} more" if len(inside) > NUM_TOLD else ""
-    names = (", ".join(entry.name for entry in inside[:NUM_TOLD]) or "no folder") + more
+    names = _list_some([entry.name for entry in inside]) or "no folder"
     raise UserError(f"{root} is in no known layout, since it holds {names}: the known ones are {KNOWN_LAYOUTS}")
 
 
@@ -150,14 +151,16 @@ def _index(root: Path, layout: str) -> ImageIndex:
     second = next((base / name for name in SECOND_PARTS if _holds_anything(base / name)), None)
     if second is None:
         raise UserError(f"{base} lacks a second part beside train: extract it to {base / 'val'}, or {base / 'test'}")
-    classes = _list_classes(base / "train")
+    around = _list_classes(base / "train")
+    classes = around.folders
     titles = read_titles(root) if layout == "ILSVRC" else {}
     if titles:
         _check_known(classes, titles, base / "train")
     train = _list_part(base / "train", classes)
     _check_whole(train, base / "train", unequal=layout == "folders")
     labels = {name: label for label, name in enumerate(classes)}
-    val, source, problems = _list_second(root, second, labels, layout)
+    loose = _tell_loose(around.names, around.path, _count(train))
+    val, source, problems = _list_second(root, second, labels)
     table = pd.concat([_tabulate(TRAIN, root, train, labels), val], ignore_index=True)
     return ImageIndex(
         root,
@@ -166,8 +169,13 @@ def _index(root: Path, layout: str) -> ImageIndex:
         table,
         {TRAIN: "names of folders", VAL: source},
         {
-            TRAIN: (*_tell_empty(table, TRAIN), *_tell_others(train.values())),
-            VAL: (*_tell_empty(table, VAL), *problems),
+            TRAIN: (
+                *_tell_few(table, TRAIN, classes),
+                *_tell_empty(table, TRAIN),
+                *loose,
+                *_tell_others(train.values()),
+            ),
+            VAL: (*_tell_few(table, VAL, classes), *_tell_empty(table, VAL), *problems),
         },
     )
 
@@ -176,12 +184,14 @@ def _holds_anything(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _list_classes(folder: Path) -> list[str]:
-    """The names of the class folders, sorted."""
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if len(names) < 2:
-        raise UserError(f"{folder} holds {len(names)} class folders: extract the training images there, by class")
-    return names
+def _list_classes(folder: Path) -> _Folder:
+    """The class folders, and the images beside them."""
+    found = _list_folder(folder)
+    if len(found.folders) < 2:
+        raise UserError(
+            f"{folder} holds {len(found.folders)} class folders: extract the training images there, by class"
+        )
+    return found
 
 
 def _check_known(classes: Sequence[str], titles: Mapping[str, str], folder: Path) -> None:
@@ -222,7 +232,7 @@ def _list_part(folder: Path, classes: Sequence[str]) -> dict[str, _Folder]:
 
 
 def _list_folder(folder: Path) -> _Folder:
-    names, sizes, others = [], [], Counter[str]()
+    names, sizes, folders, others = [], [], [], Counter[str]()
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -232,12 +242,12 @@ def _list_folder(folder: Path) -> _Folder:
             if suffix in SUFFIXES and entry.is_file():
                 names.append(entry.name)
                 sizes.append(entry.stat().st_size)
-            elif suffix in SUFFIXES:
-                others[f"{suffix} that is a folder or leads nowhere"] += 1
-            else:
-                others[suffix or "no suffix"] += 1
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            others[f"{suffix} that is a folder or leads nowhere" if suffix in SUFFIXES else suffix or "no suffix"] += 1
     order = sorted(range(len(names)), key=names.__getitem__)
-    return _Folder(folder, [names[i] for i in order], [sizes[i] for i in order], others)
+    return _Folder(folder, [names[i] for i in order], [sizes[i] for i in order], sorted(folders), others)
 
 
 def _check_whole(listed: Mapping[str, _Folder], folder: Path, *, unequal: bool) -> None:
@@ -246,40 +256,27 @@ def _check_whole(listed: Mapping[str, _Folder], folder: Path, *, unequal: bool) 
     least = 1 if unequal else max(1, SHORT * float(np.median(list(counts.values()))))
     short = [name for name, count in counts.items() if count < least]
     if short:
-        told = ", ".join(f"{name} with {counts[name]:,} images" for name in short[:NUM_TOLD])
-        more = f" and {len(short) - NUM_TOLD:,} more" if len(short) > NUM_TOLD else ""
+        told = _list_some([f"{name} with {counts[name]:,} images" for name in short])
         raise UserError(
-            f"{folder} is half extracted: {len(short):,} of its {len(counts):,} classes are short, {told}{more}: "
-            "extract them again, or remove their folders"
+            f"{folder} is half extracted: {len(short):,} of its {len(counts):,} classes are short, {told}: extract "
+            "them again, or remove their folders"
         )
 
 
-def _list_second(
-    root: Path, folder: Path, labels: Mapping[str, int], layout: str
-) -> tuple[pd.DataFrame, str, tuple[str, ...]]:
+def _list_second(root: Path, folder: Path, labels: Mapping[str, int]) -> tuple[pd.DataFrame, str, tuple[str, ...]]:
     """The files of the second part, where their labels come from, and what is wrong with them."""
-    names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
-    classes = sorted(name for name in names if name != "images")
+    around = _list_folder(folder)
+    # Tiny-ImageNet's for all classes, unless it is a class itself.
+    inner = _list_folder(folder / "images") if "images" in around.folders and "images" not in labels else None
+    classes = [name for name in around.folders if inner is None or name != "images"]
     if classes:
-        unknown = [name for name in classes if name not in labels]
-        if unknown:
-            raise UserError(
-                f"{folder} holds {len(unknown):,} classes that train has not, the first is {unknown[0]}: remove them, "
-                "or extract their training images"
-            )
-        listed = _list_part(folder, classes)
-        _check_whole(listed, folder, unequal=True)
-        lacking = sorted(labels.keys() - set(classes))
-        problems = _tell_others(listed.values())
-        if lacking:
-            problems = (f"{len(lacking):,} classes are missing, the first is {lacking[0]}", *problems)
-        return _tabulate(VAL, root, listed, labels), "names of folders", problems
-    files = folder / "images" if (folder / "images").is_dir() else folder
-    found = _list_folder(files)
+        return _list_second_by_class(root, around, inner, classes, labels)
+    found = inner or around
     known = label_flat_files(root, folder, found.names)
-    label_of, problems = _match(found.names, known, labels, files)
+    label_of, problems = _match(found.names, known, labels, found.path)
+    loose = _tell_loose(around.names, folder, len(found.names)) if inner else ()
     kept = [i for i, label in enumerate(label_of) if label is not None]
-    prefix = files.relative_to(root).as_posix()
+    prefix = found.path.relative_to(root).as_posix()
     table = pd.DataFrame(
         {
             "part": VAL,
@@ -289,7 +286,28 @@ def _list_second(
         }
     )
     table = table.sort_values(["label", "path"], ignore_index=True)
-    return table, known.source, (*problems, *_tell_others([found]))
+    return table, known.source, (*problems, *loose, *_tell_others([found]))
+
+
+def _list_second_by_class(
+    root: Path, around: _Folder, inner: _Folder | None, classes: Sequence[str], labels: Mapping[str, int]
+) -> tuple[pd.DataFrame, str, tuple[str, ...]]:
+    """The files of the second part's class folders, `inner` being what was not sorted into them, or copied."""
+    unknown = [name for name in classes if name not in labels]
+    if unknown:
+        raise UserError(
+            f"{around.path} holds {len(unknown):,} classes that train has not, the first is {unknown[0]}: remove "
+            "them, or extract their training images"
+        )
+    listed = _list_part(around.path, classes)
+    _check_whole(listed, around.path, unequal=True)
+    copied = {name for found in listed.values() for name in found.names} if inner else set()
+    unsorted = [f"images/{name}" for name in inner.names if name not in copied] if inner else []
+    problems = (*_tell_loose([*around.names, *unsorted], around.path, _count(listed)), *_tell_others(listed.values()))
+    lacking = sorted(labels.keys() - set(classes))
+    if lacking:
+        problems = (f"{len(lacking):,} classes are missing, the first is {lacking[0]}", *problems)
+    return _tabulate(VAL, root, listed, labels), "names of folders", problems
 
 
 def _match(
@@ -335,6 +353,39 @@ def _from_root(root: Path, folders: Iterable[_Folder]) -> Iterator[tuple[str, _F
     return ((found.path.relative_to(root).as_posix(), found) for found in folders)
 
 
+def _count(listed: Mapping[str, _Folder]) -> int:
+    return sum(len(found.names) for found in listed.values())
+
+
+def _tell_loose(loose: Sequence[str], folder: Path, num_others: int) -> tuple[str, ...]:
+    """Images in `folder` beside those folders that hold the other ones: nothing labels them."""
+    if not loose:
+        return ()
+    total = len(loose) + num_others
+    if len(loose) > MAX_UNLABELLED * total:
+        raise UserError(
+            f"{len(loose):,} of {total:,} images in {folder} lie outside the folders that hold the others and have no "
+            f"label there, {_list_some(loose)}: move them into these folders, or away"
+        )
+    return (
+        f"images in {folder} outside the folders that hold the others, which have no label there and are left out: "
+        f"{len(loose):,}, {_list_some(loose)}",
+    )
+
+
+def _tell_few(table: pd.DataFrame, part: str, classes: Sequence[str]) -> tuple[str, ...]:
+    """Classes with far fewer images of a part than the median one: half extracted, if they are not meant so."""
+    counts = table.loc[table["part"] == part, "label"].value_counts().sort_index()
+    few = counts[counts < FEW * counts.median()]
+    if few.empty:
+        return ()
+    told = _list_some([f"{classes[label]} with {count:,}" for label, count in zip(few.index, few, strict=True)])
+    return (
+        f"classes with less than {100 * FEW:g} % of the median one's {counts.median():,g} images, half extracted if "
+        f"that is not meant: {len(few):,} of {len(counts):,}, {told}",
+    )
+
+
 def _tell_empty(table: pd.DataFrame, part: str) -> tuple[str, ...]:
     """Files of a part that cannot be read, as is known before they are opened."""
     empty = table.loc[(table["part"] == part) & (table["num_bytes"] == 0), "path"].tolist()
@@ -347,6 +398,11 @@ def _tell_others(folders: Iterable[_Folder]) -> tuple[str, ...]:
         return ()
     told = ", ".join(f"{count:,} x {suffix}" for suffix, count in sorted(others.items()))
     return (f"what is no png, jpg or bmp file, or hidden, is left out: {told}",)
+
+
+def _list_some(names: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    return ", ".join(names[:NUM_TOLD]) + (f" and {len(names) - NUM_TOLD:,} more" if len(names) > NUM_TOLD else "")
 
 
 def _take_subset(index: ImageIndex, size: int, seed: int) -> ImageIndex:

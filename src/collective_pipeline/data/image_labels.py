@@ -52,12 +52,9 @@ def label_flat_files(root: Path, folder: Path, names: Sequence[str]) -> Labels:
         f"put {SOLUTION} beside the tree, the XML files into {ANNOTATIONS}/CLS-LOC/val, {GROUND_TRUTH} with its "
         "meta.mat there, or the images into a folder for each class"
     )
-    running = _running_numbers(root)
+    running = _tell_running_numbers(root)
     if running is not None:
-        raise UserError(
-            f"{running} is no list of labels: its second column counts from 1 to the number of files, whatever their "
-            f"class: {advice}"
-        )
+        raise UserError(f"{running}: {advice}")
     raise UserError(f"there are no labels for the {len(names):,} files in {folder}: {advice}")
 
 
@@ -139,14 +136,22 @@ def _synset_numbers(root: Path, ground_truth: Path) -> dict[str, str]:
     )
 
 
-def _running_numbers(root: Path) -> Path | None:
-    """The list of files of Kaggle's tree, if its second column only counts them."""
+def _tell_running_numbers(root: Path) -> str | None:
+    """What is wrong with the list of files of Kaggle's tree, or a part of it, if its second column only counts them.
+
+    In any order, and from whatever number: such a list is no more one of labels than the whole is.
+    """
     file = root / "ImageSets" / "CLS-LOC" / "val.txt"
     if not file.is_file():
         return None
     rows = [line.split() for line in _read_lines(file)]
-    counts = [row[1] for row in rows if len(row) == 2]
-    return file if counts == [str(i) for i in range(1, len(rows) + 1)] else None
+    numbers = sorted(int(row[1]) for row in rows if len(row) == 2 and row[1].isdecimal())
+    if len(numbers) < 2 or numbers != list(range(numbers[0], numbers[0] + len(rows))):
+        return None
+    return (
+        f"{file} is no list of labels: its second column counts from {numbers[0]} to {numbers[-1]}, a number for each "
+        "file whatever its class"
+    )
 
 
 def _read_lines(file: Path) -> list[str]:

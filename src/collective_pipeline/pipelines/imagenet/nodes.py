@@ -31,11 +31,11 @@ FEW = 100  # images, of which each is a whole point of accuracy or more
 def index_files(settings: Parameters, known: ImageIndex | None) -> tuple[ImageIndex, pd.DataFrame]:
     """All images below `imagenet.folder` with their labels, and a table of what was found.
 
-    What an earlier run found is used again if it is still so.
+    The tree is listed each time, its folders in parallel; what an earlier run found serves to tell what has changed.
 
     Args:
         settings: Of the run.
-        known: The index that an earlier run left.
+        known: The index that an earlier run left, to compare with; None: there is none.
 
     Raises:
         UserError: If the folder is in no known layout, or half extracted, or without labels.
