@@ -144,7 +144,7 @@ def test_plans_for_imagenet_are_environments(env, stages):
 
 @pytest.mark.parametrize("env", sorted(path.name for path in CONF.glob("imagenet_*")))
 def test_an_environment_s_network_can_be_built_and_its_schedule_made(env):
-    """A ResNet-50 of the classes of its data set at every size of its plan; the rate rises to what is given, and falls."""
+    """A ResNet-50 of as many classes at every size of its plan; the rate rises to what is given, and falls."""
     imagenet = check_parameters(shipped(env)).imagenet
     num_classes = 200 if "tiny" in env else 1000
     arm = make_arm(imagenet, num_classes)
