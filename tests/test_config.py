@@ -25,6 +25,7 @@ from collective_pipeline.config import (
     parameter_names,
 )
 from collective_pipeline.models.matching import count_collective
+from collective_pipeline.pipelines.imagenet import make_arm
 from collective_pipeline.training.optim import make_schedule
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -120,17 +121,37 @@ def test_what_kedro_gives_survives_the_round_trip(env):
         ("imagenet_seed_90", [(30, 64, 256), (20, 128, 128), (40, 224, 64)]),
         ("imagenet_seed_110", [(15, 128, 128), (65, 224, 128), (15, 288, 128), (15, 320, 64)]),
         ("imagenet_fast_32", [(16, 160, 512), (12, 192, 512), (4, 224, 512)]),
+        ("imagenet_tiny_seed_60", [(30, 64, 128), (30, 128, 64)]),
+        ("imagenet_tiny_seed_62", [(25, 64, 128), (15, 128, 64), (22, 224, 64)]),
+        ("imagenet_tiny_fast_40", [(14, 48, 128), (13, 64, 128), (13, 80, 128)]),
     ],
 )
 def test_plans_for_imagenet_are_environments(env, stages):
-    """The seed documents' plan, the original's later one, and twice the default; the later one ends without mixing."""
+    """The seed documents' plan, the original's later one, which ends without mixing, and twice the default.
+
+    And for Tiny-ImageNet the original's two best, and that of our own techniques there.
+    """
     imagenet = check_parameters(shipped(env)).imagenet
     plan = imagenet.training.plan()
 
     assert [(stage.epochs, stage.image_size, stage.batch_size) for stage in plan] == stages
     assert imagenet.image_size == stages[-1][1]
     is_mixed = [stage.mixing and imagenet.training.mixup_alpha > 0 for stage in plan]
-    assert is_mixed == {"seed_90": [True] * 3, "seed_110": [True, True, False, False], "fast_32": [False] * 3}[env[9:]]
+    assert is_mixed == ([True, True, False, False] if env.endswith("110") else ["seed" in env] * len(stages))
+    if env == "imagenet_tiny_fast_40":
+        assert stages == [(stage.epochs, stage.image_size, 128) for stage in PHASE1.tiny_imagenet.stages]
+
+
+@pytest.mark.parametrize("env", sorted(path.name for path in CONF.glob("imagenet_*")))
+def test_an_environment_s_network_can_be_built_and_its_schedule_made(env):
+    """A ResNet-50 of as many classes at every size of its plan; the rate rises to what is given, and falls."""
+    imagenet = check_parameters(shipped(env)).imagenet
+    num_classes = 200 if "tiny" in env else 1000
+    arm = make_arm(imagenet, num_classes)
+    rates = make_schedule(imagenet.training, rate=imagenet.training.learning_rate, num_updates=1000, warmup_updates=100)
+
+    assert arm.params == 25_557_032 - 2049 * (1000 - num_classes)
+    assert rates.max().item() == pytest.approx(imagenet.training.learning_rate) and rates[-1] < rates.max() / 1000
 
 
 # The one with two letters has none in common with most slips.

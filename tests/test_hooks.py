@@ -1,4 +1,5 @@
 import errno
+import math
 import os
 import signal
 
@@ -85,7 +86,12 @@ def test_the_printed_table_names_the_arm_that_the_others_are_compared_to(referen
     zero = ["test_accuracy_mean", "test_accuracy_ci_low", "test_accuracy_ci_high", "difference_to_reference"]
     comparison = arms.assign(**dict.fromkeys([*zero, "difference_ci_low", "difference_ci_high", "train_seconds"], 0.0))
     comparison["p_value_holm"] = [None if name == reference else 1.0 for name in comparison["model_type"]]
-    heads, *rows = format_comparison(comparison, reference=reference).split("\n")
+    heads, *rows = format_comparison(comparison, reference=reference, top5={}).split("\n")
 
     assert f"minus {reference} " in heads
     assert ["-" in row.split() for row in rows] == [name == reference for name in comparison["model_type"]]
+    assert "top-5" not in heads
+    top5 = {"shallow": 91.256, "deep": 90.0, "collective": math.nan}
+    heads, *rows = format_comparison(comparison, reference=reference, top5=top5).split("\n")
+    place = heads.index("top-5 %") + len("top-5 %")
+    assert [row[:place].split()[-1] for row in rows] == ["90.00", "-", "91.26"]

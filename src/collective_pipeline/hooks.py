@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import shlex
 import shutil
 import subprocess
@@ -305,7 +306,8 @@ class TellAnswer:
             summary = catalog.load(f"{box}.summary")
             click.echo(f"\n{summary['answer']}\n")
             if f"{box}.comparison" in pipeline.all_outputs():
-                click.echo(format_comparison(catalog.load(f"{box}.comparison"), reference=summary["reference"]))
+                comparison, top5 = catalog.load(f"{box}.comparison"), summary.get("test_top5_accuracy", {})
+                click.echo(format_comparison(comparison, reference=summary["reference"], top5=top5))
             click.echo(f"\n{duration(since_start)} in all{_share_of_training(box, pipeline, catalog, since_start)}")
             click.echo(f"Report: {_relative(report)}\n")
             if "models" in summary:
@@ -325,8 +327,14 @@ def _share_of_training(box: str, pipeline: Pipeline, catalog: DataCatalog, since
     return f", {duration(seconds)} of them training" if seconds < since_start else ""
 
 
-def format_comparison(comparison: pd.DataFrame, *, reference: str) -> str:
-    """The comparison as a table for a terminal; differences are to the arm `reference`, if it is there."""
+def format_comparison(comparison: pd.DataFrame, *, reference: str, top5: Mapping[str, float]) -> str:
+    """The comparison as a table for a terminal.
+
+    Args:
+        comparison: A row per arm.
+        reference: The arm that differences are to, if it is there.
+        top5: Every arm's top-5 accuracy in percent; empty: where it says nothing.
+    """
     interval, difference = "{:.2f} to {:.2f}".format, f"minus {reference}"
     arms = comparison.itertuples(index=False)
     table = pd.DataFrame(
@@ -335,6 +343,7 @@ def format_comparison(comparison: pd.DataFrame, *, reference: str) -> str:
             "parameters": f"{arm.params:,}",
             "test accuracy %": f"{arm.test_accuracy_mean:.2f}",
             "interval": interval(arm.test_accuracy_ci_low, arm.test_accuracy_ci_high),
+            "top-5 %": f"{top5.get(str(arm.model_type), math.nan):.2f}",
             difference: f"{arm.difference_to_reference:+.2f}",
             "its interval": interval(arm.difference_ci_low, arm.difference_ci_high),
             "p (Holm)": f"{arm.p_value_holm:.3f}",

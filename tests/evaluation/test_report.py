@@ -146,6 +146,20 @@ def test_a_single_arm_has_no_comparison():
     assert not any(text == "nan" for text in page.texts)
 
 
+@pytest.mark.parametrize("arms", [("resnet18",), ("collective", "narrow")])
+def test_top5_accuracy_stands_beside_the_accuracy_where_it_is_known(arms):
+    """Of each arm; of a single one among the key figures too. The files keep their columns."""
+    top5 = {"resnet18": 91.256, "collective": 91.256, "narrow": 90.0}
+    page = Page(make_report(arms=arms, top5=top5))
+    told = ["Top-5 accuracy", "91.26 %"] if len(arms) == 1 else []
+    told += ["Top-5 accuracy (%)", "91.26", *["90.00"][: len(arms) - 1]]
+
+    assert [text for text in page.texts if "Top-5" in text or text[:5] in {"91.26", "90.00"}] == told
+    files = [link["href"] for link in page.all("a") if link.get("download") == "comparison.csv"]
+    assert {tuple(pd.read_csv(io.StringIO(unquote(file.split(",", 1)[1])))) for file in files} == {COMPARISON_COLUMNS}
+    assert not any("Top-5" in text for text in Page(make_report(arms=arms)).texts)
+
+
 @pytest.mark.parametrize("arms", [("resnet18",), MODEL_TYPES])
 @pytest.mark.parametrize("off_target", [0.0, 0.0001, -0.1])
 def test_a_target_is_told_of_only_where_it_is_missed(arms, off_target):

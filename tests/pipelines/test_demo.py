@@ -20,12 +20,13 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from tests.evaluation.test_experts import CPU, IMAGES, collective, gated, mixture, shown, without_any
+from tests.evaluation.test_experts import CPU, IMAGES, collective, gated, mixture, shown, trained, without_any
 
-from collective_pipeline.config import PHASE1, UserError
+from collective_pipeline.config import PHASE1, ResNetArchitecture, UserError
 from collective_pipeline.data.decoding import decode_image
 from collective_pipeline.evaluation.predict import Predictor
 from collective_pipeline.models.checkpoint import read_header, save_checkpoint
+from collective_pipeline.models.image_arms import make_image_arm
 from collective_pipeline.pipelines.demo import app
 from collective_pipeline.pipelines.demo.app import Responder, listen, make_app
 from collective_pipeline.pipelines.demo.nodes import choose_checkpoint
@@ -197,6 +198,23 @@ def test_the_best_network_on_images_is_served(folders):
 
     assert served.path == best and served.accuracy == 91.5
     assert served.checkpoint.weights.keys() == mixture().weights.keys()
+
+
+def test_a_network_that_knows_more_classes_is_served_before_a_more_accurate_one(folders):
+    """Accuracies on other data say nothing of each other: of what is dropped on the page, it can name more."""
+
+    def of(num_classes):
+        network = ResNetArchitecture(image_shape=(1, 8, 8), blocks=(1,), width=3)
+        checkpoint = trained(make_image_arm("resnet18", network, num_classes=num_classes))
+        names = tuple(f"class {k}" for k in range(num_classes))
+        return replace(checkpoint, images=checkpoint.images.model_copy(update={"class_names": names}))
+
+    folders.save("deepmoe_dense", of(10), 93.0)
+    folders.save("imagenet_network", of(50), 54.0)
+    best = folders.save("tiny_imagenet_plain", of(50), 56.0)
+    folders.save("collective", collective(), 99.0)
+
+    assert folders.choose().path == best
 
 
 def test_of_an_arm_the_newest_is_served_and_without_images_what_there_is(folders, caplog):

@@ -1,6 +1,7 @@
 """Predicting many images a batch at a time, with a line now and then."""
 
 import logging
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -81,7 +82,10 @@ def test_the_newest_of_an_arm_is_found_whichever_experiment_trained_it(models, c
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"arm": "resnet18_moe"}, "was trained for cifar10, cifar100 and not for dataset=mnist: add dataset=<one"),
+        (
+            {"arm": "resnet18_moe"},
+            "was trained for cifar10, cifar100 and not for dataset=mnist: choose with --params d",
+        ),
         ({"arm": "resnet18"}, "was trained for imagenet, cifar100 and not for dataset=mnist"),
         ({"arm": "narrow"}, r"no trained narrow in .*, only merged_moe for cifar10, resnet18 for cifar100, .*: name"),
         ({"arm": "narrow"}, r"\(left out: 1 that cannot be read, the first: .*deepmoe_narrow.* is not a checkpoint"),
@@ -93,6 +97,22 @@ def test_an_arm_that_cannot_be_found_is_told_with_those_that_can(models, changes
         nodes.choose_checkpoint(PHASE1.model_copy(update={"images": "photos"} | changes), models)
 
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arm", ["resnet18_moe", "resnet18"])
+def test_each_way_that_is_told_of_choosing_among_several_works(models, arm):
+    """An arm of image files has no data set that could be named: its file can."""
+    raw = {"images": "photos", "arm": arm}
+    with pytest.raises(UserError, match=f"{arm} was trained for ") as caught:
+        nodes.choose_checkpoint(check_parameters(raw), models)
+    of, ways = re.findall(r"for ([\w, ]+) and not", str(caught.value))[0], str(caught.value).partition("--params ")[2]
+    chosen = []
+    for name, value in re.findall(r"(dataset|checkpoint)=(\S+?)(?=[, ]|$)", ways):
+        given = {"images": "photos", name: value} if name == "checkpoint" else raw | {name: value}
+        chosen.append(nodes.choose_checkpoint(check_parameters(given), models))
+
+    assert [checkpoint.dataset for checkpoint in chosen] == of.split(", ")
+    assert {checkpoint.arm.model_type for checkpoint in chosen} == {arm}
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def write_report(
     history: pd.DataFrame,
     facts: Mapping[str, Mapping[str, str]],
     reference: str = "collective",
+    top5: Mapping[str, float] | None = None,
     experts: ExpertAnalysis | None = None,
     images: Images | None = None,
     skipping: pd.DataFrame | None = None,
@@ -77,6 +78,7 @@ def write_report(
         history: A row per arm, seed and epoch.
         facts: Section, name and value of everything needed to run it again.
         reference: The arm that the others are compared to.
+        top5: Every arm's top-5 accuracy in percent, where it says something.
         experts: What its experts, members or gated layers do, if there are any.
         images: Those that `experts` was made with.
         skipping: `latency.SKIPPING_COLUMNS`, if gates can be skipped.
@@ -87,8 +89,8 @@ def write_report(
     if experts is not None and images is not None and not experts.units.empty:
         details += _expert_tables(experts)
         figures += _expert_figures(experts, images)
-    compared = _is_compared(comparison)
-    tables = _comparison_tables(comparison, reference, compared)
+    compared, top5 = _is_compared(comparison), top5 or {}
+    tables = _comparison_tables(comparison, reference, compared, top5)
     notes = [INTERVALS, *([difference_note(reference), P_VALUES] if compared else []), TEST_SET]
     if skipping is not None and not skipping.empty:
         tables.append(
@@ -98,7 +100,7 @@ def write_report(
     return render(
         title=title,
         answer=answer,
-        key_figures=_key_figures(comparison, reference) if compared else _key_figures_of_best(comparison),
+        key_figures=_key_figures(comparison, reference) if compared else _key_figures_of_best(comparison, top5),
         heading="Comparison" if compared else "Result",
         tables=tables,
         costs=describe_costs(results),
@@ -345,8 +347,12 @@ def gpu_table(columns: Columns, comparison: pd.DataFrame, csv_columns: Iterable[
     return make_table("GPU while each arm trained", columns, comparison, csv_columns, "comparison.csv")
 
 
-def _comparison_tables(comparison: pd.DataFrame, reference: str, compared: bool) -> list[Table]:
-    columns = {**ACCURACY, **DIFFERENCE} if compared else ACCURACY
+def _comparison_tables(
+    comparison: pd.DataFrame, reference: str, compared: bool, top5: Mapping[str, float]
+) -> list[Table]:
+    columns = {**ACCURACY, **(DIFFERENCE if compared else {})}
+    if top5:
+        columns["Top-5 accuracy (%)"] = lambda arm: number(".2f", top5[arm.model_type])
     caption = f"Accuracy, and difference to the {reference}" if compared else "Accuracy"
     # Without gates a second column of the same numbers would only make people look for a difference.
     cost = {name: tell for name, tell in COST.items() if name != EXECUTED or _has_shut_gates(comparison)}
@@ -380,10 +386,15 @@ def _key_figures(comparison: pd.DataFrame, reference: str) -> dict[str, tuple[st
     }
 
 
-def _key_figures_of_best(comparison: pd.DataFrame) -> dict[str, tuple[str, str]]:
+def _key_figures_of_best(comparison: pd.DataFrame, top5: Mapping[str, float]) -> dict[str, tuple[str, str]]:
     best: Any = next(comparison.sort_values("test_accuracy_mean", ascending=False, kind="stable").itertuples())
     return {
         f"Test accuracy, {best.model_type}": _accuracy(best),
+        **(
+            {"Top-5 accuracy": (f"{top5[best.model_type]:.2f} %", "the class is among the five likeliest")}
+            if top5
+            else {}
+        ),
         "Parameters": _size(best),
         "Accuracy per 100,000 parameters": (f"{best.param_efficiency:.2f}", "percent / parameters x 100,000"),
         "Training time per seed": (f"{best.train_seconds:,.1f} s", f"{best.macs:,.0f} multiply-adds per image"),

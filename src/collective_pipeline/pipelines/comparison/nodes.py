@@ -20,7 +20,7 @@ from collective_pipeline.evaluation.experts import ExpertAnalysis, describe_expe
 from collective_pipeline.evaluation.figures import plot_samples
 from collective_pipeline.evaluation.latency import measure_latency, measure_skipping
 from collective_pipeline.evaluation.report import write_report
-from collective_pipeline.evaluation.results import OF_CLASS, summarise_runs
+from collective_pipeline.evaluation.results import OF_CLASS, summarise_runs, top5_by_arm
 from collective_pipeline.evaluation.verdict import answer, answer_worth
 from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.pipelines.experiments import EXPERIMENTS
@@ -42,6 +42,7 @@ def compare(
     reference: str = settings.comparison.reference
     timed = runs.assign(latency_ms=runs["model_type"].map(latency))
     comparison = compare_arms(timed, settings.comparison, reference=reference)
+    top5 = top5_by_arm(runs, num_classes=results[0].columns.str.startswith(OF_CLASS).sum())
     tell = answer_worth if reference in TECHNIQUES else answer
     summary = {
         "answer": tell(comparison, settings.comparison, reference=reference),
@@ -49,6 +50,7 @@ def compare(
         "test_accuracy": {
             str(name): round(mean, 3) for name, mean in comparison.set_index("model_type")["test_accuracy_mean"].items()
         },
+        **({"test_top5_accuracy": top5} if top5 else {}),
     }
     return runs[list(RUN_COLUMNS)], comparison, summary
 
@@ -130,6 +132,7 @@ def report(
         history=history,
         facts=(more if isinstance(more, dict) else {}) | describe_run(settings, splits, device, experiment),
         reference=settings.comparison.reference,
+        top5=summary.get("test_top5_accuracy", {}),
         experts=ExpertAnalysis(units, classes, seeds, samples),
         images=splits.test,
         skipping=more if isinstance(more, pd.DataFrame) else None,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from collective_pipeline.config import ArmName, DatasetName, Parameters, UserError
+from collective_pipeline.config import DATASETS, ArmName, DatasetName, Parameters, UserError
 from collective_pipeline.data.image_files import ADVICE, ImageSource, find_images
 from collective_pipeline.evaluation.predict import BATCH_SIZE, Predictor, choose_seeds, tabulate
 from collective_pipeline.models.checkpoint import Checkpoint, load_checkpoint, read_header
@@ -75,9 +75,14 @@ def _find_arm(arm: ArmName, dataset: DatasetName, models: Path) -> Path:
     if dataset in of_arm:
         return of_arm[dataset]
     if of_arm:
+        # The name of what was in a folder of image files is no data set that can be asked for.
+        ways = [
+            f"dataset={trained}" if trained in DATASETS else f"checkpoint={path} in place of arm, for {trained}"
+            for trained, path in of_arm.items()
+        ]
         raise UserError(
-            f"{arm} was trained for {', '.join(of_arm)} and not for dataset={dataset}: add dataset=<one of these> to "
-            "--params, or name a file with checkpoint=<path>"
+            f"{arm} was trained for {', '.join(of_arm)} and not for dataset={dataset}: choose with --params "
+            f"{', or '.join(ways)}"
         )
     there = ", ".join(f"{name} for {trained}" for name, trained in sorted(newest)) or "nothing"
     left_out = f" (left out: {len(unreadable)} that cannot be read, the first: {unreadable[0]})" if unreadable else ""
