@@ -29,7 +29,7 @@ run: install  ## Answer the question on MNIST in minutes: phase 1, debug size, s
 test: install  ## Run the fast tests with coverage
 	$(BIN)/pytest --cov --cov-report=term:skip-covered
 
-test-slow: install  ## Run the tests of whole runs
+test-slow: install  ## Run the tests of whole runs, and of the demo in a browser
 	$(BIN)/pytest -m slow
 
 lint: install types  ## Check style, import directions and types

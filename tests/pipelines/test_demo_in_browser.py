@@ -25,7 +25,10 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 SECONDS = 60  # for anything that the browser is to do: it may have to wait for its turn
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"a browser is needed: no {', '.join(NAMES)} is on the PATH")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason=f"a browser is needed: no {', '.join(NAMES)} is on the PATH"),
+]
 
 # What a person sees: text that is shown, and of each bar its length and colour.
 READ = """(() => {
