@@ -304,6 +304,7 @@ def time_training(
                 "epochs": len(sources.named),
                 "stages": (Stage(epochs=len(sources.named), image_size=size),),
                 "batch_size": options.batch_size,
+                "eval_batch_size": options.batch_size,
                 "mixup_alpha": 0.2 * options.augment,
                 "cutmix_alpha": 1.0 * options.augment,
                 "warmup_epochs": 0,
