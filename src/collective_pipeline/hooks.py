@@ -133,7 +133,7 @@ def check_writable(folder: Path, num_bytes: int) -> None:
 
 
 class StopCleanly:
-    """SIGTERM and Ctrl-C stop training at the next step, and what comes after training before it begins."""
+    """SIGTERM, Ctrl-C and a lost terminal stop training at the next step, and what comes after it before it begins."""
 
     def __init__(self) -> None:
         self.listening = contextlib.ExitStack()

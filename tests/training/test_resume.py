@@ -1,9 +1,11 @@
 """An interrupted run that goes on ends as one that nobody interrupted: to the last bit, whatever had a state."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -276,7 +278,16 @@ def test_a_full_disk_leaves_the_snapshot_before_it(tmp_path, run, parameters, mo
     assert path.read_bytes() == before and not list(tmp_path.glob(".partial*"))
 
 
-def test_sigterm_saves_at_the_next_step(tmp_path, run, parameters, monkeypatch):
+@pytest.fixture
+def hang_up_ends():
+    """SIGHUP does what it does unless it is ignored, as it is where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_at_the_next_step(tmp_path, run, parameters, monkeypatch, hang_up_ends, stop):
     """With what the shell expects of a process that was told to stop."""
     whole = run(tmp_path / "whole" / "last", parameters())
     path = tmp_path / "broken" / "last"
@@ -286,13 +297,13 @@ def test_sigterm_saves_at_the_next_step(tmp_path, run, parameters, monkeypatch):
     def tell(self, epoch):
         original(self, epoch)
         if epoch.number == 2 and not epoch.restored:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(stop)
 
     monkeypatch.setattr(_ArmTraining, "tell", tell)
     with interrupt.listen(), pytest.raises(interrupt.Interrupted) as stopped:
         run(path, parameters())
-    assert stopped.value.exit_code == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM: collective is saved after epoch 2 of 4" in str(stopped.value)
+    assert stopped.value.exit_code == 128 + stop
+    assert f"stopped by {stop.name}: collective is saved after epoch 2 of 4" in str(stopped.value)
     resumed = run(path, parameters(resume=True))
 
     assert_same(ends(path, *resumed), ends(tmp_path / "whole" / "last", *whole))
@@ -309,46 +320,145 @@ def test_nothing_listens_afterwards():
     assert not interrupt.requested() and signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize(
-    ("pause", "saves", "code", "left"),
-    [
-        (0.0, True, 0, None),
-        (2.0, True, 128 + signal.SIGTERM, "; --params resume=true goes on from the last saved state, if there is one."),
-        (2.0, False, 128 + signal.SIGTERM, ", unsaved."),
-    ],
-)
-def test_a_second_signal_ends_the_process_at_once(pause, saves, code, left):
-    """But not one that is sent together with the first, to the process and to its group."""
+@pytest.mark.parametrize("hang_up", [signal.SIGHUP, None])
+def test_a_hang_up_that_is_ignored_or_unknown_stays_so(monkeypatch, hang_up_ends, hang_up):
+    """As under nohup, and on Windows."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(interrupt, "HANG_UP", hang_up)
+    with interrupt.listen():
+        signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and not interrupt.requested()
+
+
+SAVING = """
+import fcntl, logging, os, signal, sys, termios, time
+from pathlib import Path
+from collective_pipeline.training import interrupt
+is_terminal = sys.stdin.isatty()
+if is_terminal:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+logging.basicConfig()
+def is_open():
+    try:
+        return os.write(1, b".")
+    except OSError:
+        return False
+try:
+    with interrupt.listen():
+        print("listening", flush=True)
+        while not interrupt.requested():
+            time.sleep(0.01)
+        sys.stdin.read()  # until whoever hangs up has done so
+        logging.warning("it saves")
+        Path(sys.argv[1]).touch()
+        deadline = time.monotonic() + 60
+        while not is_terminal and not is_open() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        interrupt.stop("a test")
+except interrupt.Interrupted as stopped:
+    for output in (sys.stdout, sys.stderr):
+        print(stopped, file=output, flush=True)
+    sys.exit(stopped.exit_code)
+"""
+
+
+def start_saving(saved: Path, **streams) -> subprocess.Popen:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen([sys.executable, "-c", SAVING, str(saved)], env=buffered, **streams)
+
+
+def test_a_run_saves_though_its_terminal_is_gone(tmp_path):
+    """As when a connection is lost: nothing can be written any more, and that is no error."""
+    terminal, end = os.openpty()
+    with start_saving(tmp_path / "saved", stdin=end, stdout=end, stderr=end, start_new_session=True) as process:
+        os.close(end)
+        assert os.read(terminal, 9) == b"listening"
+        os.close(terminal)
+
+    assert process.returncode == 128 + signal.SIGHUP and (tmp_path / "saved").exists()
+
+
+def test_a_run_saves_though_what_reads_its_output_ends_with_the_terminal(tmp_path):
+    """A moment later: `kedro run | tee log`, where both are told at once."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with start_saving(tmp_path / "saved", **pipes) as process:
+        assert process.stdout.readline() == b"listening\n"
+        process.send_signal(signal.SIGHUP)
+        assert b"SIGHUP: the run stops at the next step" in process.stderr.readline()
+        time.sleep(0.2)
+        for stream in (process.stdout, process.stderr, process.stdin):
+            stream.close()
+
+    assert process.returncode == 128 + signal.SIGHUP and (tmp_path / "saved").exists()
+
+
+GO_ON = "; --params resume=true goes on from the last saved state, if there is one."
+
+
+def end_by(stops: str, pause: float, *, saves: bool = True, seconds: float = 60.0, gone: bool = False):
+    """A process that these signals are sent to, and that ends well if it is left alone for some seconds."""
     script = f"""
 import os, signal, time
 from collective_pipeline.training import interrupt
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if {gone}:
+    nobody, end = os.pipe()
+    os.dup2(end, 2)
+    os.close(nobody)
 with interrupt.listen(saves={saves}):
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep({pause})
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.3)
+    for name in {stops.split()}:
+        os.kill(os.getpid(), signal.Signals[name])
+        time.sleep({pause})
+    time.sleep({seconds})
     os._exit(0 if interrupt.requested() else 1)
 """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-
-    assert ended.returncode == code
-    assert left is None or ended.stderr.endswith(f"SIGTERM again: the run ends at once{left}\n")
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
 
 
-def test_what_ends_a_forked_process_does_not_stop_its_parent():
-    script = """
+@pytest.mark.parametrize(
+    ("stops", "saves", "left"),
+    [
+        ("SIGTERM SIGTERM", True, GO_ON),
+        ("SIGTERM SIGTERM", False, ", unsaved."),
+        ("SIGHUP SIGTERM SIGHUP SIGTERM", True, GO_ON),
+    ],
+)
+def test_a_second_signal_ends_the_process_at_once(stops, saves, left):
+    ended = end_by(stops, 1.0, saves=saves)
+
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert ended.stderr.endswith(f"SIGTERM again: the run ends at once{left}\n")
+
+
+def test_a_second_signal_ends_the_process_though_nobody_reads_of_it():
+    assert end_by("SIGTERM SIGTERM", 1.0, gone=True).returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(("stops", "pause"), [("SIGTERM SIGTERM", 0.0), ("SIGHUP SIGHUP SIGTERM SIGHUP", 0.7)])
+def test_what_is_one_stop_to_whoever_sends_it_ends_nothing_at_once(stops, pause):
+    """Sent to the process and to its group; of a lost connection by kernel, shell and session, one after another."""
+    assert end_by(stops, pause, seconds=0.3).returncode == 0
+
+
+@pytest.mark.parametrize("stop", ["SIGTERM", "SIGHUP"])
+def test_what_ends_a_forked_process_does_not_stop_its_parent(stop):
+    script = f"""
 import os, signal, time
 from collective_pipeline.training import interrupt
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+is_up, tell = os.pipe()
 with interrupt.listen():
     child = os.fork()
     if child == 0:
-        time.sleep(30)
+        os.write(tell, b"!")
+        time.sleep(60)
         os._exit(0)
-    time.sleep(0.2)
-    os.kill(child, signal.SIGTERM)
+    os.read(is_up, 1)
+    os.kill(child, signal.{stop})
     _, status = os.waitpid(child, 0)
     time.sleep(0.2)
-    assert os.WTERMSIG(status) == signal.SIGTERM and not interrupt.requested()
+    assert os.WTERMSIG(status) == signal.{stop} and not interrupt.requested()
 """
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=False).returncode == 0
 

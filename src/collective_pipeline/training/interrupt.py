@@ -1,8 +1,9 @@
-"""Being told to stop: SIGTERM and Ctrl-C end training at the next step, after what was done is saved."""
+"""Being told to stop: SIGTERM, Ctrl-C and the end of the terminal end training at the next step, after it is saved."""
 
 import contextlib
 import logging
 import os
+import select
 import signal
 import threading
 import time
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 # coreutils' timeout tells the process and then the group that it is in: that is no second stop.
 SECONDS_OF_ONE_STOP = 0.5
+HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
+SECONDS_OF_HANG_UP = 10.0  # in which what reads the output, `tee` for example, ends with the terminal
 
 _received: list[signal.Signals] = []
 _requests: list[BaseException] = []
@@ -57,7 +60,10 @@ def stop(what: str) -> NoReturn:
 
 @contextlib.contextmanager
 def listen(*, patient: bool = False, saves: bool = True) -> Iterator[None]:
-    """Notice SIGTERM and SIGINT; a second one ends the process at once, unless it is `patient`.
+    """Notice SIGTERM, SIGINT and, unless it is ignored (`nohup`), SIGHUP: whoever is logged in may lose the connection.
+
+    A second SIGTERM or SIGINT ends the process at once, unless it is `patient`. SIGHUP counts for neither: the kernel,
+    the shell and the session's end send it, each in its own time, and nobody who is impatient.
 
     Only the main thread can listen. A worker hears of one stop from its terminal and from the process that started it.
 
@@ -98,7 +104,7 @@ class _Listening:
     def __enter__(self) -> Self:
         reading, self.writing = os.pipe()
         os.set_blocking(self.writing, False)
-        self.handlers_before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers_before = {number: signal.getsignal(number) for number in _stops()}
         self.writing_before = signal.set_wakeup_fd(self.writing)
         for number in self.handlers_before:
             signal.signal(number, self._handle)
@@ -125,15 +131,24 @@ class _Listening:
                 if self._is_news(numbers[0]):
                     # Whoever reads the log may be slow, and a second signal must not wait for that.
                     threading.Thread(target=self._tell, args=(numbers[0],), daemon=True).start()
+                if HANG_UP in numbers:
+                    threading.Thread(target=leave_terminal, args=(SECONDS_OF_HANG_UP,), daemon=True).start()
+                counted = [number for number in numbers if number != HANG_UP]
+                if not counted:
+                    continue
                 first_at = first_at or time.perf_counter()
                 if time.perf_counter() - first_at > SECONDS_OF_ONE_STOP and not self.patient:
-                    os.write(2, f"{signal.Signals(numbers[0]).name} again: the run ends at once{self.left}.\n".encode())
-                    os._exit(128 + numbers[0])
+                    with contextlib.suppress(OSError):  # of a terminal that is gone
+                        name = signal.Signals(counted[0]).name
+                        os.write(2, f"{name} again: the run ends at once{self.left}.\n".encode())
+                    os._exit(128 + counted[0])
 
     def _is_news(self, number: int) -> bool:
         with self.telling:
             is_news, self.is_told = not self.is_told, True
             if is_news:
+                if number == HANG_UP:
+                    leave_terminal()  # before anybody writes that all is saved
                 _received.append(signal.Signals(number))
         return is_news
 
@@ -143,12 +158,39 @@ class _Listening:
         logger.log(level, "%s: the run %s.", signal.Signals(number).name, self.how)
 
 
+def _stops() -> list[signal.Signals]:
+    """What is listened for."""
+    hang_ups = [] if HANG_UP is None or signal.getsignal(HANG_UP) is signal.SIG_IGN else [HANG_UP]
+    return [signal.SIGTERM, signal.SIGINT, *hang_ups]
+
+
+def leave_terminal(seconds: float = 0.0) -> None:
+    """Lose what is written to a terminal, or to a process, that is gone or goes in the next `seconds`.
+
+    To write would be an error, and a process that has written in vain ends with code 120.
+    """
+    if not hasattr(select, "poll"):
+        return
+    outputs = select.poll()
+    for number in (1, 2):
+        outputs.register(number, 0)  # which is told of errors alone
+    until = time.perf_counter() + seconds
+    left = 2
+    while left and (gone := outputs.poll(1000 * max(0.0, until - time.perf_counter()))):
+        for number, _ in gone:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+            outputs.unregister(number)
+            left -= 1
+
+
 def _leave_to_parent() -> None:
     """In a process that was forked: the parent's listening is not its own, and what ends others ends it."""
-    for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    for number in _stops():
         if isinstance(getattr(signal.getsignal(number), "__self__", None), _Listening):
             signal.set_wakeup_fd(-1)
-            signal.signal(number, handler)
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)
