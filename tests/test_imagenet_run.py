@@ -1,13 +1,19 @@
 """`kedro run --pipeline imagenet` as a user types it, on a hundred image files of different sizes."""
 
+import contextlib
 import json
+import os
 import signal
+import socket
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 import yaml
@@ -220,6 +226,55 @@ def test_who_stops_it_before_it_trains_is_told_the_same_command(tmp_path, new_pr
 
     assert result.exit_code == 128 + signal.SIGTERM
     assert "did not begin\nTo go on: kedro run --pipeline imagenet\n" in result.output
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Whatever works in this folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it may be of another user, or gone
+            if Path(process.cwd()) == folder.resolve():
+                found.append(process)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader")  # of MLflow's store, opened here for the first time
+def test_two_machines_under_torchrun_train_in_one_run(tmp_path, new_project, params):
+    """The README's command twice, a process each, which meet on loopback; the folders are the same."""
+    project = new_project(tmp_path / "project")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", "-m", "collective_pipeline",
+        "--pipeline", "imagenet", "--env", "debug", "--params", as_params(params | {"device": "cpu"}),
+    ]  # fmt: skip
+    environment = os.environ | {"DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
+    told = [tmp_path / name for name in ("one", "other")]
+    machines = []
+    try:
+        for file in told:
+            with file.open("w") as output:
+                machines.append(
+                    subprocess.Popen(
+                        command, cwd=project, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+                    )
+                )
+        codes = [machine.wait(500) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.terminate()  # torchrun ends what it has started
+            machine.wait(60)
+
+    outputs = [file.read_text() for file in told]
+    assert codes == [0, 0], "\n".join(outputs)
+    assert processes_in(project) == []
+    assert sorted(output.count("Report: ") for output in outputs) == [0, 1]
+    assert len(pd.read_csv(project / REPORTING / "runs.csv")) == 1 and checkpoint_of(project).is_file()
+    assert "x 2 GPUs" in (project / REPORTING / "report.html").read_text()
+    runs = runs_of(project)
+    assert len(runs) == 2 and set(runs["status"]) == {"FINISHED"}  # the command's, and the network's in it
 
 
 def test_a_packed_copy_needs_room(tmp_path, monkeypatch):

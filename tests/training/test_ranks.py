@@ -3,10 +3,14 @@
 A launch starts three interpreters that import torch: ten seconds or more each on a busy machine, so there are few.
 """
 
+import contextlib
 import ctypes
 import itertools
+import logging
+import math
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -30,7 +34,7 @@ from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.launch import count_ranks, launch
 from collective_pipeline.training.loop import Fit, evaluate
-from collective_pipeline.training.rank import Job, work
+from collective_pipeline.training.rank import Job, own_device, scale_rate, work
 from collective_pipeline.training.ranks import ALONE, Ranks
 from collective_pipeline.training.snapshots import Snapshots
 
@@ -95,8 +99,16 @@ def spoil(splits: StreamedSplits, root: Path, bad: set[int], *, most_bad: int) -
 
 def ranks() -> list[psutil.Process]:
     """Below this process, and what starts them."""
-    below = psutil.Process().children(recursive=True)
-    return [child for child in below if "collective_pipeline.training.rank" in child.cmdline()]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may be gone by now
+            if "collective_pipeline.training.rank" in child.cmdline():
+                found.append(child)
+    return found
+
+
+def kill_second() -> None:
+    next(rank for rank in ranks() if rank.environ()["RANK"] == "1").kill()
 
 
 def told(fit: Fit) -> list[dict]:
@@ -179,7 +191,7 @@ def test_norms_over_ranks_are_those_of_one_process_with_all_images(splits, tmp_p
         assert torch.allclose(both.weights[name], tensor, rtol=1e-3, atol=1e-4), name
 
 
-def test_two_ranks_train_as_one_process_that_plays_both(splits, tmp_path):
+def test_two_ranks_train_as_one_process_that_plays_both(splits, tmp_path, caplog):
     """Statistics of norms, dropped paths and all: on another number of ranks nothing but rounding differs.
 
     Files that cannot be read included, which the first rank knows of though the second alone has met one.
@@ -188,6 +200,7 @@ def test_two_ranks_train_as_one_process_that_plays_both(splits, tmp_path):
     one, two = (spoil(splits, tmp_path / name, bad, most_bad=len(bad)) for name in ("of one", "of two"))
     alone, fit, unreadable = work(make_job(one, tmp_path / "alone.safetensors", planned=2), ALONE, CPU)
     before = {child.pid for child in psutil.Process().children(recursive=True)}
+    caplog.set_level(logging.INFO)
 
     job = make_job(two, tmp_path / "both.safetensors", planned=2)
     both, fit_of_both, unreadable_by_both = launch(job, number=2, environment={})
@@ -199,6 +212,7 @@ def test_two_ranks_train_as_one_process_that_plays_both(splits, tmp_path):
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
     for met, root in ((unreadable, one.train.source.root), (unreadable_by_both, two.train.source.root)):
         assert {file.partition(": ")[0] for file in met} == {f"{root / str(row)}.jpg" for row in bad}
+    assert ", so 2 processes train on the CPU" in caplog.text
     # With the images of two batches an update, its rate is doubled.
     rates = [row["learning_rate"] for row in fit.history]
     assert max(rates) > CONFIG.training.learning_rate
@@ -221,23 +235,6 @@ def test_what_a_rank_fails_of_is_told_and_no_process_is_left(splits, tmp_path):
     assert ranks() == []
 
 
-def test_a_rank_that_is_killed_is_named_and_no_process_is_left(splits, tmp_path, capfd):
-    """At once, and without a word of its launcher on the terminal."""
-
-    def kill() -> None:
-        while len(ranks()) < 2:
-            time.sleep(0.05)
-        time.sleep(2)
-        max(ranks(), key=lambda rank: rank.pid).kill()
-
-    threading.Thread(target=kill, daemon=True).start()
-    with pytest.raises(UserError, match=r"rank 1 \(process \d+\) was ended by SIGKILL .* resume=true to go on"):
-        launch(make_job(splits, tmp_path / "state.safetensors", planned=2), number=2, environment={})
-
-    assert ranks() == []
-    assert "torch" not in capfd.readouterr().err
-
-
 class SlowJob(Job):
     """Is at its third look for several times the grace of a rank that is alone; tells when that begins."""
 
@@ -256,8 +253,11 @@ class SlowJob(Job):
         return snapshots
 
     def linger(self) -> None:
-        """A slow disk."""
-        time.sleep(6)
+        """A slow disk: until it is told to stop, and on."""
+        deadline = time.monotonic() + 120
+        while not interrupt.requested() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(4)
 
 
 class HangingJob(SlowJob):
@@ -282,6 +282,39 @@ def launch_slowly(job: SlowJob, do: Callable[[], None]) -> None:
     threading.Thread(target=wait, daemon=True).start()
     with interrupt.listen():
         launch(job, number=2, environment={"PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def test_a_rank_that_is_killed_is_named_and_no_process_is_left(splits, tmp_path, capfd):
+    """At once, and without a word of its launcher on the terminal."""
+
+    job = SlowJob(**vars(make_job(splits, tmp_path / "state" / "last.safetensors", planned=2)))
+
+    with pytest.raises(UserError, match=r"rank 1 \(process \d+\) was ended by SIGKILL .* resume=true to go on"):
+        launch_slowly(job, kill_second)
+
+    assert ranks() == []
+    assert "torch" not in capfd.readouterr().err
+
+
+class FailingJob(Job):
+    """Fails in the second rank alone, of what nobody has thought of."""
+
+    def snapshots(self, device: torch.device, number: int) -> Snapshots:
+        """Which are asked for before training."""
+        if os.environ["RANK"] == "1":
+            raise RuntimeError("of this rank alone")
+        return super().snapshots(device, number)
+
+
+def test_the_traceback_of_a_rank_is_told_and_no_process_is_left(splits, tmp_path):
+    """The one that waits for it is ended."""
+    job = FailingJob(**vars(make_job(splits, tmp_path / "state.safetensors", planned=2)))
+    where = r"Traceback \(most recent call last\):\n.*in snapshots\n.*\nRuntimeError: of this rank alone"
+
+    with pytest.raises(RuntimeError, match=rf"(?s)^rank 1 \(process \d+\) failed, and the others were ended:\n{where}"):
+        launch(job, number=2, environment={"PYTHONPATH": os.pathsep.join(sys.path)})
+
+    assert ranks() == []
 
 
 def test_ranks_that_are_told_to_stop_save_however_long_their_update_takes(splits, tmp_path):
@@ -319,7 +352,7 @@ def test_a_rank_that_dies_ends_one_that_hangs_though_all_were_told_to_stop(split
         interrupt.request(Interrupted("a test"))
         time.sleep(3)
         killed_at.append(time.perf_counter())
-        max(ranks(), key=lambda rank: rank.pid).kill()
+        kill_second()
 
     with pytest.raises(UserError, match=r"rank 1 \(process \d+\) was ended by SIGKILL"):
         launch_slowly(job, stop_and_kill)
@@ -331,6 +364,54 @@ def test_counts_that_are_no_part_of_each_other_are_refused():
     with pytest.raises(UserError, match="begun on 4 GPUs and 3 are neither"):
         Share(0, 3, 4)
     assert count_ranks("auto", CPU) == 1 and count_ranks(3, CPU) == 3
+
+
+def test_more_ranks_than_gpus_are_refused_whoever_starts_them(monkeypatch):
+    """Before any of them trains, and on each machine by itself."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"num_gpus=4 and this machine has 2: choose at most 2, or num_gpus=auto"):
+        count_ranks(4, cuda)
+    assert count_ranks("auto", cuda) == count_ranks(2, cuda) == 2
+
+    launched = {"TORCHELASTIC_RUN_ID": "a test", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    refusal = "torchrun has started 4 processes on this machine and there are GPUs for 2"
+    for look in (lambda: count_ranks(1, cuda), lambda: own_device("cuda")):
+        with pytest.raises(UserError, match=refusal):
+            look()
+    assert count_ranks(1, CPU) == 8 and own_device("cpu") == CPU
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert count_ranks(1, cuda) == 8
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1), ("sqrt", math.sqrt(3)), ("linear", 3)])
+def test_the_learning_rate_is_scaled_for_the_ranks_by_a_rule(rule, factor):
+    """And nothing else is; one rank has the rate that is given."""
+    config = CONFIG.model_copy(update={"rate_scaling": rule})
+    settings = Parameters(imagenet=config).of_experiment("imagenet")
+    given = settings.training
+
+    rate = scale_rate(settings, 3).learning_rate
+    assert rate == pytest.approx(factor * given.learning_rate)
+    assert scale_rate(settings, 3) == given.model_copy(update={"learning_rate": rate})
+    assert scale_rate(settings, 1) == given
+
+
+def test_a_rank_whose_terminal_is_gone_ends_well():
+    """Its last lines are lost, which is no failure of the training."""
+    script = """
+import logging, os
+from collective_pipeline.training.rank import _look_after
+_look_after(os.getppid())
+nobody, end = os.pipe()
+os.dup2(end, 2)
+os.close(nobody)
+logging.info("done")
+"""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    assert subprocess.run([sys.executable, "-c", script], env=buffered, check=False).returncode == 0
 
 
 class StoppingJob(Job):
@@ -351,19 +432,24 @@ class StoppingJob(Job):
 
 @pytest.mark.slow
 def test_an_interrupted_training_of_two_ranks_goes_on_with_two_or_one(splits, tmp_path):
-    """In the middle of an epoch: all stop at the same update, and what the first one saves is the state of both."""
-    whole, fit, _ = work(make_job(splits, tmp_path / "whole.safetensors", planned=2), ALONE, CPU)
+    """In the middle of an epoch: all stop at the same update, and what the first one saves is the state of both.
+
+    Two end as if nobody had stopped them, to the last bit; one sums in another order.
+    """
+    whole, fit, _ = launch(make_job(splits, tmp_path / "whole.safetensors", planned=2), number=2, environment={})
     state, copy = tmp_path / "state" / "last.safetensors", tmp_path / "copy" / "last.safetensors"
     stopping = StoppingJob(**vars(make_job(splits, state, planned=2)))
 
     with pytest.raises(Interrupted, match="saved after epoch 1 of 4 and 50 % of the next"):
         launch(stopping, number=2, environment={"PYTHONPATH": os.pathsep.join(sys.path)})
     shutil.copytree(state.parent, copy.parent)
-    by_two = launch(make_job(splits, state, planned=2, resume=True), number=2, environment={})
-    by_one = work(make_job(splits, copy, planned=2, resume=True), ALONE, CPU)
+    by_two, rest_of_two, _ = launch(make_job(splits, state, planned=2, resume=True), number=2, environment={})
+    by_one, rest_of_one, _ = work(make_job(splits, copy, planned=2, resume=True), ALONE, CPU)
 
-    for resumed, rest, _ in (by_two, by_one):
-        for mine, other in zip(told(rest), told(fit), strict=True):
-            assert mine == pytest.approx(other, rel=1e-4)
-        for name, tensor in whole.weights.items():
-            assert torch.allclose(resumed.weights[name], tensor, rtol=1e-3, atol=1e-4), name
+    assert told(rest_of_two) == told(fit) and rest_of_two.best_epochs == fit.best_epochs
+    assert by_two.weights.keys() == whole.weights.keys()
+    assert [name for name in whole.weights if not torch.equal(by_two.weights[name], whole.weights[name])] == []
+    for mine, other in zip(told(rest_of_one), told(fit), strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
+    for name, tensor in whole.weights.items():
+        assert torch.allclose(by_one.weights[name], tensor, rtol=1e-3, atol=1e-4), name

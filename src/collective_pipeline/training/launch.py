@@ -46,6 +46,7 @@ def count_ranks(wanted: int | Literal["auto"], device: torch.device) -> int:
         UserError: If there are fewer GPUs.
     """
     if is_launched():
+        check_own_gpus(device.type)
         return int(os.environ["WORLD_SIZE"])
     if device.type != "cuda":
         return 1 if wanted == "auto" else wanted
@@ -55,6 +56,18 @@ def count_ranks(wanted: int | Literal["auto"], device: torch.device) -> int:
     if wanted > there:
         raise UserError(f"num_gpus={wanted} and this machine has {there}: choose at most {there}, or num_gpus=auto")
     return wanted
+
+
+def check_own_gpus(device_type: str) -> None:
+    """Raise a `UserError` if torchrun has started more processes on this machine than have a GPU each."""
+    if device_type != "cuda":
+        return
+    number, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if number > there:
+        raise UserError(
+            f"torchrun has started {number} processes on this machine and there are GPUs for {there}: give a smaller "
+            "--nproc-per-node"
+        )
 
 
 def count_own_cores(number: int | None = None) -> int:
@@ -70,7 +83,7 @@ def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
     None of them is left when this returns or raises.
 
     Args:
-        job: What each is given; pickled.
+        job: What each is given, a `rank.Job`; pickled.
         number: Of processes on this machine.
         environment: Variables that they are given as well.
 
@@ -86,7 +99,7 @@ def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
             sys.executable, "-m", "collective_pipeline.training.launcher", name, str(number), str(os.getpid())
         ]  # fmt: skip
         threads = os.environ.get("OMP_NUM_THREADS") or str(count_own_cores(number))
-        logger.info("Starting %d processes", number)
+        _tell_start(number, job.device_type)
         # A session of its own: Ctrl-C reaches the ranks once, from here.
         process = subprocess.Popen(
             command, env={**os.environ, "OMP_NUM_THREADS": threads, **environment}, start_new_session=True
@@ -103,6 +116,14 @@ def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
         if process.returncode:
             raise _error(folder, process.returncode)
         return pickle.loads((folder / RESULT).read_bytes())
+
+
+def _tell_start(number: int, device_type: str) -> None:
+    if device_type == "cuda":
+        logger.info("Starting %d processes", number)
+        return
+    why = f"device={device_type}" if torch.cuda.is_available() else "there is no GPU here"
+    logger.info("num_gpus=%d: %s, so %d processes train on the %s", number, why, number, device_type.upper())
 
 
 def _wait(process: subprocess.Popen[bytes], stop: Path) -> None:

@@ -4,6 +4,7 @@
 holds the job.
 """
 
+import atexit
 import contextlib
 import logging
 import math
@@ -26,7 +27,7 @@ from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.layers import normalise_over_ranks
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
-from collective_pipeline.training.launch import JOB, RESULT, STOP, STOPPED, count_own_cores
+from collective_pipeline.training.launch import JOB, RESULT, STOP, STOPPED, check_own_gpus, count_own_cores
 from collective_pipeline.training.loop import Callback, Fit
 from collective_pipeline.training.progress import make_progress
 from collective_pipeline.training.ranks import Ranks
@@ -178,11 +179,18 @@ def _look_after(parent: int, stop: Path | None = None) -> None:
         stop: The file with which the launcher tells it.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    # The command may have gone on without its terminal: this one would have failed for lines that nobody reads.
+    atexit.register(interrupt.leave_terminal)
     threading.Thread(target=_watch, args=(parent, stop), daemon=True).start()
 
 
 def own_device(device_type: str) -> torch.device:
-    """The GPU of this rank on its machine, or the CPU."""
+    """The GPU of this rank on its machine, or the CPU.
+
+    Raises:
+        UserError: If there are fewer GPUs than ranks.
+    """
+    check_own_gpus(device_type)
     if device_type != "cuda":
         return torch.device(device_type)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
