@@ -258,8 +258,9 @@ def test_a_place_that_cannot_be_listened_at_is_one_sentence(host, sentence):
         pass
 
 
-def test_a_run_that_is_told_to_stop_ends_the_page(caplog):
+def test_a_run_that_is_told_to_stop_ends_the_page(caplog, monkeypatch):
     """In whichever thread its node runs."""
+    monkeypatch.setenv("no_proxy", "*")
     caplog.set_level(logging.INFO, app.__name__)
     served = make_app(Responder(collective(), CPU), about="a network")
     with interrupt.listen(), listen("127.0.0.1", 0) as address:
@@ -278,7 +279,8 @@ def test_a_run_that_is_told_to_stop_ends_the_page(caplog):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_command_serves_until_it_is_stopped(new_project, tmp_path, stop):
+def test_a_command_serves_until_it_is_stopped(new_project, tmp_path, monkeypatch, stop):
+    monkeypatch.setenv("no_proxy", "*")
     project = new_project(tmp_path / "project")
     save_checkpoint(gated(), tmp_path / "best.safetensors")
     params = f"checkpoint={tmp_path / 'best.safetensors'},demo.port=0"

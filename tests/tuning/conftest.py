@@ -14,6 +14,7 @@ import pytest
 from collective_pipeline.config import check_parameters
 
 PLACES = [Path("/usr/local/bin"), *sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
+SECONDS_TO_START = 60.0
 
 
 @pytest.fixture(scope="session")
@@ -38,15 +39,21 @@ def postgres(tmp_path_factory) -> Iterator[str]:
     options = ["-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-k", str(folder)]
     server = subprocess.Popen([str(found / "postgres"), "-D", data, *options], **quiet)
     try:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
+        deadline = time.monotonic() + SECONDS_TO_START
+        while not _listens(port):
+            if server.poll() is not None or time.monotonic() > deadline:
+                state = "runs" if server.poll() is None else f"ended with code {server.returncode}"
+                pytest.fail(f"PostgreSQL's server {state} and does not listen at port {port}")
             time.sleep(0.1)
         yield f"postgresql://tests@127.0.0.1:{port}/postgres"
     finally:
         server.send_signal(signal.SIGINT)  # SIGTERM would wait for all that are connected
         server.wait(20)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture(params=["journal", "sqlite", "postgres"])
