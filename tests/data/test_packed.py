@@ -235,14 +235,23 @@ def test_of_a_whole_copy_s_bad_files_some_images_have_their_own(tmp_path, lenien
     assert images.labels.tolist() == [4, 3]
     (told,) = images.unreadable
     assert told.startswith(f"{tree.root / tree.paths[2]}: ")
+    with pytest.raises(UserError, match=r"more than 50 % of the 3 .* cannot be read"):  # though of the whole it is less
+        pack_images(claim_folder(some_of(tree, [4, 2, 1]), tmp_path / "packed", side=SIDE))
 
 
 def test_a_copy_that_is_not_whole_serves_no_others(tree, tmp_path):
     pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
     (tmp_path / "packed" / "00002.parquet").unlink()
 
-    with pytest.raises(UserError, match="is packed with 10 images and not 3, other files, other labels: remove it"):
+    with pytest.raises(UserError, match=r"1 of its 3 shards are not there, .*\(10 images and not 3, .*finish it"):
         claim_folder(some_of(tree, [7, 2, 5]), tmp_path / "packed", side=SIDE)
+
+
+def test_a_whole_copy_has_no_images_that_were_not_packed_there(tree, tmp_path):
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
+
+    with pytest.raises(UserError, match=r"lacks 2 of 3 wanted images, the first is c/1\.JPEG"):
+        PackedImages.open(tmp_path / "packed", [tree.paths[4], "c/1.JPEG", "c/2.JPEG"])
 
 
 def test_the_tree_may_move(tree, tmp_path):

@@ -141,40 +141,40 @@ class PackedImages:
             wanted: Paths of those of its files that are wanted, in their order; None: all.
 
         Raises:
-            UserError: If the folder holds none, or is not complete, or a file of it has another length than its table,
-                or a table says what packing does not write. Paths are believed as they are: they are for messages.
+            UserError: If the folder holds none, or is not complete, or lacks a wanted file, or a file of it has another
+                length than its table, or a table says what packing does not write. Paths are believed as they are.
         """
         header = _read_header(folder)
         if header is None:
             raise UserError(f"{folder} holds no packed images: pack them there first")
         if wanted is not None and _digest_of(wanted) == header.files:
             wanted = None  # another process need not be told a million of them
-        missing = [number for number in range(header.num_shards) if not _table_of(folder, number).exists()]
-        if missing:
-            raise UserError(
-                f"{folder} is not complete, {len(missing):,} of its {header.num_shards:,} shards are not there: "
-                "pack the images again, which goes on where it was"
-            )
-        shards, tables, labels, left_out = [], [], [], []
+        if _missing_shards(folder, header):
+            raise UserError(f"{_tell_incomplete(folder, header)}: pack the images again, which goes on where it was")
+        shards, tables = [], []
         for number in range(header.num_shards):
             table = _read_table(folder, header, number)
-            labels.append(table["label"].to_numpy())
-            of_wanted = table if wanted is None else table.filter(pc.is_in(table["path"], value_set=pa.array(wanted)))
-            left_out += _problems_in(of_wanted)
             packed = _packed_in(table)
             if len(packed):
                 shards.append(_map_shard(folder, number, packed))
-                shard = np.full(len(packed), len(shards) - 1, dtype=np.int32)
-                tables.append(packed.append_column("shard", pa.array(shard)))
-        if _digest([np.concatenate(labels).tobytes()]) != header.labels:
+            shard = np.full(len(table), len(shards) - 1, dtype=np.int32)
+            tables.append(table.append_column("shard", pa.array(shard)))
+        index = pa.concat_tables(tables)
+        if _digest([index["label"].to_numpy().tobytes()]) != header.labels:
             raise UserError(
                 f"the tables in {folder} have other labels than its images had when they were packed: remove the "
                 "folder, and pack them again"
             )
-        index = pa.concat_tables(tables)
         if wanted is not None:
-            index = index.take(_find(wanted, index).drop_null())
-        return cls(folder, shards, index, left_out, wanted)
+            rows = _find(wanted, index)
+            if rows.null_count:
+                first = wanted[pc.index(rows.is_null(), True).as_py()]
+                raise UserError(
+                    f"{folder} lacks {rows.null_count:,} of {len(wanted):,} wanted images, the first is {first}: pack "
+                    "these elsewhere"
+                )
+            index = index.take(rows)
+        return cls(folder, shards, _packed_in(index), _problems_in(index), wanted)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process maps the same files."""
@@ -246,13 +246,14 @@ class Claim:
         images: What to pack.
         folder: Where.
         header: Of the folder.
-        is_part: Whether the copy there is whole, and of more images than these: they need not be packed.
+        left_out: Where the copy there is whole and of more images, so that these need not be packed, the problems of
+            those of these that it lacks; None where they are to be packed.
     """
 
     images: FileImages
     folder: Path
     header: _Header
-    is_part: bool = False
+    left_out: Sequence[str] | None = None
 
 
 def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 90) -> Claim:
@@ -283,9 +284,15 @@ def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 
         with files.replacing(folder / HEADER) as partial:
             partial.write_text(json.dumps(asdict(header), indent=1))
     elif differences := there.differences(header):
-        of_same_images = replace(header, num_images=there.num_images, files=there.files, labels=there.labels)
-        if of_same_images == there and _holds(folder, there, images):
-            return Claim(images, folder, there, is_part=True)
+        if replace(header, num_images=there.num_images, files=there.files, labels=there.labels) == there:
+            if _missing_shards(folder, there):
+                raise UserError(
+                    f"{_tell_incomplete(folder, there)}, and is of other images ({', '.join(differences)}): finish it "
+                    "with the command that began it, pack these with another side, or remove it"
+                )
+            left_out = _left_out(folder, there, images)
+            if left_out is not None:
+                return Claim(images, folder, there, left_out)
         raise UserError(f"{folder} is packed with {', '.join(differences)}: remove it, to pack anew")
     return Claim(images, folder, header)
 
@@ -307,11 +314,13 @@ def pack_images(
         UserError: If more than `MAX_UNUSABLE` of the files cannot be read, or a table that is there is damaged.
     """
     images, folder, header = claim.images, claim.folder, claim.header
-    if claim.is_part:
-        logger.info("%s is of %s images, these %s among them", folder, f"{header.num_images:,}", f"{len(images):,}")
-        return
-    there = [number for number in range(header.num_shards) if _table_of(folder, number).exists()]
     progress = _Progress(len(images), folder, look_around)
+    if claim.left_out is not None:
+        logger.info("%s is of %s images, these %s among them", folder, f"{header.num_images:,}", f"{len(images):,}")
+        progress.skip(len(images), claim.left_out)
+        progress.tell_problems()
+        return
+    there = sorted(set(range(header.num_shards)).difference(_missing_shards(folder, header)))
     for number in there:
         table = _read_table(folder, header, number)
         progress.skip(len(table), _problems_in(table))
@@ -400,10 +409,15 @@ class _Progress:
         self.num_skipped = self.num_done = 0
         self.started = self.last_line = time.perf_counter()
 
-    def skip(self, num_images: int, problems: list[str]) -> None:
-        """These were packed earlier."""
+    def skip(self, num_images: int, problems: Sequence[str]) -> None:
+        """These were packed earlier.
+
+        Raises:
+            UserError: If too many could not be read.
+        """
         self.num_skipped += num_images
         self.problems += problems
+        self._check()
 
     def count(self, one: _Packed | Problem) -> _Packed | Problem:
         """The same one, counted.
@@ -417,11 +431,7 @@ class _Progress:
             self.started = self.last_line = time.perf_counter()
         if isinstance(one, Problem):
             self.problems.append(one.reason)
-            if len(self.problems) > MAX_UNUSABLE * self.num_images:
-                raise UserError(
-                    f"more than {100 * MAX_UNUSABLE:g} % of the {self.num_images:,} image files to pack into "
-                    f"{self.folder} cannot be read: put good ones in their place ({list_some(self.problems)})"
-                )
+            self._check()
         now = time.perf_counter()
         if now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
@@ -435,6 +445,13 @@ class _Progress:
                 f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s",
             )
         return one
+
+    def _check(self) -> None:
+        if len(self.problems) > MAX_UNUSABLE * self.num_images:
+            raise UserError(
+                f"more than {100 * MAX_UNUSABLE:g} % of the {self.num_images:,} image files to pack into "
+                f"{self.folder} cannot be read: put good ones in their place ({list_some(self.problems)})"
+            )
 
     def tell_problems(self) -> None:
         """Once all are packed."""
@@ -463,14 +480,23 @@ def _read_header(folder: Path) -> _Header | None:
     return header
 
 
-def _holds(folder: Path, header: _Header, images: FileImages) -> bool:
-    """Whether a folder is complete, and these images are in it with the same labels."""
-    numbers = range(header.num_shards)
-    if not all(_table_of(folder, number).exists() for number in numbers):
-        return False
-    index = pa.concat_tables(_read_table(folder, header, number) for number in numbers)
+def _missing_shards(folder: Path, header: _Header) -> list[int]:
+    return [number for number in range(header.num_shards) if not _table_of(folder, number).exists()]
+
+
+def _tell_incomplete(folder: Path, header: _Header) -> str:
+    missing = len(_missing_shards(folder, header))
+    return f"{folder} is not complete, {missing:,} of its {header.num_shards:,} shards are not there"
+
+
+def _left_out(folder: Path, header: _Header, images: FileImages) -> list[str] | None:
+    """The problems of those of these images that could not be packed; None if not all are there as they are here."""
+    index = pa.concat_tables(_read_table(folder, header, number) for number in range(header.num_shards))
     rows = _find(images.paths, index)
-    return not rows.null_count and bool((index["label"].take(rows).to_numpy() == images.labels.numpy()).all())
+    if rows.null_count:
+        return None
+    index = index.take(rows)
+    return _problems_in(index) if np.array_equal(index["label"].to_numpy(), images.labels.numpy()) else None
 
 
 def _find(paths: Sequence[str], index: pa.Table) -> pa.Array:
