@@ -107,7 +107,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--alone", action=argparse.BooleanOptionalAction, default=True, help="feed without a network")
     parser.add_argument("--train", help="a network: resnet50")
     parser.add_argument("--augment", action="store_true", help="while training: colour, shift, cutout, MixUp, CutMix")
-    parser.add_argument("--blur", action="store_true", help="instead, what blur in the network that trains costs")
+    parser.add_argument("--blur", action="store_true", help="instead, what blur costs; of --image-sizes and --steps")
     parser.add_argument("--steps", type=int, default=100, help="of training that are timed")
     return parser.parse_args()
 
@@ -287,7 +287,7 @@ def tell_blur(files: EncodedImages, options: argparse.Namespace, device: torch.d
             named: dict[str, EncodedImages | None] = {"warm up": files, "ready": None}
             sources = Sources(named, device, ranks.number * options.batch_size)
             speeds.append(time_training(sources, size, options, ranks, blur=blur)["ready"])
-        without = (speeds[0] + speeds[2]) / 2
+        without = 2 / (1 / speeds[0] + 1 / speeds[2])  # images a second over both times together
         print(f"{'':>16}{size:>8}{without:>10,.3g}{speeds[1]:>10,.3g}{without / speeds[1]:>8.3f}", flush=True)
 
 

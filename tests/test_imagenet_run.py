@@ -265,7 +265,10 @@ def test_two_machines_under_torchrun_train_in_one_run(tmp_path, new_project, par
     finally:
         for machine in machines:
             machine.terminate()  # torchrun ends what it has started
-            machine.wait(60)
+        for machine in machines:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                machine.wait(60)
+            machine.kill()
 
     outputs = [file.read_text() for file in told]
     assert codes == [0, 0], "\n".join(outputs)
@@ -275,6 +278,14 @@ def test_two_machines_under_torchrun_train_in_one_run(tmp_path, new_project, par
     assert "x 2 GPUs" in (project / REPORTING / "report.html").read_text()
     runs = runs_of(project)
     assert len(runs) == 2 and set(runs["status"]) == {"FINISHED"}  # the command's, and the network's in it
+
+
+def test_several_processes_on_the_cpu_are_told(trained, params, caplog):
+    """Whoever asks for GPUs may not know that there are none."""
+    given = as_params({**params, "num_gpus": 13, "device": "cpu"})
+    kedro(trained[0], "run", "--pipeline", "imagenet", "--env", "debug", "--params", given)
+
+    assert "No GPU is used: 13 processes train on the CPU." in caplog.messages
 
 
 def test_a_packed_copy_needs_room(tmp_path, monkeypatch):

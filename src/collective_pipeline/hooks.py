@@ -133,7 +133,7 @@ def check_writable(folder: Path, num_bytes: int) -> None:
 
 
 class StopCleanly:
-    """SIGTERM, Ctrl-C and a lost terminal stop training at the next step, and what comes after it before it begins."""
+    """SIGTERM, Ctrl-C and a lost terminal stop training at the next step, and any later work before that begins."""
 
     def __init__(self) -> None:
         self.listening = contextlib.ExitStack()
@@ -306,7 +306,7 @@ class TellAnswer:
             summary = catalog.load(f"{box}.summary")
             click.echo(f"\n{summary['answer']}\n")
             if f"{box}.comparison" in pipeline.all_outputs():
-                comparison, top5 = catalog.load(f"{box}.comparison"), summary.get("test_top5_accuracy", {})
+                comparison, top5 = catalog.load(f"{box}.comparison"), summary["test_top5_accuracy"]
                 click.echo(format_comparison(comparison, reference=summary["reference"], top5=top5))
             click.echo(f"\n{duration(since_start)} in all{_share_of_training(box, pipeline, catalog, since_start)}")
             click.echo(f"Report: {_relative(report)}\n")

@@ -172,12 +172,13 @@ def test_what_is_left_out_is_told(ilsvrc):
     folder = ilsvrc / "Data" / "CLS-LOC" / "train" / "n01"
     (folder / "._n01_0.JPEG").write_bytes(b"of a Mac")
     (folder / "notes.txt").write_text("")
+    (folder / "more").mkdir()
     (folder / "n01_9.JPEG").symlink_to(folder / "nowhere.JPEG")
     index = index_images(ilsvrc)
 
     assert len(index.rows_of(TRAIN)) == 12
     (told,) = index.problems[TRAIN]
-    assert "1 x .jpeg that is a folder or leads nowhere, 1 x .txt, 1 x hidden" in told
+    assert "1 x .jpeg that leads nowhere, 1 x .txt, 1 x folder, 1 x hidden" in told
 
 
 def test_empty_files_are_told_before_they_are_opened(ilsvrc):
@@ -258,12 +259,33 @@ def test_images_beside_tiny_imagenets_own_folder_have_no_label(tmp_path):
         index_images(tmp_path)
 
 
+def test_images_beside_those_of_a_class_have_no_label(tmp_path):
+    """Where they are in a folder of the class's, as Tiny-ImageNet has them."""
+    for name in CLASSES:
+        write_image(tmp_path / "train" / name / "images" / f"{name}_0.JPEG")
+        write_image(tmp_path / "val" / name / "images" / f"{name}_1.JPEG")
+    write_loose(tmp_path / "train" / CLASSES[1], 1)
+
+    with pytest.raises(UserError, match=rf"1 of 4 images in \S+train lie outside .*, {CLASSES[1]}/loose_0.jpg: move"):
+        index_images(tmp_path)
+
+
+def test_an_empty_folder_for_images_changes_nothing(tmp_path):
+    for name in CLASSES:
+        write_image(tmp_path / "train" / name / f"{name}_0.JPEG")
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    write_loose(tmp_path / "val", 1)
+
+    with pytest.raises(UserError, match=r"no labels for the 1 files in \S+val:"):
+        index_images(tmp_path)
+
+
 def test_classes_with_far_fewer_images_are_told_and_not_refused(tmp_path):
     """Plain folders may be unequal: a class with a quarter of what most have is not told."""
     write_plain(tmp_path, {"ape": (40, 8), "bee": (1, 8), "cat": (40, 8), "dog": (10, 2), "eel": (41, 1)})
     told = index_images(tmp_path).describe().set_index("part")["problems"]
 
-    few = "classes with less than 25 % of the median one's {} images, half extracted if that is not meant: 1 of 5, {}"
+    few = "classes with fewer than 25 % of the median, {} images, half extracted if that is not meant: 1 of 5, {}"
     assert told.to_dict() == {TRAIN: few.format(40, "bee with 1"), VAL: few.format(8, "eel with 1")}
 
 

@@ -54,6 +54,7 @@ def make_report(arms=MODEL_TYPES, num_seeds=3, off_target=1.0, **changes) -> str
         "comparison": compare_arms(results, ComparisonConfig(resamples=200)),
         "history": history,
         "facts": FACTS,
+        "top5": {},
     }
     return write_report(**report | changes)
 

@@ -70,6 +70,9 @@ class Browser:
         self.sent = 0
         self.complaints = []
         self.session = {}
+
+    def attach(self):
+        """To its page."""
         pages = [each for each in self.tell("Target.getTargets")["targetInfos"] if each["type"] == "page"]
         attached = self.tell("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)
         self.session = {"sessionId": attached["sessionId"]}
@@ -90,7 +93,9 @@ class Browser:
     def _receive(self):
         while b"\0" not in self.unread:
             assert select.select([self.from_browser], [], [], SECONDS)[0], "the browser does not answer"
-            self.unread += os.read(self.from_browser, 2**16)
+            told = os.read(self.from_browser, 2**16)
+            assert told, "the browser has ended"
+            self.unread += told
         message, _, self.unread = self.unread.partition(b"\0")
         return json.loads(message)
 
@@ -139,8 +144,11 @@ class Browser:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
+    try:
+        browser.attach()
+        yield browser
+    finally:
+        browser.close()
 
 
 @pytest.fixture

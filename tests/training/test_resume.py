@@ -320,11 +320,9 @@ def test_nothing_listens_afterwards():
     assert not interrupt.requested() and signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("hang_up", [signal.SIGHUP, None])
-def test_a_hang_up_that_is_ignored_or_unknown_stays_so(monkeypatch, hang_up_ends, hang_up):
-    """As under nohup, and on Windows."""
+def test_a_hang_up_that_is_ignored_stays_so(hang_up_ends):
+    """As under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    monkeypatch.setattr(interrupt, "HANG_UP", hang_up)
     with interrupt.listen():
         signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and not interrupt.requested()

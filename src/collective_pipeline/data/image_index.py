@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -122,13 +122,17 @@ def compare_index(known: ImageIndex, now: ImageIndex) -> str:
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder's image files and folders, sorted, and how much of other kinds, folders too, lies beside the files."""
+    """A folder's image files and folders, sorted, and how many files of other kinds lie beside them.
+
+    Where a class's images are in a folder `images`, that one, with those that lie beside it as `loose`.
+    """
 
     path: Path
     names: list[str]
     num_bytes: list[int]
     folders: list[str]
     others: Counter[str]
+    loose: list[str] = field(default_factory=list)
 
 
 def _find_tree(root: Path) -> tuple[Path, str]:
@@ -159,7 +163,7 @@ def _index(root: Path, layout: str) -> ImageIndex:
     train = _list_part(base / "train", classes)
     _check_whole(train, base / "train", unequal=layout == "folders")
     labels = {name: label for label, name in enumerate(classes)}
-    loose = _tell_loose(around.names, around.path, _count(train))
+    loose = _tell_loose([*around.names, *_loose_in(train)], around.path, _count(train))
     val, source, problems = _list_second(root, second, labels)
     table = pd.concat([_tabulate(TRAIN, root, train, labels), val], ignore_index=True)
     return ImageIndex(
@@ -212,15 +216,17 @@ def _check_known(classes: Sequence[str], titles: Mapping[str, str], folder: Path
 def _list_part(folder: Path, classes: Sequence[str]) -> dict[str, _Folder]:
     """The files of every class, by threads."""
 
-    def path(name: str) -> Path:
+    def list_class(name: str) -> _Folder:
+        found = _list_folder(folder / name)
         # Tiny-ImageNet's, which many sort into class folders for validation, too: then nothing else tells it.
-        inner = folder / name / "images"
-        return inner if inner.is_dir() else folder / name
+        if "images" not in found.folders:
+            return found
+        return replace(_list_folder(found.path / "images"), loose=[f"{name}/{loose}" for loose in found.names])
 
     started = last_line = time.perf_counter()
     listed: dict[str, _Folder] = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        for name, found in zip(classes, pool.map(_list_folder, map(path, classes)), strict=True):
+        for name, found in zip(classes, pool.map(list_class, classes), strict=True):
             listed[name] = found
             now = time.perf_counter()
             if now - last_line >= SECONDS_BETWEEN_LINES:
@@ -245,7 +251,8 @@ def _list_folder(folder: Path) -> _Folder:
                 continue
             if entry.is_dir():
                 folders.append(entry.name)
-            others[f"{suffix} that is a folder or leads nowhere" if suffix in SUFFIXES else suffix or "no suffix"] += 1
+            else:
+                others[f"{suffix} that leads nowhere" if suffix in SUFFIXES else suffix or "no suffix"] += 1
     order = sorted(range(len(names)), key=names.__getitem__)
     return _Folder(folder, [names[i] for i in order], [sizes[i] for i in order], sorted(folders), others)
 
@@ -267,8 +274,11 @@ def _list_second(root: Path, folder: Path, labels: Mapping[str, int]) -> tuple[p
     """The files of the second part, where their labels come from, and what is wrong with them."""
     around = _list_folder(folder)
     # Tiny-ImageNet's for all classes, unless it is a class itself.
-    inner = _list_folder(folder / "images") if "images" in around.folders and "images" not in labels else None
-    classes = [name for name in around.folders if inner is None or name != "images"]
+    is_inner = "images" in around.folders and "images" not in labels
+    inner = _list_folder(folder / "images") if is_inner else None
+    if inner is not None and not inner.names:
+        inner = None
+    classes = [name for name in around.folders if not (is_inner and name == "images")]
     if classes:
         return _list_second_by_class(root, around, inner, classes, labels)
     found = inner or around
@@ -303,7 +313,8 @@ def _list_second_by_class(
     _check_whole(listed, around.path, unequal=True)
     copied = {name for found in listed.values() for name in found.names} if inner else set()
     unsorted = [f"images/{name}" for name in inner.names if name not in copied] if inner else []
-    problems = (*_tell_loose([*around.names, *unsorted], around.path, _count(listed)), *_tell_others(listed.values()))
+    loose = _tell_loose([*around.names, *unsorted, *_loose_in(listed)], around.path, _count(listed))
+    problems = (*loose, *_tell_others(listed.values()))
     lacking = sorted(labels.keys() - set(classes))
     if lacking:
         problems = (f"{len(lacking):,} classes are missing, the first is {lacking[0]}", *problems)
@@ -353,6 +364,10 @@ def _from_root(root: Path, folders: Iterable[_Folder]) -> Iterator[tuple[str, _F
     return ((found.path.relative_to(root).as_posix(), found) for found in folders)
 
 
+def _loose_in(listed: Mapping[str, _Folder]) -> list[str]:
+    return [name for found in listed.values() for name in found.loose]
+
+
 def _count(listed: Mapping[str, _Folder]) -> int:
     return sum(len(found.names) for found in listed.values())
 
@@ -381,7 +396,7 @@ def _tell_few(table: pd.DataFrame, part: str, classes: Sequence[str]) -> tuple[s
         return ()
     told = _list_some([f"{classes[label]} with {count:,}" for label, count in zip(few.index, few, strict=True)])
     return (
-        f"classes with less than {100 * FEW:g} % of the median one's {counts.median():,g} images, half extracted if "
+        f"classes with fewer than {100 * FEW:g} % of the median, {counts.median():,g} images, half extracted if "
         f"that is not meant: {len(few):,} of {len(counts):,}, {told}",
     )
 
@@ -393,7 +408,9 @@ def _tell_empty(table: pd.DataFrame, part: str) -> tuple[str, ...]:
 
 
 def _tell_others(folders: Iterable[_Folder]) -> tuple[str, ...]:
-    others = sum((found.others for found in folders), Counter[str]())
+    others = Counter[str]()
+    for found in folders:
+        others += found.others + Counter({"folder": len(found.folders)})
     if not others:
         return ()
     told = ", ".join(f"{count:,} x {suffix}" for suffix, count in sorted(others.items()))

@@ -62,8 +62,8 @@ def write_report(
     comparison: pd.DataFrame,
     history: pd.DataFrame,
     facts: Mapping[str, Mapping[str, str]],
+    top5: Mapping[str, float],
     reference: str = "collective",
-    top5: Mapping[str, float] | None = None,
     experts: ExpertAnalysis | None = None,
     images: Images | None = None,
     skipping: pd.DataFrame | None = None,
@@ -77,8 +77,8 @@ def write_report(
         comparison: A row per arm, as `compare_arms` returns it.
         history: A row per arm, seed and epoch.
         facts: Section, name and value of everything needed to run it again.
+        top5: Every arm's top-5 accuracy in percent; empty where it says nothing.
         reference: The arm that the others are compared to.
-        top5: Every arm's top-5 accuracy in percent, where it says something.
         experts: What its experts, members or gated layers do, if there are any.
         images: Those that `experts` was made with.
         skipping: `latency.SKIPPING_COLUMNS`, if gates can be skipped.
@@ -89,7 +89,7 @@ def write_report(
     if experts is not None and images is not None and not experts.units.empty:
         details += _expert_tables(experts)
         figures += _expert_figures(experts, images)
-    compared, top5 = _is_compared(comparison), top5 or {}
+    compared = _is_compared(comparison)
     tables = _comparison_tables(comparison, reference, compared, top5)
     notes = [INTERVALS, *([difference_note(reference), P_VALUES] if compared else []), TEST_SET]
     if skipping is not None and not skipping.empty:

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, Ctrl-C and the end of the terminal end training at the next step, after it is saved."""
+"""Being told to stop: SIGTERM, Ctrl-C and a lost terminal end training at the next step; what was done is saved."""
 
 import contextlib
 import logging
@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Self
 
@@ -17,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 # coreutils' timeout tells the process and then the group that it is in: that is no second stop.
 SECONDS_OF_ONE_STOP = 0.5
-HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
 SECONDS_OF_HANG_UP = 10.0  # in which what reads the output, `tee` for example, ends with the terminal
 
 _received: list[signal.Signals] = []
@@ -60,7 +60,7 @@ def stop(what: str) -> NoReturn:
 
 @contextlib.contextmanager
 def listen(*, patient: bool = False, saves: bool = True) -> Iterator[None]:
-    """Notice SIGTERM, SIGINT and, unless it is ignored (`nohup`), SIGHUP: whoever is logged in may lose the connection.
+    """Notice SIGTERM, SIGINT and, unless it is ignored (`nohup`), SIGHUP, which comes when a connection is lost.
 
     A second SIGTERM or SIGINT ends the process at once, unless it is `patient`. SIGHUP counts for neither: the kernel,
     the shell and the session's end send it, each in its own time, and nobody who is impatient.
@@ -131,9 +131,9 @@ class _Listening:
                 if self._is_news(numbers[0]):
                     # Whoever reads the log may be slow, and a second signal must not wait for that.
                     threading.Thread(target=self._tell, args=(numbers[0],), daemon=True).start()
-                if HANG_UP in numbers:
+                if signal.SIGHUP in numbers:
                     threading.Thread(target=leave_terminal, args=(SECONDS_OF_HANG_UP,), daemon=True).start()
-                counted = [number for number in numbers if number != HANG_UP]
+                counted = [number for number in numbers if number != signal.SIGHUP]
                 if not counted:
                     continue
                 first_at = first_at or time.perf_counter()
@@ -147,9 +147,9 @@ class _Listening:
         with self.telling:
             is_news, self.is_told = not self.is_told, True
             if is_news:
-                if number == HANG_UP:
-                    leave_terminal()  # before anybody writes that all is saved
                 _received.append(signal.Signals(number))
+                if number == signal.SIGHUP:
+                    leave_terminal()  # before anybody writes that all is saved
         return is_news
 
     def _tell(self, number: int) -> None:
@@ -160,8 +160,8 @@ class _Listening:
 
 def _stops() -> list[signal.Signals]:
     """What is listened for."""
-    hang_ups = [] if HANG_UP is None or signal.getsignal(HANG_UP) is signal.SIG_IGN else [HANG_UP]
-    return [signal.SIGTERM, signal.SIGINT, *hang_ups]
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if is_ignored else [signal.SIGHUP])]
 
 
 def leave_terminal(seconds: float = 0.0) -> None:
@@ -169,20 +169,20 @@ def leave_terminal(seconds: float = 0.0) -> None:
 
     To write would be an error, and a process that has written in vain ends with code 120.
     """
-    if not hasattr(select, "poll"):
+    if not hasattr(select, "poll"):  # as in Python on some Macs
         return
-    outputs = select.poll()
-    for number in (1, 2):
+    outputs, left = select.poll(), {1, 2}
+    for number in left:
         outputs.register(number, 0)  # which is told of errors alone
     until = time.perf_counter() + seconds
-    left = 2
-    while left and (gone := outputs.poll(1000 * max(0.0, until - time.perf_counter()))):
-        for number, _ in gone:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, number)
-            os.close(nowhere)
+    while left and (told := outputs.poll(1000 * max(0.0, until - time.perf_counter()))):
+        for number, event in told:
             outputs.unregister(number)
-            left -= 1
+            left.discard(number)
+            if event & (select.POLLHUP | select.POLLERR):
+                # A lost line must not cost what is saved.
+                with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+                    os.dup2(nowhere.fileno(), number)
 
 
 def _leave_to_parent() -> None:

@@ -43,11 +43,13 @@ def count_ranks(wanted: int | Literal["auto"], device: torch.device) -> int:
     """Processes that are to train together: those that torchrun has started, or as many as wanted.
 
     Raises:
-        UserError: If there are fewer GPUs.
+        UserError: If there are fewer GPUs, or such as train alone.
     """
     if is_launched():
         check_own_gpus(device.type)
         return int(os.environ["WORLD_SIZE"])
+    if device.type == "mps" and wanted not in {1, "auto"}:
+        raise UserError(f"num_gpus={wanted} and Apple's GPU trains alone: choose num_gpus=1, or device=cpu")
     if device.type != "cuda":
         return 1 if wanted == "auto" else wanted
     there = torch.cuda.device_count()
@@ -83,7 +85,7 @@ def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
     None of them is left when this returns or raises.
 
     Args:
-        job: What each is given, a `rank.Job`; pickled.
+        job: What each is given; pickled.
         number: Of processes on this machine.
         environment: Variables that they are given as well.
 
@@ -99,7 +101,7 @@ def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
             sys.executable, "-m", "collective_pipeline.training.launcher", name, str(number), str(os.getpid())
         ]  # fmt: skip
         threads = os.environ.get("OMP_NUM_THREADS") or str(count_own_cores(number))
-        _tell_start(number, job.device_type)
+        logger.info("Starting %d processes", number)
         # A session of its own: Ctrl-C reaches the ranks once, from here.
         process = subprocess.Popen(
             command, env={**os.environ, "OMP_NUM_THREADS": threads, **environment}, start_new_session=True
@@ -118,14 +120,6 @@ def launch(job: Any, *, number: int, environment: Mapping[str, str]) -> Any:
         return pickle.loads((folder / RESULT).read_bytes())
 
 
-def _tell_start(number: int, device_type: str) -> None:
-    if device_type == "cuda":
-        logger.info("Starting %d processes", number)
-        return
-    why = f"device={device_type}" if torch.cuda.is_available() else "there is no GPU here"
-    logger.info("num_gpus=%d: %s, so %d processes train on the %s", number, why, number, device_type.upper())
-
-
 def _wait(process: subprocess.Popen[bytes], stop: Path) -> None:
     """Until it ends; if this process is told to stop, the ranks are, with the file `stop`.
 
@@ -138,7 +132,9 @@ def _wait(process: subprocess.Popen[bytes], stop: Path) -> None:
             stop.touch()
         if told_at is not None and time.perf_counter() - told_at > SECONDS_UNTIL_TOLD:
             told_at = math.inf
-            logger.warning("The ranks stop after what they are at now; a second signal ends them at once, unsaved.")
+            logger.warning(
+                "The ranks stop after what they are at now; a second SIGTERM or Ctrl-C ends them at once, unsaved."
+            )
         time.sleep(SECONDS_BETWEEN)
 
 

@@ -42,7 +42,6 @@ def compare(
     reference: str = settings.comparison.reference
     timed = runs.assign(latency_ms=runs["model_type"].map(latency))
     comparison = compare_arms(timed, settings.comparison, reference=reference)
-    top5 = top5_by_arm(runs, num_classes=results[0].columns.str.startswith(OF_CLASS).sum())
     tell = answer_worth if reference in TECHNIQUES else answer
     summary = {
         "answer": tell(comparison, settings.comparison, reference=reference),
@@ -50,7 +49,7 @@ def compare(
         "test_accuracy": {
             str(name): round(mean, 3) for name, mean in comparison.set_index("model_type")["test_accuracy_mean"].items()
         },
-        **({"test_top5_accuracy": top5} if top5 else {}),
+        "test_top5_accuracy": top5_by_arm(results),
     }
     return runs[list(RUN_COLUMNS)], comparison, summary
 
@@ -132,7 +131,7 @@ def report(
         history=history,
         facts=(more if isinstance(more, dict) else {}) | describe_run(settings, splits, device, experiment),
         reference=settings.comparison.reference,
-        top5=summary.get("test_top5_accuracy", {}),
+        top5=summary["test_top5_accuracy"],
         experts=ExpertAnalysis(units, classes, seeds, samples),
         images=splits.test,
         skipping=more if isinstance(more, pd.DataFrame) else None,

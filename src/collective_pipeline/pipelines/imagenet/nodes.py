@@ -144,6 +144,8 @@ def clear_for_training(
         UserError: If there are fewer GPUs than wanted, or fewer images than a batch needs.
     """
     number = count_ranks(settings.num_gpus, device)
+    if number > 1 and device.type == "cpu":
+        logger.warning("No GPU is used: %d processes train on the CPU.", number)
     snapshots = Job(arm, splits, settings, state, number, device.type).snapshots(device, number)
     planned = snapshots.recall("num_gpus") or number
     snapshots.identify(num_gpus=planned)
