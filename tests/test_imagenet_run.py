@@ -146,8 +146,9 @@ def test_packed_copies_of_each_size_lie_side_by_side_and_serve_subsets(tmp_path,
     for mine, of_file in zip(*map(chain.from_iterable, (of_subset, of_files)), strict=True):
         assert torch.equal(mine, of_file)
     entries = yaml.safe_load((ROOT / "conf/base/catalog.yml").read_text())
-    catalog = DataCatalog.from_config({name: entries[name] for name in entries if name.startswith("imagenet.packed_")})
-    assert [len(catalog.load(f"imagenet.packed_{side}.train")) for side in (64, 200)] == [120, 120]
+    tree = Path(params["imagenet.folder"]).name
+    catalog = DataCatalog.from_config({name: entries[name] for name in entries if name.startswith("imagenet.packed.{")})
+    assert [len(catalog.load(f"imagenet.packed.{tree}.{side}.train")) for side in (64, 200)] == [120, 120]
 
 
 def test_the_report_says_what_an_update_and_its_rate_were(trained):
@@ -169,7 +170,7 @@ def test_the_report_says_what_an_update_and_its_rate_were(trained):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"imagenet.folder": "nowhere"}, "there is no folder nowhere"),
+        ({"imagenet.folder": "nowhere"}, "nowhere is not there: give the folder of the images"),
         ({"imagenet.model": "vgg11"}, "choose from resnet18"),
         ({"imagenet.training.epochs": 3}, "stages have 2 epochs together and epochs=3"),
         ({"imagenet.training.batch_size": 128}, "choose a smaller imagenet.training.batch_size"),

@@ -254,6 +254,19 @@ def test_a_whole_copy_has_no_images_that_were_not_packed_there(tree, tmp_path):
         PackedImages.open(tmp_path / "packed", [tree.paths[4], "c/1.JPEG", "c/2.JPEG"])
 
 
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [(range(10), "files of other lengths:"), ([7, 2, 5], "not all of these 3 are among them as they are")],
+)
+def test_a_copy_of_files_that_have_changed_is_refused(tree, tmp_path, rows, told):
+    """Of all of them or of some: their names alone would have it trained on what they no longer are."""
+    pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
+    (tree.root / tree.paths[5]).write_bytes(encoded(smooth_image(50, 50)))
+
+    with pytest.raises(UserError, match=told):
+        claim_folder(some_of(tree, list(rows)), tmp_path / "packed", side=SIDE)
+
+
 def test_the_tree_may_move(tree, tmp_path):
     pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
     tree.root.rename(tmp_path / "moved")

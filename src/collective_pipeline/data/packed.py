@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -35,18 +36,20 @@ from collective_pipeline.data.jpeg import MAX_PIXELS, Encoded, Files, Problem, a
 logger = logging.getLogger(__name__)
 
 HEADER = "packed.json"
-FORMAT = 2  # of folders; 1 had no sizes of images
+FORMAT = 3  # of folders; 1 had no sizes of images, 2 none of the files that they were made of
 IMAGES_A_SHARD = 8192  # 250 MB at a shorter side of 256 pixels, 450 MB at 400
 MAX_UNUSABLE = 0.01  # of all files, as for folders of small images
 NUM_TOLD = 3  # of the unusable files, by name
 SECONDS_BETWEEN_LINES = 5.0
 FILES_AT_ONCE = 8  # of a thread: less time at Python's lock than one by one
 
-# Of a shard, a row for each image; a file that could not be packed has no bytes.
+# Of a shard, a row for each image: the file that it was made of, and where in the shard it is; a file that could not be
+# packed has no bytes there.
 TABLE = pa.schema(
     [
         pa.field("path", pa.string(), nullable=False),
         pa.field("label", pa.int64(), nullable=False),
+        pa.field("num_bytes", pa.int64(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("length", pa.int64(), nullable=False),
         pa.field("height", pa.int64(), nullable=False),
@@ -83,11 +86,12 @@ class EncodedImages(Protocol):
 
 @dataclass(frozen=True)
 class FileImages:
-    """The files `paths` below `root`, as they are, and their labels `(n,)`, int64."""
+    """The files `paths` below `root`, as they are, and their labels `(n,)`, int64; `sizes` in bytes, where known."""
 
     root: Path
     paths: Sequence[str]
     labels: Tensor
+    sizes: NDArray[np.int64] | None = None
     unreadable: set[str] = field(default_factory=set, init=False)
 
     def __len__(self) -> int:
@@ -95,6 +99,14 @@ class FileImages:
 
     def name(self, row: int) -> str:
         return os.path.join(self.root, self.paths[row])  # noqa: PTH118  # a tenth of what a Path takes
+
+    @cached_property
+    def num_bytes(self) -> NDArray[np.int64]:
+        """Of each file, `(n,)`; of one that is not there 0."""
+        if self.sizes is not None:
+            return self.sizes
+        files = (Path(self.name(row)) for row in range(len(self)))
+        return np.array([file.stat().st_size if file.exists() else 0 for file in files], dtype=np.int64)
 
     def read(self, rows: Sequence[int]) -> list[Encoded | Problem]:
         return [_read_file(self.name(row)) for row in rows]
@@ -217,6 +229,7 @@ class _Header:
     num_images: int
     files: str  # digest of the paths in their order
     labels: str  # digest
+    sizes: str  # digest of the files' lengths in bytes
     side: int
     quality: int
     images_a_shard: int
@@ -231,11 +244,12 @@ class _Header:
             "num_images": f"{self.num_images:,} images and not {other.num_images:,}",
             "files": "other files",
             "labels": "other labels",
+            "sizes": "files of other lengths" if self.files == other.files else "",
             "side": f"side={self.side} and not {other.side}",
             "quality": f"quality={self.quality} and not {other.quality}",
             "images_a_shard": f"shards of {self.images_a_shard:,} and not {other.images_a_shard:,} images",
         }
-        return [words for name, words in told.items() if getattr(self, name) != getattr(other, name)]
+        return [words for name, words in told.items() if words and getattr(self, name) != getattr(other, name)]
 
 
 @dataclass(frozen=True)
@@ -275,6 +289,7 @@ def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 
         num_images=len(images),
         files=_digest_of(images.paths),
         labels=_digest([images.labels.numpy().tobytes()]),
+        sizes=_digest([images.num_bytes.tobytes()]),
         side=side,
         quality=quality,
         images_a_shard=IMAGES_A_SHARD,
@@ -284,15 +299,20 @@ def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 
         with files.replacing(folder / HEADER) as partial:
             partial.write_text(json.dumps(asdict(header), indent=1))
     elif differences := there.differences(header):
-        if replace(header, num_images=there.num_images, files=there.files, labels=there.labels) == there:
+        of_images = {name: getattr(there, name) for name in ("num_images", "files", "labels", "sizes")}
+        if there.num_images > header.num_images and replace(header, **of_images) == there:
             if _missing_shards(folder, there):
                 raise UserError(
                     f"{_tell_incomplete(folder, there)}, and is of other images ({', '.join(differences)}): finish it "
                     "with the command that began it, pack these with another side, or remove it"
                 )
             left_out = _left_out(folder, there, images)
-            if left_out is not None:
-                return Claim(images, folder, there, left_out)
+            if left_out is None:
+                raise UserError(
+                    f"{folder} is packed with {there.num_images:,} images, and not all of these {len(images):,} are "
+                    "among them as they are now: remove it, to pack anew, or pack these with another side"
+                )
+            return Claim(images, folder, there, left_out)
         raise UserError(f"{folder} is packed with {', '.join(differences)}: remove it, to pack anew")
     return Claim(images, folder, header)
 
@@ -386,6 +406,7 @@ def _write_shard(
         {
             "path": [images.paths[row] for row in rows],
             "label": images.labels[rows.start : rows.stop].numpy(),
+            "num_bytes": images.num_bytes[rows.start : rows.stop],
             "offset": ends - lengths,
             "length": np.asarray(lengths),
             "height": np.asarray(sizes)[:, 0],
@@ -496,7 +517,9 @@ def _left_out(folder: Path, header: _Header, images: FileImages) -> list[str] | 
     if rows.null_count:
         return None
     index = index.take(rows)
-    return _problems_in(index) if np.array_equal(index["label"].to_numpy(), images.labels.numpy()) else None
+    is_same = np.array_equal(index["label"].to_numpy(), images.labels.numpy())
+    is_same &= np.array_equal(index["num_bytes"].to_numpy(), images.num_bytes)
+    return _problems_in(index) if is_same else None
 
 
 def _find(paths: Sequence[str], index: pa.Table) -> pa.Array:

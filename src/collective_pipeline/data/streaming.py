@@ -285,7 +285,8 @@ def stream_index(
 def list_files(index: ImageIndex, part: str) -> FileImages:
     """The files of a part of an index, as they are."""
     rows = index.rows_of(part)
-    return FileImages(index.root, rows["path"].tolist(), torch.tensor(rows["label"].to_numpy()))
+    labels, sizes = (rows[name].to_numpy() for name in ("label", "num_bytes"))
+    return FileImages(index.root, rows["path"].tolist(), torch.tensor(labels), sizes)
 
 
 MakeFeatures = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]

@@ -43,7 +43,8 @@ def index_files(settings: Parameters, known: ImageIndex | None) -> tuple[ImageIn
     own = settings.imagenet
     root = Path(own.folder).expanduser()
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}: give that of the images, --params imagenet.folder=<path>")
+        what = "a file" if root.exists() else "not there"
+        raise UserError(f"{root} is {what}: give the folder of the images, --params imagenet.folder=<path>")
     index = index_images(root, subset_size=own.subset_size, subset_seed=settings.data.split_seed)
     is_same = known is not None and (known.root, known.subset) == (index.root, index.subset)
     if known is not None and is_same and known.digest != index.digest:
@@ -56,14 +57,15 @@ def index_files(settings: Parameters, known: ImageIndex | None) -> tuple[ImageIn
 def open_images(settings: Parameters, index: ImageIndex, folder: Path) -> StreamedSplits:
     """The images as training reads them: the files, or a packed copy, which is made or completed first.
 
-    Each size of packed images has a folder of its own in `folder`; a copy of all images serves any subset of them.
+    Each tree, by its name, and each size of packed images has a folder of its own in `folder`; a copy of all images
+    serves any subset of them.
 
     Raises:
         UserError: If a class has too few, or too many cannot be read.
     """
     own, packed = settings.imagenet, None
     if own.pack_side is not None:
-        folder /= str(own.pack_side)
+        folder = folder / index.root.resolve().name / str(own.pack_side)
         packed = (folder / "train", folder / "val")
         check_room(index, folder, own.pack_side)
         claims = [  # of all parts before any is packed: one may be of another copy
