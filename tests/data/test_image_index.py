@@ -253,7 +253,9 @@ def test_images_beside_tiny_imagenets_own_folder_have_no_label(tmp_path):
         (tmp_path / "val" / name / f"{name}_0.jpg").rename(tmp_path / "val" / "images" / f"{name}_0.jpg")
         (tmp_path / "val" / name).rmdir()
     (tmp_path / "val" / "val_annotations.txt").write_text("n01_0.jpg\tn01\nn02_0.jpg\tn02\n")
-    assert index_images(tmp_path).problems == {TRAIN: (), VAL: ()}
+    (tmp_path / "words.txt").write_text("n00\tentity\nn01\tgoldfish, Carassius auratus\n")
+    index = index_images(tmp_path)
+    assert index.problems == {TRAIN: (), VAL: ()} and index.class_names == ("n01 goldfish", "n02")
     write_loose(tmp_path / "val", 1)
     with pytest.raises(UserError, match=r"1 of 3 images in \S+val lie outside .*, loose_0.jpg: move them"):
         index_images(tmp_path)
@@ -515,7 +517,9 @@ def test_real_classes_of_tiny_imagenet_are_read_and_a_short_one_is_named(tmp_pat
 
     assert index.layout == "Tiny-ImageNet" and len(index.class_names) == 50 and len(wnids) == 500
     assert all(name.startswith(wnid) for name, wnid in wnids.items())
-    assert {Path(path).name: index.class_names[label] for path, label in val[["path", "label"]].values} == told
+    classes = [name.split()[0] for name in index.class_names]
+    assert {Path(path).name: classes[label] for path, label in val[["path", "label"]].values} == told
+    assert index.class_names[0] == "n01443537 goldfish"
     for number in range(6):
         (index.root / "train" / "n01443537" / "images" / f"n01443537_{number}.JPEG").unlink()
     with pytest.raises(UserError, match="half extracted: 1 of its 50 classes are short, n01443537 with 4 images"):

@@ -26,6 +26,7 @@ from collective_pipeline.randomness import make_generator
 logger = logging.getLogger(__name__)
 
 TRAIN, VAL = "train", "val"
+TITLES = {"ILSVRC": "LOC_synset_mapping.txt", "Tiny-ImageNet": "words.txt"}  # of classes
 SECOND_PARTS = ("val", "valid", "validation", "test")
 KNOWN_LAYOUTS = (
     "Data/CLS-LOC/train and val as ILSVRC and Kaggle have them, train/<class> and val/<class> (or valid, validation, "
@@ -157,8 +158,8 @@ def _index(root: Path, layout: str) -> ImageIndex:
         raise UserError(f"{base} lacks a second part beside train: extract it to {base / 'val'}, or {base / 'test'}")
     around = _list_classes(base / "train")
     classes = around.folders
-    titles = read_titles(root) if layout == "ILSVRC" else {}
-    if titles:
+    titles = read_titles(root, TITLES[layout]) if layout in TITLES else {}
+    if titles and layout == "ILSVRC":  # Tiny-ImageNet's are of all words there are
         _check_known(classes, titles, base / "train")
     train = _list_part(base / "train", classes)
     _check_whole(train, base / "train", unequal=layout == "folders")

@@ -16,7 +16,6 @@ from scipy.io import loadmat
 from collective_pipeline.config import UserError
 
 SOLUTION, ANNOTATIONS, GROUND_TRUTH = "LOC_val_solution.csv", "Annotations", "ILSVRC2012_validation_ground_truth.txt"
-MAPPING = "LOC_synset_mapping.txt"
 FIRST_NAME = re.compile(rb"<name>\s*([^<\s]+)\s*</name>")
 THREADS = 16
 
@@ -29,9 +28,9 @@ class Labels:
     of_file: dict[str, str]
 
 
-def read_titles(root: Path) -> dict[str, str]:
-    """What classes are called, by the names of their folders; empty without `LOC_synset_mapping.txt`."""
-    file = next(_beside(root, MAPPING), None)
+def read_titles(root: Path, name: str) -> dict[str, str]:
+    """What classes are called, by the names of their folders, as a file of this name says; empty without one."""
+    file = next(_beside(root, name), None)
     if file is None:
         return {}
     lines = (line.split(maxsplit=1) for line in _read_lines(file))
