@@ -6,11 +6,12 @@ import signal
 import click
 import pandas as pd
 import pytest
-from kedro.io import DataCatalog
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.pipeline import Node, Pipeline
 from tests.conftest import wait_until
 
 from collective_pipeline.config import UserError
-from collective_pipeline.hooks import PlainErrors, StopCleanly, command_to_go_on, format_comparison
+from collective_pipeline.hooks import PlainErrors, StopCleanly, TellAnswer, command_to_go_on, format_comparison
 from collective_pipeline.io.paths import PathDataset
 from collective_pipeline.pipeline_registry import register_pipelines
 from collective_pipeline.training import interrupt
@@ -95,3 +96,28 @@ def test_the_printed_table_names_the_arm_that_the_others_are_compared_to(referen
     heads, *rows = format_comparison(comparison, reference=reference, top5=top5).split("\n")
     place = heads.index("top-5 %") + len("top-5 %")
     assert [row[:place].split()[-1] for row in rows] == ["90.00", "-", "91.26"]
+
+
+@pytest.mark.parametrize(
+    ("resume", "since_start", "told"),
+    [
+        (False, 80.0, "80 s in all, 60 s of them training\n"),
+        (True, 80.0, "80 s in all\n"),
+        (True, 50.0, "50 s in all\n"),
+    ],
+)
+def test_what_earlier_commands_trained_is_no_part_of_the_time_of_this_one(
+    tmp_path, monkeypatch, capsys, resume, since_start, told
+):
+    """Whose seconds are in those of the runs."""
+    runs = pd.DataFrame({"model_type": ["deep", "shallow"], "target_params": 1000, "train_seconds": [20.0, 40.0]})
+    names = ("runs", "summary", "report")
+    box = Pipeline([Node(lambda parameters: None, "parameters", [f"single.{name}" for name in names])])
+    values = {"parameters": {"resume": resume}, "single.runs": runs, "single.summary": {"answer": "It is so."}}
+    catalog = DataCatalog({name: MemoryDataset(value) for name, value in values.items()})
+    catalog["single.report"] = PathDataset(filepath=str(tmp_path / "report.html"))
+    monkeypatch.setattr("time.time", lambda: 1000.0 + since_start)
+    monkeypatch.setattr("psutil.Process.create_time", lambda process: 1000.0)
+    TellAnswer().after_pipeline_run(box, catalog)
+
+    assert told in capsys.readouterr().out

@@ -318,8 +318,10 @@ class TellAnswer:
 
 
 def _share_of_training(box: str, pipeline: Pipeline, catalog: DataCatalog, since_start: float) -> str:
-    """How long the runs of this experiment trained, if it has runs and all of them were in this process."""
+    """How long the runs of this experiment trained, if it has runs and all of them were in this process alone."""
     if box == "sweep" or f"{box}.runs" not in pipeline.all_outputs():  # others may have worked on a sweep as well
+        return ""
+    if catalog.load("parameters").get("resume"):  # what earlier commands trained is in the time of the runs
         return ""
     training = catalog.load(f"{box}.runs").groupby(["model_type", "target_params"])["train_seconds"].sum()
     # Arms that trained side by side took as long as the slowest.

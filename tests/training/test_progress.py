@@ -1,11 +1,13 @@
 """What a person is told while an arm trains."""
 
 import logging
+import time
 from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
+from tests.conftest import wait_until
 
 from collective_pipeline.config import ArmName, Parameters, Stage, TrainingConfig
 from collective_pipeline.training import progress
@@ -205,6 +207,47 @@ def test_two_minutes_within_the_first_epoch_tell_the_whole_plan(clock, told):
 
     (line,) = (line for line in told.messages if "take about" in line and "At this pace" not in line)
     assert line.endswith("at the pace of its updates all 3 epochs take about 6.0 h and cost 12.00")
+
+
+@pytest.mark.parametrize("seconds", [7, 25, 55, 70, 110])
+def test_updates_of_a_cpu_may_be_as_slow_as_they_are(clock, told, seconds):
+    """Nothing compiles there: the forecast comes within two minutes, the advice with the first update after one."""
+    report = Progress("resnet50", num_epochs=40, num_arms=1, device_type="cpu")
+    advised, forecast = [], []
+    for _ in report.watch(range(1, 101)):
+        advised += [clock["wall"] - 100] * ("kedro run --env debug" in told.text)
+        forecast += [clock["wall"] - 100] * ("all 40 epochs take about" in told.text)
+        clock["wall"] += seconds
+
+    whole = duration(40 * 100 * seconds)
+    assert advised[0] <= 60 + seconds and f"resnet50 will take about {whole};" in told.text
+    assert forecast[0] <= 120 and f"all 40 epochs take about {whole}" in told.text
+
+
+def test_an_update_that_takes_longer_than_that_is_told_while_it_goes_on(told, monkeypatch):
+    """By the time that it has taken until then; also where training goes on in the midst of an epoch."""
+    monkeypatch.setattr(progress, "LONG_EPOCH_SECONDS", 0.05)
+    report = Progress("resnet50", num_epochs=1000, num_arms=1, device_type="cpu")
+    stops = report.watch(range(901, 1_000_001))
+    next(stops)
+    wait_until(lambda: told.messages)
+    stops.close()
+
+    assert "resnet50 will take over " in told.text and "kedro run --env debug" in told.text
+    assert told.text.count("will take") == 1
+
+
+@pytest.mark.parametrize(("device_type", "last"), [("cuda", 1), ("cpu", 2)])
+def test_an_update_that_compiles_or_is_done_is_not_told_so(told, monkeypatch, device_type, last):
+    monkeypatch.setattr(progress, "LONG_EPOCH_SECONDS", 0.05)
+    report = Progress("resnet50", num_epochs=1000, num_arms=1, device_type=device_type)
+    stops = report.watch(range(1, 1_000_001))
+    for _ in range(last):
+        next(stops)
+    time.sleep(0.2)
+    stops.close()
+
+    assert not told.messages
 
 
 def test_what_the_first_update_compiles_is_no_pace(clock, told):

@@ -1,6 +1,7 @@
 """What a person sees while an arm trains: where it is, how well it does, and how long it will take."""
 
 import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -16,8 +17,8 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 5.0
 LONG_SECONDS = 15 * 60
 LONG_EPOCH_SECONDS = 60.0
-# After the first stop of an epoch, before which an update may have compiled and been recorded: when the time of the
-# whole plan is told, if the epoch is not over. The pace is that of the second minute.
+# When the time of the whole plan is told, if the epoch is not over, by the pace of the second minute. On a GPU both are
+# counted from the first stop of an epoch, before which an update may have compiled and been recorded.
 FORECAST_SECONDS = 120.0
 # Of the cores that torch's threads are to have, they have about 0.95 on a quiet machine. Where others take a part of
 # them, the threads wait for each other at every small operation, and training is 10 to 40 times slower.
@@ -70,7 +71,8 @@ class Progress:
         self.stage_began = (0, 0.0)
         self.first: Epoch | None = None  # that is told, of the stage
         # The first and the last of the epoch that is running: which part of it was done, and when. What came before the
-        # first may have compiled, for a minute and more.
+        # first may have compiled, for a minute and more. Where nothing compiles and an update takes so long itself, the
+        # first is the beginning.
         self.stops: list[tuple[float, float]] = []
 
     @property
@@ -86,22 +88,35 @@ class Progress:
     def watch(self, stops: Iterable[int]) -> Iterator[int]:
         """The numbers of updates of an epoch that are done at each stop, with a line now and then if it is long."""
         numbers = list(stops)
+        compiles = self.device_type == "cuda"
         self.stops = []
-        mark = (0.0, 0.0)
+        before = mark = began = (numbers[0] - 1) / numbers[-1], time.perf_counter()
+        timer = threading.Timer(LONG_EPOCH_SECONDS, self._warn_of_update, [began, numbers[0] / numbers[-1]])
+        timer.daemon = True
+        if not compiles and not self.length_is_known:
+            timer.start()
         for number in numbers:
-            yield number
+            try:
+                yield number
+            finally:
+                timer.cancel()
             if self.started is None and number >= WARM_UP_STEPS:
                 self.started = time.perf_counter(), time.process_time()
             now = number / numbers[-1], time.perf_counter()
-            self.stops = [*self.stops[:1], now]
+            if not self.stops:
+                self.stops = [now if compiles or now[1] - began[1] <= LONG_EPOCH_SECONDS else began]
             first = self.stops[0]
-            elapsed = now[1] - first[1]
+            self.stops = [first, now]
+            elapsed = now[1] - (first if compiles else began)[1]
             if elapsed <= LONG_EPOCH_SECONDS:
                 mark = now
-            elif not self.length_is_known:
-                self._warn_if_long(self._expect(first, now))
-            if elapsed > FORECAST_SECONDS and not self.is_forecast:
-                self._forecast(self._expect(mark, now))
+            else:
+                if not self.length_is_known:
+                    self._warn_if_long(self._expect(first, now))
+                # The next stop would be too late.
+                if elapsed + now[1] - before[1] > FORECAST_SECONDS and not self.is_forecast:
+                    self._forecast(self._expect(mark, now))
+            before = now
             if self._is_due(4 * SECONDS_BETWEEN_LINES):
                 place = f"{_of_seeds(self.part, self.num_parts)}epoch {self.epochs_done + 1}"
                 self._log(f"{place}: {100 * number / numbers[-1]:.0f} % of its steps")
@@ -178,10 +193,20 @@ class Progress:
             cost = f" and cost {seconds / 3600 * self.price_per_hour:,.2f}"
         self._log(f"at the pace of its updates {plan} take about {duration(seconds)}{cost}")
 
-    def _warn_if_long(self, seconds: float) -> None:
-        """Tell once, as soon as it can be known, if all of it takes so long."""
-        self.length_is_known = True
-        if seconds * self.num_arms < LONG_SECONDS:
+    def _warn_of_update(self, began: tuple[float, float], share: float) -> None:
+        """While the first update of an epoch goes on: it takes at least as long as it has taken until now.
+
+        Args:
+            began: Which part of the epoch was done before it, and when.
+            share: Which part of it will be done after it.
+        """
+        self._warn_if_long(self._expect(began, (share, time.perf_counter())), at_least=True)
+
+    def _warn_if_long(self, seconds: float, *, at_least: bool = False) -> None:
+        """Tell once, as soon as it can be known, if all of it takes so long, or `at_least` so long."""
+        is_long = seconds * self.num_arms >= LONG_SECONDS
+        self.length_is_known = is_long or not at_least
+        if not is_long:
             return
         # Of this arm alone: the others may be far faster or slower.
         beside = f", and it is one of {self.num_arms} arms" if self.num_arms > 1 else ""
@@ -191,7 +216,8 @@ class Progress:
             if self.device_type == "cpu" and not is_short_plan
             else ""
         )
-        logger.warning("At this pace %s will take about %s%s%s.", self.arm, duration(seconds), beside, advice)
+        length = f"{'over' if at_least else 'about'} {duration(seconds)}"
+        logger.warning("At this pace %s will take %s%s%s.", self.arm, length, beside, advice)
 
     def _warn_if_busy(self) -> None:
         """Tell once if other programs have the cores.
