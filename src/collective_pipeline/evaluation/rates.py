@@ -1,6 +1,7 @@
 """What losses at ever higher learning rates say: a rate to try, a figure, and a page."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from collective_pipeline.evaluation.report import Columns, make_figure, make_tab
 RATE_COLUMNS = ("rate", "loss", "smoothed")
 # Of all updates, those on either side that a loss is averaged with, the nearer the more.
 REACH = 0.03
+# So many times what a loss typically differs from the one before, the smoothed loss has to fall by. Where losses are
+# nothing but noise it falls that far in one search of a hundred with 20 updates, and in fewer with more.
+CLEAR = 4.0
 
 
 def tabulate_rates(rates: Sequence[float], losses: Sequence[float], *, planned: int) -> pd.DataFrame:
@@ -21,12 +25,17 @@ def tabulate_rates(rates: Sequence[float], losses: Sequence[float], *, planned: 
     The mean reaches to both sides, so that a fall is not told later than it was. Losses that are not finite have none.
     """
     loss = np.asarray(losses, dtype=float)
-    reach = max(1, round(REACH * planned))
+    reach = _reach(planned)
     weights = np.bartlett(2 * reach + 3)[1:-1]
     known = np.isfinite(loss)
     total = _convolve(np.where(known, loss, 0.0), weights)
     smoothed = np.where(known, total / np.maximum(_convolve(known.astype(float), weights), 1e-12), np.nan)
     return pd.DataFrame({"rate": list(rates), "loss": loss, "smoothed": smoothed})
+
+
+def _reach(planned: int) -> int:
+    """Of a smoothed loss to either side, in updates."""
+    return max(1, round(REACH * planned))
 
 
 def _convolve(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -37,13 +46,18 @@ def _convolve(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def suggest_rate(table: pd.DataFrame) -> dict[str, float | None]:
     """`suggested_rate`, where the smoothed loss falls fastest along the logarithm of the rate, and that of its lowest.
 
-    None where it never falls.
+    None where it does not fall clearly, by `CLEAR` times the noise. Before the fall begins, when the loss was last not
+    below its start by more than the noise, a slope is noise too.
     """
     known = table.dropna()
-    lowest = int(known["smoothed"].to_numpy().argmin()) if len(known) else 0
-    falling = known.iloc[: lowest + 1]
-    if len(falling) < 2:
+    smoothed = known["smoothed"].to_numpy()
+    # A median, which neither the fall nor an explosion moves much.
+    noise = float(known["loss"].diff().abs().median())
+    if len(known) < 2 or smoothed[0] - smoothed.min() < CLEAR * noise or smoothed[0] == smoothed.min():
         return {"suggested_rate": None, "rate_of_lowest_loss": None, "lowest_loss": None}
+    lowest = int(smoothed.argmin())
+    begins = int(np.flatnonzero(smoothed[:lowest] >= smoothed[0] - noise)[-1])
+    falling = known.iloc[begins : lowest + 1]
     slopes = np.gradient(falling["smoothed"].to_numpy(), np.log(falling["rate"].to_numpy()))
     return {
         "suggested_rate": float(falling["rate"].iloc[int(slopes.argmin())]),
@@ -57,8 +71,8 @@ def answer_rates(found: Mapping[str, float | None], table: pd.DataFrame, *, name
     first, last = table["rate"].iloc[0], table["rate"].iloc[-1]
     if found["suggested_rate"] is None:
         return (
-            f"The loss of {name} does not fall at any rate from {first:.1e} to {last:.1e}: give lr_finder a lower "
-            "lowest or a higher highest."
+            f"The loss of {name} does not fall clearly at any rate from {first:.1e} to {last:.1e}, so that none is "
+            f"suggested: {_advise(table, planned)}."
         )
     told = (
         f"The loss of {name} falls fastest at a learning rate of {found['suggested_rate']:.1e} and is lowest at "
@@ -66,13 +80,36 @@ def answer_rates(found: Mapping[str, float | None], table: pd.DataFrame, *, name
     )
     if len(table) < planned:
         return f"{told} By {last:.1e} it had exploded."
-    if found["rate_of_lowest_loss"] == last:
+    if _falls_to_the_end(table, planned):
         return f"{told} It still falls at the highest rate that was tried: lr_finder.highest may be higher."
     return told
 
 
+def _advise(table: pd.DataFrame, planned: int) -> str:
+    """What to change where the loss does not fall clearly."""
+    first, last = table["rate"].iloc[0], table["rate"].iloc[-1]
+    more = f"more updates, lr_finder.updates above {planned}"
+    if len(table) < planned:
+        return f"it exploded, so give a lower lr_finder.lowest than {first:.1e} or {more}"
+    if _place_of_lowest(table) <= _reach(planned):
+        return f"it is lowest at the first rates, so give a lower lr_finder.lowest than {first:.1e} or {more}"
+    if _falls_to_the_end(table, planned):
+        return f"it is lowest at the last rates, so give a higher lr_finder.highest than {last:.1e} or {more}"
+    return f"give it {more}"
+
+
+def _falls_to_the_end(table: pd.DataFrame, planned: int) -> bool:
+    """Whether the loss is lowest so near the end of the table that smoothing may have moved it from there."""
+    return _place_of_lowest(table) >= len(table) - 1 - _reach(planned)
+
+
+def _place_of_lowest(table: pd.DataFrame) -> int:
+    """The row of the lowest smoothed loss; the first where none has any."""
+    return int(table["smoothed"].fillna(np.inf).to_numpy().argmin())
+
+
 def plot_rates(table: pd.DataFrame, found: Mapping[str, Any]) -> go.Figure:
-    """Loss against rate, both as measured and smoothed, with the suggestion."""
+    """Loss against rate, both as measured and smoothed, with the suggestion if there is one."""
     figure = go.Figure()
     for column, name, color, width in (("loss", "Each update", COLORS[6], 1), ("smoothed", "Smoothed", COLORS[1], 3)):
         figure.add_scatter(
@@ -120,18 +157,25 @@ UPDATES: Columns = {
     "Loss": lambda row: f"{row.loss:.4f}",
     "Smoothed": lambda row: "" if pd.isna(row.smoothed) else f"{row.smoothed:.4f}",
 }
-NOTES = (
+NOTE = (
     "Every update has a higher rate than the one before, by the same factor; nothing is scored but the loss of its "
-    "training batches, which are those of the experiment.",
+    "training batches, which are those of the experiment."
+)
+NOTE_OF_FALL = (
     "Where the loss falls fastest a rate is high enough to learn and far from too high. With schedule=one_cycle it may "
-    "be the highest of the cycle, and rates up to a third of that of the lowest loss are worth a try too.",
+    "be the highest of the cycle, and rates up to a third of that of the lowest loss are worth a try too."
+)
+NOTE_WITHOUT_FALL = (
+    f"A loss falls clearly if the smoothed one falls, from its start to its lowest, by {CLEAR:g} times what the loss "
+    "of an update typically differs from that of the one before (the median). With less, where it falls fastest would "
+    "be a matter of chance. More updates give every rate longer to show what it does."
 )
 
 
 def write_rate_report(
     *, title: str, table: pd.DataFrame, found: Mapping[str, Any], facts: Mapping[str, Mapping[str, str]]
 ) -> str:
-    """The page as HTML; `found` has the answer beside what `suggest_rate` gives."""
+    """The page as HTML; `found` has the answer beside what `suggest_rate` gives, of which it shows what is not None."""
     named = {"Falls fastest": found["suggested_rate"], "Lowest": found["rate_of_lowest_loss"]}
     rates = pd.DataFrame(
         [{"what": what, **_row_at(table, rate).to_dict()} for what, rate in named.items() if rate is not None],
@@ -140,25 +184,20 @@ def write_rate_report(
     figure = make_figure(
         plot_rates(table, found), "On a logarithmic axis; each update is one point.", table, "lr_finder.csv"
     )
+    updates = make_table("Every update", UPDATES, table, RATE_COLUMNS, "lr_finder.csv")
+    # Two of its rows, and so with the same file.
+    ends = make_table("Where the loss falls fastest, and where it is lowest", FOUND, rates, (), updates.file_name)
     return render(
         title=title,
         answer=found["answer"],
         key_figures={what: (f"{rate:.1e}", "learning rate") for what, rate in named.items() if rate is not None},
         heading="Rates",
-        tables=[
-            make_table(
-                "Where the loss falls fastest, and where it is lowest",
-                FOUND,
-                rates,
-                ("what", *RATE_COLUMNS),
-                "rates.csv",
-            )
-        ],
+        tables=[replace(ends, csv=updates.csv)] if ends.rows else [],
         costs="",
         gpu=None,
         hints=(),
-        notes=NOTES,
+        notes=(NOTE, NOTE_OF_FALL if ends.rows else NOTE_WITHOUT_FALL),
         figures=[figure],
-        details=[make_table("Every update", UPDATES, table, RATE_COLUMNS, "lr_finder.csv")],
+        details=[updates],
         facts=facts,
     )
