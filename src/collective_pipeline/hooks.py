@@ -306,7 +306,8 @@ class TellAnswer:
             summary = catalog.load(f"{box}.summary")
             click.echo(f"\n{summary['answer']}\n")
             if f"{box}.comparison" in pipeline.all_outputs():
-                comparison, top5 = catalog.load(f"{box}.comparison"), summary["test_top5_accuracy"]
+                # A sweep tells no top-5 accuracy.
+                comparison, top5 = catalog.load(f"{box}.comparison"), summary.get("test_top5_accuracy", {})
                 click.echo(format_comparison(comparison, reference=summary["reference"], top5=top5))
             click.echo(f"\n{duration(since_start)} in all{_share_of_training(box, pipeline, catalog, since_start)}")
             click.echo(f"Report: {_relative(report)}\n")
