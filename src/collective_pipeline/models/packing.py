@@ -77,11 +77,13 @@ class PackedClassifier(nn.Module):
         return network.read(maps.whole(network.num_channels))[0, 0]
 
     def _block(self, block: ResidualBlock, maps: "Maps", gates: Sequence[Tensor]) -> "Maps":
-        skipped = maps if block.shortcut is None else self._unit(block.shortcut, maps, gates)
+        skipped = maps if block.shortcut_blur is None else maps.blurred(block.shortcut_blur)
+        if block.shortcut is not None:
+            skipped = self._unit(block.shortcut, skipped, gates)
         *units, last = block.units
         maps = self._units(units, maps, gates)
-        if block.blur is not None and block.shortcut_blur is not None:
-            skipped, maps = skipped.blurred(block.shortcut_blur), maps.blurred(block.blur)
+        if block.blur is not None:
+            maps = maps.blurred(block.blur)
         added = self._unit(last, maps, gates)
         if added.channels is None:
             return Maps(relu(added.values + skipped.values))

@@ -59,8 +59,8 @@ class ResidualBlock(nn.Module):
         shortcut: None: the identity.
         drop: What leaves the units' part out for some images.
         blur: What halves the maps before the last unit, where no unit does.
-        shortcut_blur: What halves those of the shortcut then. Before the shortcut's convolution it would make the same
-            of a trained network for a quarter of the work, but its norm would have other statistics to train with.
+        shortcut_blur: What halves those that the shortcut reads then, as in Zhang 2019. Behind its convolution, which
+            mixes no pixels, it would make the same of a trained network for four times the work.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x_BMHW: Tensor, gates: Sequence[Tensor]) -> Tensor:
         """`gates` as for `GatedUnit`."""
-        skipped = x_BMHW if self.shortcut is None else self.shortcut(x_BMHW, gates)
-        if self.shortcut_blur is not None:
-            skipped = self.shortcut_blur(skipped)
+        skipped = x_BMHW if self.shortcut_blur is None else self.shortcut_blur(x_BMHW)
+        if self.shortcut is not None:
+            skipped = self.shortcut(skipped, gates)
         *units, last = self.units
         for unit in units:
             x_BMHW = relu(unit(x_BMHW, gates), inplace=True)
