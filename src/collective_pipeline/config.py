@@ -106,6 +106,7 @@ def _once_each(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+NUM_TOLD = 3  # of many names, in a message
 Item = TypeVar("Item")
 # At least one of each, named once; on the command line one alone, or several in one word with spaces.
 Distinct = Annotated[tuple[Item, ...], Field(min_length=1), BeforeValidator(_as_list), AfterValidator(_once_each)]
@@ -1336,6 +1337,12 @@ def _sentence(problem: Any) -> str:
 
 def _choices(problem: Any) -> list[str]:
     return [choice.strip("' ") for choice in problem["ctx"]["expected"].replace(" or ", ", ").split(",")]
+
+
+def list_some(told: Sequence[str], separator: str = "; ") -> str:
+    """For messages: the first few, and how many more there are."""
+    more = f"{separator.strip(', ')} and {len(told) - NUM_TOLD:,} more" if len(told) > NUM_TOLD else ""
+    return separator.join(told[:NUM_TOLD]) + more
 
 
 def suggest(name: str, known: Sequence[str]) -> str:

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collective_pipeline.config import UserError
+from collective_pipeline.config import UserError, list_some
 from collective_pipeline.data.cropping import NUM_BOX_DRAWS, DecodedImages, centre_boxes, random_boxes, resample
 from collective_pipeline.data.jpeg import Problem, decode, decode_on_gpu
-from collective_pipeline.data.packed import FILES_AT_ONCE, EncodedImages, in_chunks, list_some
+from collective_pipeline.data.packed import FILES_AT_ONCE, EncodedImages, in_chunks
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from collective_pipeline.config import UserError, suggest
+from collective_pipeline.config import UserError, list_some, suggest
 from collective_pipeline.data.decoding import list_image_files, read_image
 from collective_pipeline.data.splits import Images
 
@@ -18,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 # A few damaged files of many are no reason not to train; more than these are a damaged copy.
 MAX_UNUSABLE = 0.01  # of all files
-NUM_TOLD = 3  # of the unusable files, by name
 # Small images leave a thread no time outside Python's lock: handed out one by one they would take twice as long.
 FILES_AT_ONCE = 256
 # What PIL does to a small image holds that lock most of the time: with a thread for each of 64 cores, 60,000 files took
@@ -114,9 +113,8 @@ def _read(files: Sequence[Path], shape: tuple[int, int, int], stretch: bool) -> 
 
 def _tell(folder: Path, problems: dict[int, str], num_files: int) -> None:
     """Warn of a few unusable files, refuse many."""
-    told = "; ".join(problems[row] for row in sorted(problems)[:NUM_TOLD])
-    more = f"; and {len(problems) - NUM_TOLD:,} more" if len(problems) > NUM_TOLD else ""
+    told = list_some([problems[row] for row in sorted(problems)])
     found = f"{len(problems):,} of the {num_files:,} image files in {folder} cannot be used"
     if len(problems) > MAX_UNUSABLE * num_files:
-        raise UserError(f"{found}, more than {100 * MAX_UNUSABLE:g} %: put good ones in their place ({told}{more})")
-    logger.warning("%s and are left out: %s%s", found, told, more)
+        raise UserError(f"{found}, more than {100 * MAX_UNUSABLE:g} %: put good ones in their place ({told})")
+    logger.warning("%s and are left out: %s", found, told)

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from collective_pipeline.config import UserError
+from collective_pipeline.config import UserError, list_some
 from collective_pipeline.data.decoding import SUFFIXES
 from collective_pipeline.data.image_labels import Labels, label_flat_files, read_titles
 from collective_pipeline.randomness import make_generator
@@ -35,7 +35,6 @@ KNOWN_LAYOUTS = (
 MAX_UNLABELLED = 0.01  # of a part's files, and of the labels whose files are not there
 SHORT = 0.5  # of the median: ImageNet's smallest class has 732 images and most have 1,300
 FEW = 0.25  # of the median: plain folders may be unequal, so this is told and not refused
-NUM_TOLD = 3
 THREADS = 16  # listing waits for the disk, not for a core
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -147,7 +146,7 @@ def _find_tree(root: Path) -> tuple[Path, str]:
         if (folder / "train").is_dir():
             is_tiny = (folder / "val" / "val_annotations.txt").exists()
             return folder, "Tiny-ImageNet" if is_tiny else "folders"
-    names = _list_some([entry.name for entry in inside]) or "no folder"
+    names = list_some([entry.name for entry in inside], ", ") or "no folder"
     raise UserError(f"{root} is in no known layout, since it holds {names}: the known ones are {KNOWN_LAYOUTS}")
 
 
@@ -264,7 +263,7 @@ def _check_whole(listed: Mapping[str, _Folder], folder: Path, *, unequal: bool) 
     least = 1 if unequal else max(1, SHORT * float(np.median(list(counts.values()))))
     short = [name for name, count in counts.items() if count < least]
     if short:
-        told = _list_some([f"{name} with {counts[name]:,} images" for name in short])
+        told = list_some([f"{name} with {counts[name]:,} images" for name in short], ", ")
         raise UserError(
             f"{folder} is half extracted: {len(short):,} of its {len(counts):,} classes are short, {told}: extract "
             "them again, or remove their folders"
@@ -381,11 +380,11 @@ def _tell_loose(loose: Sequence[str], folder: Path, num_others: int) -> tuple[st
     if len(loose) > MAX_UNLABELLED * total:
         raise UserError(
             f"{len(loose):,} of {total:,} images in {folder} lie outside the folders that hold the others and have no "
-            f"label there, {_list_some(loose)}: move them into these folders, or away"
+            f"label there, {list_some(loose, ', ')}: move them into these folders, or away"
         )
     return (
         f"images in {folder} outside the folders that hold the others, which have no label there and are left out: "
-        f"{len(loose):,}, {_list_some(loose)}",
+        f"{len(loose):,}, {list_some(loose, ', ')}",
     )
 
 
@@ -395,7 +394,7 @@ def _tell_few(table: pd.DataFrame, part: str, classes: Sequence[str]) -> tuple[s
     few = counts[counts < FEW * counts.median()]
     if few.empty:
         return ()
-    told = _list_some([f"{classes[label]} with {count:,}" for label, count in zip(few.index, few, strict=True)])
+    told = list_some([f"{classes[label]} with {count:,}" for label, count in zip(few.index, few, strict=True)], ", ")
     return (
         f"classes with fewer than {100 * FEW:g} % of the median, {counts.median():,g} images, half extracted if "
         f"that is not meant: {len(few):,} of {len(counts):,}, {told}",
@@ -416,11 +415,6 @@ def _tell_others(folders: Iterable[_Folder]) -> tuple[str, ...]:
         return ()
     told = ", ".join(f"{count:,} x {suffix}" for suffix, count in sorted(others.items()))
     return (f"what is no png, jpg or bmp file, or hidden, is left out: {told}",)
-
-
-def _list_some(names: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
-    return ", ".join(names[:NUM_TOLD]) + (f" and {len(names) - NUM_TOLD:,} more" if len(names) > NUM_TOLD else "")
 
 
 def _take_subset(index: ImageIndex, size: int, seed: int) -> ImageIndex:

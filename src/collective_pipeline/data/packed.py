@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from collective_pipeline import files
-from collective_pipeline.config import UserError
+from collective_pipeline.config import UserError, list_some
 from collective_pipeline.data.jpeg import MAX_PIXELS, Encoded, Files, Problem, address_of, decode, encode, is_usual
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ HEADER = "packed.json"
 FORMAT = 3  # of folders; 1 had no sizes of images, 2 none of the files that they were made of
 IMAGES_A_SHARD = 8192  # 250 MB at a shorter side of 256 pixels, 450 MB at 400
 MAX_UNUSABLE = 0.01  # of all files, as for folders of small images
-NUM_TOLD = 3  # of the unusable files, by name
 SECONDS_BETWEEN_LINES = 5.0
 FILES_AT_ONCE = 8  # of a thread: less time at Python's lock than one by one
 
@@ -594,11 +593,6 @@ def _map_shard(folder: Path, number: int, table: pa.Table) -> mmap.mmap:
     with path.open("rb") as shard:
         # A private copy of what is written, which nobody does: torch warns of memory that is for reading alone.
         return mmap.mmap(shard.fileno(), 0, access=mmap.ACCESS_COPY)
-
-
-def list_some(told: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
-    return "; ".join(told[:NUM_TOLD]) + (f"; and {len(told) - NUM_TOLD:,} more" if len(told) > NUM_TOLD else "")
 
 
 def in_chunks(items: Sequence[Item]) -> list[Sequence[Item]]:

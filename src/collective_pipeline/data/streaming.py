@@ -25,6 +25,7 @@ from collective_pipeline.config import (
     Stage,
     TrainingConfig,
     UserError,
+    list_some,
 )
 from collective_pipeline.data.augment import (
     NUM_COLOUR_DRAWS,
@@ -40,7 +41,7 @@ from collective_pipeline.data.augment import (
 from collective_pipeline.data.batches import Labels, MixedLabels, Normalise
 from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Crop, Feed
 from collective_pipeline.data.image_index import ImageIndex
-from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages, list_some
+from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages
 from collective_pipeline.data.splits import choose_val
 from collective_pipeline.randomness import make_generator
 
