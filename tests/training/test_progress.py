@@ -317,3 +317,4 @@ def test_durations_read_well():
     spoken = {4.4: "4 s", 99: "99 s", 245: "4 min 05 s", 600: "10 min", 5400: "90 min", 7200: "2.0 h"}
 
     assert {seconds: duration(seconds) for seconds in spoken} == spoken
+    assert duration(539.7) == "9 min 00 s"

@@ -317,7 +317,8 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 10 * 60:
-        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+        minutes, rest = divmod(round(seconds), 60)  # in this order, or the rest might be rounded to 60
+        return f"{minutes} min {rest:02} s"
     if seconds < 100 * 60:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
