@@ -337,9 +337,9 @@ if is_terminal:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 logging.basicConfig()
-def is_open():
+def is_open(output):
     try:
-        return os.write(1, b".")
+        return os.write(output, b".")
     except OSError:
         return False
 try:
@@ -351,7 +351,7 @@ try:
         logging.warning("it saves")
         Path(sys.argv[1]).touch()
         deadline = time.monotonic() + 60
-        while not is_terminal and not is_open() and time.monotonic() < deadline:
+        while not is_terminal and not (is_open(1) and is_open(2)) and time.monotonic() < deadline:
             time.sleep(0.05)
         interrupt.stop("a test")
 except interrupt.Interrupted as stopped:
