@@ -231,21 +231,25 @@ def test_another_device_is_told_and_goes_on(tmp_path, run, parameters, monkeypat
     assert "is another card now: training goes on, and may differ in its last digits" in caplog.text
 
 
-def test_beginning_anew_removes_what_was_saved_and_says_so(tmp_path, arm, splits, run, parameters, caplog):
-    """So that a later `resume` cannot take the state of an older run for this one's; with `resume` it stays."""
-    path = tmp_path / "collective" / "last"
+def test_beginning_anew_sets_aside_what_was_interrupted_and_says_so(tmp_path, arm, splits, run, parameters, caplog):
+    """A later `resume` cannot take the state of an older run for this one's, and still no training is lost."""
+    path, aside = tmp_path / "collective" / "last", tmp_path / "collective" / "last.interrupted"
+    whole = run(tmp_path / "whole" / "last", parameters())
     with pytest.raises(Crash):
         run(path, parameters(), updates=12)
     snapshots_at(path, arm, splits, parameters(resume=True), CPU).clear()
     assert len(list(path.parent.iterdir())) == 2
     snapshots_at(path, arm, splits, parameters(), CPU).clear()
 
-    assert "collective: a run that was interrupted after epoch 1 is replaced" in caplog.text
-    assert not any(path.parent.iterdir())
+    assert f"collective: a run that was interrupted after epoch 1 is set aside as {aside}" in caplog.text
+    assert list(path.parent.iterdir()) == [aside]
     caplog.clear()
-    run(path, parameters())
+    run(path, parameters(epochs=1))
     snapshots_at(path, arm, splits, parameters(), CPU).clear()
-    assert not caplog.text and not any(path.parent.iterdir())
+    assert not caplog.text and list(path.parent.iterdir()) == [aside]
+    aside.rename(path)
+    resumed = run(path, parameters(resume=True))
+    assert_same(ends(path, *resumed), ends(tmp_path / "whole" / "last", *whole))
 
 
 @pytest.mark.parametrize("left", [None, b"half of a state"])

@@ -154,18 +154,25 @@ class Snapshots:
                     return
 
     def clear(self) -> None:
-        """Unless a run goes on from there, remove what is saved, so that no later run takes it for this one's."""
+        """Unless a run goes on from there, remove what is saved, so that no later run takes it for this one's.
+
+        What an interrupted run saved is set aside: to leave out `resume=true` must not cost hours of training.
+        """
         if self.resume:
             if not any(map(_read_header, (self.path, _previous(self.path)))):
                 self.run_file.unlink(missing_ok=True)  # of a run that left nothing to go on from, whatever it was
             return
         header = _read_header(self.path)
         if header is not None and not header["facts"]["place"]["finished"]:
+            aside = self.path.with_name(f"{self.path.name}.interrupted")
+            self.path.replace(aside)
             logger.warning(
-                "%s: a run that was interrupted after epoch %d is replaced, from which its own command could have "
-                "gone on with resume=true.",
+                "%s: a run that was interrupted after epoch %d is set aside as %s; renamed to %s, its own command goes "
+                "on from it with resume=true.",
                 self.name,
                 header["facts"]["place"]["epoch"],
+                aside,
+                self.path.name,
             )
         for file in (self.path, _previous(self.path), self.run_file):
             file.unlink(missing_ok=True)
