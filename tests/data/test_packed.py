@@ -7,6 +7,7 @@ import logging
 import pickle
 import resource
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -176,6 +177,39 @@ def test_whoever_is_told_to_stop_stops_packing_and_keeps_whole_shards(tree, tmp_
         pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE), look_around=lambda: 1 / (next(calls) < 6))
 
     assert set(files_in(tmp_path / "packed")) == {"packed.json", "00000.jpegs", "00000.parquet"}
+
+
+def test_two_that_pack_the_same_images_at_once_make_one_copy(tree, tmp_path, caplog):
+    """The second waits for the first, and packs nothing anew."""
+    caplog.set_level(logging.INFO)
+    claim = claim_folder(tree, tmp_path / "packed", side=SIDE)
+    pack_images(claim_folder(tree, tmp_path / "alone", side=SIDE))
+    first_began, second_waits = threading.Event(), threading.Event()
+
+    def go_slowly():
+        first_began.set()
+        assert second_waits.wait(60)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(pack_images, claim, look_around=go_slowly)
+        assert first_began.wait(60)
+        pool.submit(pack_images, claim, look_around=second_waits.set).result()
+        first.result()
+
+    assert caplog.text.count("another command packs these images") == 1 and "3 of 3 shards are there" in caplog.text
+    assert files_in(claim.folder) == files_in(tmp_path / "alone")
+
+
+def test_who_waits_for_another_that_packs_may_be_stopped(tree, tmp_path):
+    claim = claim_folder(tree, tmp_path / "packed", side=SIDE)
+
+    def stop():
+        raise UserError("stopped")
+
+    with packed._alone_in(claim.folder, stop), pytest.raises(UserError, match="stopped"):
+        pack_images(claim, look_around=stop)
+
+    assert list(files_in(claim.folder)) == ["packed.json"]
 
 
 def test_packing_again_does_nothing(tree, tmp_path, monkeypatch):

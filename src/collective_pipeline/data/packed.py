@@ -5,6 +5,7 @@ one behind the other, all upright, coloured and baseline, and a table of where e
 counts once its table is there, so a build that was interrupted goes on with the next one.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -26,6 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -40,6 +42,7 @@ FORMAT = 3  # of folders; 1 had no sizes of images, 2 none of the files that the
 IMAGES_A_SHARD = 8192  # 250 MB at a shorter side of 256 pixels, 450 MB at 400
 MAX_UNUSABLE = 0.01  # of all files, as for folders of small images
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_LOOKS = 0.5
 FILES_AT_ONCE = 8  # of a thread: less time at Python's lock than one by one
 
 # Of a shard, a row for each image: the file that it was made of, and where in the shard it is; a file that could not be
@@ -325,9 +328,9 @@ def pack_images(
     are named and left out.
 
     Args:
-        claim: What to pack, and where; one process at a time writes there.
+        claim: What to pack, and where; while another process packs there, this one waits.
         num_threads: That read, decode and encode; as many as there are cores if not given.
-        look_around: Called after every image; what it raises ends packing, and whole shards stay.
+        look_around: Called after every image, and while it waits; what it raises ends packing, and whole shards stay.
 
     Raises:
         UserError: If more than `MAX_UNUSABLE` of the files cannot be read, or a table that is there is damaged.
@@ -339,22 +342,43 @@ def pack_images(
         progress.skip(len(images), claim.left_out)
         progress.tell_problems()
         return
-    there = sorted(set(range(header.num_shards)).difference(_missing_shards(folder, header)))
-    for number in there:
-        table = _read_table(folder, header, number)
-        progress.skip(len(table), _problems_in(table))
-    if there:
-        logger.info("%s: %s of %s shards are there already", folder, f"{len(there):,}", f"{header.num_shards:,}")
-    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-        for number in sorted(set(range(header.num_shards)).difference(there)):
-            rows = _rows_of(header, number)
-            work = deque(pool.submit(_pack_one, images, row, header.side, header.quality) for row in rows)
-            try:
-                _write_shard(folder, number, images, rows, map(progress.count, _results(work)))
-            finally:
-                for one in work:  # or an interruption would wait for all of them
-                    one.cancel()
+    # A whole copy may lie where nothing can be written.
+    with _alone_in(folder, look_around) if _missing_shards(folder, header) else contextlib.nullcontext():
+        there = sorted(set(range(header.num_shards)).difference(_missing_shards(folder, header)))
+        for number in there:
+            table = _read_table(folder, header, number)
+            progress.skip(len(table), _problems_in(table))
+        if there:
+            logger.info("%s: %s of %s shards are there already", folder, f"{len(there):,}", f"{header.num_shards:,}")
+        with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+            for number in sorted(set(range(header.num_shards)).difference(there)):
+                rows = _rows_of(header, number)
+                work = deque(pool.submit(_pack_one, images, row, header.side, header.quality) for row in rows)
+                try:
+                    _write_shard(folder, number, images, rows, map(progress.count, _results(work)))
+                finally:
+                    for one in work:  # or an interruption would wait for all of them
+                        one.cancel()
     progress.tell_problems()
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path, look_around: Callable[[], None]) -> Iterator[None]:
+    """Wait until no other process packs there: two would write into the same files."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), thread_local=False)
+    is_told = False
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=SECONDS_BETWEEN_LOOKS)
+        except Timeout:
+            if not is_told:
+                logger.info("%s: another command packs these images; this one waits for it", folder)
+            is_told = True
+            look_around()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _results(work: deque[Future["_Packed | Problem"]]) -> Iterator["_Packed | Problem"]:
