@@ -381,10 +381,22 @@ def test_both_spellings_of_pipeline(project):
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.skipif(
+is_installed = pytest.mark.skipif(
     not importlib.metadata.entry_points(group="kedro.cli_hooks", name="collective-pipeline"),
     reason="the package lies on the path, but is not installed, so Kedro does not find its hook",
 )
+
+
+@is_installed
+@pytest.mark.parametrize("option", ["phase1,single", "single --pipelines=predict"])
+def test_several_pipelines_at_once_are_refused(project, option):
+    """Kedro would end with a traceback, or run the last one alone."""
+    result = kedro(project, "run", "--pipeline", *option.split())
+
+    assert result.exit_code == 1 and "cannot run as one: give each a command of its own" in str(result.exception)
+
+
+@is_installed
 def test_unknown_pipeline_is_refused(project):
     """With the nearest name, and before anything is loaded."""
     result = kedro(project, "run", "--pipeline", "phase2")

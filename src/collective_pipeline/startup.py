@@ -99,10 +99,14 @@ class CheckCommand:
             # Click would keep the last one, and the run would be another than the one that was meant.
             sys.exit("Error: there are two --params, of which only one would count: join them with a comma into one")
         given = _values_of(command_args, "--pipeline", "--pipelines", "-p")
-        for name in (name for names in given for name in names.split(",")):
+        names = [name for listed in given for name in listed.split(",")]
+        for name in names:
             if name not in pipelines:
                 known = [known for known in pipelines if not known.startswith("_")]
                 sys.exit(f"Error: there is no pipeline '{name}'{suggest(name, known)}")
+        if len(names) > 1:
+            # They have nodes in common, and some the files of their arms.
+            sys.exit(f"Error: {' and '.join(names)} cannot run as one: give each a command of its own")
 
 
 check_command = CheckCommand()
