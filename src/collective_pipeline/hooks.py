@@ -18,7 +18,6 @@ import click
 import mlflow
 import pandas as pd
 import psutil
-from filelock import FileLock, Timeout
 from kedro.config import OmegaConfigLoader
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
@@ -58,9 +57,6 @@ SPARE_BYTES = 64 * 2**20
 
 class CheckBeforeRun:
     """Refuse what cannot work before any work is done."""
-
-    def __init__(self) -> None:
-        self.held = contextlib.ExitStack()
 
     @hook_impl(tryfirst=True)
     def after_context_created(self, context: KedroContext) -> None:
@@ -107,22 +103,8 @@ class CheckBeforeRun:
             needed = SPARE_BYTES + 4 * sum(EXPERIMENTS[name].count_weights(self.settings) for name in names)
             for folder in sorted(folders):
                 check_writable(folder, needed)
-            self.held.close()  # by a command of this process, a notebook's for example, that was refused later
-            for place in _list_places(pipeline, catalog):
-                self.held.enter_context(hold(place))
         except UserError as error:
-            self.held.close()
             raise _for_person(error) from error
-
-    @hook_impl
-    def after_pipeline_run(self) -> None:
-        """Others may train here again."""
-        self.held.close()
-
-    @hook_impl
-    def on_pipeline_error(self) -> None:
-        """Others may train here again."""
-        self.held.close()
 
 
 def _list_states(pipeline: Pipeline) -> set[str]:
@@ -148,24 +130,6 @@ def check_writable(folder: Path, num_bytes: int) -> None:
             f"{folder} has {free / 2**20:.0f} MB of room and this run may write {num_bytes / 2**20:.0f} MB: free "
             "some, or choose another folder in conf/base/catalog.yml"
         )
-
-
-@contextlib.contextmanager
-def hold(place: Path) -> Iterator[None]:
-    """Keep other commands from saving their training in the same place, until this one or its process ends.
-
-    Raises:
-        UserError: If another does so now.
-    """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(place.with_name(f".{place.name}.lock"), thread_local=False).acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"another command trains now and saves in {_relative(place.parent)}: wait until it ends, or stop it"
-        ) from None
-    with lock:
-        yield
 
 
 class StopCleanly:
@@ -427,16 +391,11 @@ class PlainErrors:
 
 def _find_states(pipeline: Pipeline, catalog: DataCatalog) -> set[tuple[Path, int]]:
     """The saved states from which a run goes on if it is told to, and when each was written; a sweep is not told."""
-    places = _list_places(pipeline, catalog)
+    paths = [_filepath(catalog, name) for name in _list_states(pipeline) if name.endswith(".last")]
+    places = [Path(path) for path in paths if path is not None]
     # One of several states is a folder, in which a run notes its id before it trains, and may leave a partial file.
     files = [file for place in places for file in (place, *place.rglob("[!.]*.safetensors")) if file.is_file()]
     return {(file, file.stat().st_mtime_ns) for file in files}
-
-
-def _list_places(pipeline: Pipeline, catalog: DataCatalog) -> list[Path]:
-    """Where its arms save their states; workers of a sweep share theirs."""
-    paths = [_filepath(catalog, name) for name in sorted(_list_states(pipeline)) if name.endswith(".last")]
-    return [Path(path) for path in paths if path is not None]
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

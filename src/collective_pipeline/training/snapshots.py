@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -82,6 +83,8 @@ class Snapshots:
         self.before = Snapshot({}, {})
         self.last_time = time.perf_counter()
         self.cost = 0.0
+        # One for all of this process, since a notebook's second run is no other command; the last object lets go of it.
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"), thread_local=False, is_singleton=True)
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
@@ -152,6 +155,21 @@ class Snapshots:
                 if header is not None:
                     self._compare(path, header, apart_from)
                     return
+
+    def hold(self) -> None:
+        """Keep other commands from saving here as long as this object lives.
+
+        Raises:
+            UserError: If another one does.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{self.name}: another command trains it now and saves in {self.path.parent}: wait until that ends, or "
+                "stop it"
+            ) from None
 
     def clear(self) -> None:
         """Unless a run goes on from there, remove what is saved, so that no later run takes it for this one's.

@@ -52,7 +52,7 @@ def clear_for_training(
 
 
 def clear(snapshots: Sequence[Snapshots], *, apart_from: Collection[str] = ()) -> None:
-    """Refuse what is saved if it is of another run; only then give up what an earlier one saved.
+    """Refuse what is saved if it is of another run, or of one that trains now; only then give it up.
 
     No training begins before nothing is left that could refuse another.
 
@@ -62,6 +62,8 @@ def clear(snapshots: Sequence[Snapshots], *, apart_from: Collection[str] = ()) -
     """
     for saved in snapshots:
         saved.check(apart_from=apart_from)
+    for saved in snapshots:
+        saved.hold()
     for saved in snapshots:
         saved.clear()
 
