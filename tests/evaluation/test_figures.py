@@ -102,13 +102,18 @@ def test_an_arm_has_one_colour_in_all_figures_and_whatever_else_is_shown():
     assert colors_by_arm(plot_accuracy(alone)).items() <= accuracy.items()
 
 
-def test_lines_of_more_arms_than_colours_are_told_apart():
-    """As the ten of tiny_imagenet."""
-    _, _, history = make_run(*SIZES[0])
-    one = history[history["model_type"] == history["model_type"].iloc[0]]
-    many = pd.concat([one.assign(model_type=f"arm {i}") for i in range(10)])
+def test_twelve_arms_have_a_colour_each_and_the_lines_of_more_differ():
+    """Tiny_imagenet has ten."""
+    results, _, history = make_run([f"arm {i}" for i in range(12)], 2, 2)
+    comparison = compare_arms(results, ComparisonConfig(resamples=200), reference="arm 0")
+    for figure in all_figures(results, comparison, history):
+        colors = colors_by_arm(figure)
+        assert len(colors) >= 11 and len({*colors.values()}) == len(colors)
+
+    one = history[history["model_type"] == "arm 0"]
+    many = pd.concat([one.assign(model_type=f"arm {i}") for i in range(20)])
     lines = [trace.line for trace in plot_training_curves(many).data if trace.showlegend]
-    assert len({(line.color, line.dash) for line in lines}) == len(lines) == 10
+    assert len({(line.color, line.dash) for line in lines}) == len(lines) == 20
 
 
 def test_accuracies_are_sorted_and_the_reference_stands_out():

@@ -18,9 +18,14 @@ Columns = tuple[str, str, str]
 ACCURACY: Columns = ("test_accuracy_mean", "test_accuracy_ci_low", "test_accuracy_ci_high")
 DIFFERENCE: Columns = ("difference_to_reference", "difference_ci_low", "difference_ci_high")
 
-# Okabe and Ito's colours, which stay apart for the colour-blind, without the two that vanish on white or on black.
-COLORS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C8C", "#A6761D")
-DASHES = ("solid", "dash", "dot")  # of lines; the next one when all colours are taken
+# Okabe and Ito's colours, which stay apart for the colour-blind, without the two that vanish on white or on black; then
+# five that are seen on both, and are further from all others, to the colour-blind too, than the nearest two of those.
+COLORS = (
+    "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C8C",
+    "#AA3377", "#9933FF", "#99BB88", "#775500", "#8888FF",
+)  # fmt: skip
+DASHES = ("solid", "dash", "dot")  # of lines, which are thin: the next one after so many arms
+ARMS_A_DASH = 8
 NAMES_IN_MARGIN = 8  # of a legend that has two rows, on a page as wide as a report
 PANELS = {"val_accuracy": "Validation accuracy", "val_loss": "Validation loss", "train_loss": "Training loss"}
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
@@ -399,8 +404,8 @@ def colors_of(arms: Iterable[str]) -> dict[str, str]:
 
 
 def dashes_of(arms: Iterable[str]) -> dict[str, str]:
-    """What tells lines of one colour apart."""
-    return {name: DASHES[place // len(COLORS) % len(DASHES)] for name, place in _places_of(arms).items()}
+    """What tells lines of many arms apart where their colours alone would not."""
+    return {name: DASHES[place // ARMS_A_DASH % len(DASHES)] for name, place in _places_of(arms).items()}
 
 
 def _places_of(arms: Iterable[str]) -> dict[str, int]:
