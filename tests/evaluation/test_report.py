@@ -17,7 +17,7 @@ from collective_pipeline.data.splits import Images
 from collective_pipeline.evaluation.comparison import COMPARISON_COLUMNS, RUN_COLUMNS, compare_arms
 from collective_pipeline.evaluation.experts import CLASS_COLUMNS, SAMPLE_COLUMNS, UNIT_COLUMNS, ExpertAnalysis
 from collective_pipeline.evaluation.gpu import COST_COLUMNS, GPU_COLUMNS
-from collective_pipeline.evaluation.report import write_report
+from collective_pipeline.evaluation.report import render, write_report
 
 FACTS = {"Command": {"command": "kedro run --pipeline phase1"}, "Machine": {"device": "cpu"}}
 
@@ -268,3 +268,16 @@ def test_without_experts_there_is_no_section_of_them(page):
     images = Images(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
 
     assert Page(make_report(experts=ExpertAnalysis.of_rows(), images=images)).texts == page.texts
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 5, 6, 7])
+def test_no_key_figure_is_alone_in_a_row(number):
+    """Rows are as long as each other, or the last one lacks one, on a wide screen and on a narrow one."""
+    parts = dict.fromkeys(("tables", "hints", "notes", "figures", "details"), ())
+    key_figures = {f"figure {i}": ("1", "") for i in range(number)}
+    html = render(title="", answer="", heading="", costs="", gpu=None, facts={}, key_figures=key_figures, **parts)
+    style = next(tag["style"] for tag in Page(html).all("dl") if tag.get("class") == "key")
+
+    for columns in (int(value.rpartition(":")[2]) for value in style.split(";")):
+        assert columns > 1
+        assert (-number) % columns <= 1
