@@ -21,6 +21,7 @@ from collective_pipeline.config import (
     Stage,
     UserError,
     check_parameters,
+    count_of,
     flatten,
     parameter_names,
 )
@@ -152,6 +153,14 @@ def test_an_environment_s_network_can_be_built_and_its_schedule_made(env):
 
     assert arm.params == 25_557_032 - 2049 * (1000 - num_classes)
     assert rates.max().item() == pytest.approx(imagenet.training.learning_rate) and rates[-1] < rates.max() / 1000
+
+
+def test_one_thing_is_no_plural():
+    """In whatever message."""
+    assert [count_of(n, noun) for n in (0, 1, 2000) for noun in ("image", "class")] == [
+        "0 images", "0 classes", "1 image", "1 class", "2,000 images", "2,000 classes",
+    ]  # fmt: skip
+    assert "leaves nothing of epochs=1" in refusal("training", {"epochs": 1, "warmup_epochs": 1})
 
 
 # The one with two letters has none in common with most slips.

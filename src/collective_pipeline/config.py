@@ -591,8 +591,8 @@ class TrainingConfig(Config):
         planned = sum(stage.epochs for stage in self.stages)
         if self.stages and planned != self.epochs:
             raise ValueError(
-                f"stages have {planned} epochs together and epochs={self.epochs}: change both, in a parameters.yml of "
-                "an environment (conf/<name>/, --env <name>), since the command line has no lists"
+                f"stages have {count_of(planned, 'epoch')} together and epochs={self.epochs}: change both, in a "
+                "parameters.yml of an environment (conf/<name>/, --env <name>), since the command line has no lists"
             )
         if len({stage.image_size is None for stage in self.stages}) > 1:
             raise ValueError("stages: some have an image_size and others none: give it to all of them, or to none")
@@ -611,7 +611,7 @@ class TrainingConfig(Config):
             raise ValueError("schedule=one_cycle warms up by itself: leave warmup_epochs at 0")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
-                f"warmup_epochs={self.warmup_epochs:g} fills all {self.epochs} epochs: choose a smaller warm-up"
+                f"warmup_epochs={self.warmup_epochs:g} leaves nothing of epochs={self.epochs}: choose a smaller warm-up"
             )
         return self
 
@@ -957,8 +957,8 @@ class TinyImagenetConfig(Config):
         planned = sum(stage.epochs for stage in self.stages)
         if planned != self.training.epochs:
             raise ValueError(
-                f"stages have {planned} epochs together and training.epochs={self.training.epochs}: all arms are "
-                "trained equally long, so give the same"
+                f"stages have {count_of(planned, 'epoch')} together and training.epochs={self.training.epochs}: all "
+                "arms are trained equally long, so give the same"
             )
         if not all(stage.image_size for stage in self.stages):
             raise ValueError("stages are those of progressive_resizing: give each its image_size")
@@ -1343,6 +1343,12 @@ def list_some(told: Sequence[str], separator: str = "; ") -> str:
     """For messages: the first few, and how many more there are."""
     more = f"{separator.strip(', ')} and {len(told) - NUM_TOLD:,} more" if len(told) > NUM_TOLD else ""
     return separator.join(told[:NUM_TOLD]) + more
+
+
+def count_of(number: int, noun: str) -> str:
+    """For messages: "1 class", "2,000 classes"."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 def suggest(name: str, known: Sequence[str]) -> str:

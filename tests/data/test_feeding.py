@@ -148,7 +148,7 @@ def test_too_many_bad_files_stop_the_feed(tmp_path):
 
     with pytest.raises(
         UserError,
-        match=r"5 or more image files cannot be read, where 4 of all 4,000 may.*/b/1.JPEG: .*; and 2 more\)",
+        match=r"at least 5 image files cannot be read, where 4 of all 4,000 may.*/b/1.JPEG: .*; and 2 more\)",
     ):
         list(one.batches(torch.arange(16).view(2, 8), None))
 

@@ -278,7 +278,7 @@ def test_an_empty_folder_for_images_changes_nothing(tmp_path):
     (tmp_path / "val" / "images").mkdir(parents=True)
     write_loose(tmp_path / "val", 1)
 
-    with pytest.raises(UserError, match=r"no labels for the 1 files in \S+val:"):
+    with pytest.raises(UserError, match=r"no labels for the 1 file in \S+val:"):
         index_images(tmp_path)
 
 
@@ -367,12 +367,12 @@ def cut_meta(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (remove_class, "half extracted: 1 of its 3 classes are short, n02 with 0 images"),
-        (shorten_class, "half extracted: 1 of its 3 classes are short, n02 with 1 images"),
+        (remove_class, "half extracted, with too little of 1 of its 3 classes, n02 with 0 images"),
+        (shorten_class, "half extracted, with too little of 1 of its 3 classes, n02 with 1 image:"),
         (forget_file, r"1 of 6 labels in LOC_val_solution.csv are of files that are not in .*00000003"),
         (forget_label, r"1 of 6 files in .* have no label in LOC_val_solution.csv, the first is .*00000003"),
-        (unknown_class, "LOC_val_solution.csv names 1 classes that train has not, the first is n09"),
-        (unmapped_class, "1 folders that LOC_synset_mapping.txt does not know, the first is n02"),
+        (unknown_class, "LOC_val_solution.csv names 1 class that train has not, the first is n09"),
+        (unmapped_class, "1 folder that LOC_synset_mapping.txt does not know, the first is n02"),
         (missing_class, "lacks 1 of the 4 classes of LOC_synset_mapping.txt, the first is n04"),
         (no_second_part, "lacks a second part beside train"),
         (garble_solution, r"LOC_val_solution\.csv is no text: put the published file in its place"),
@@ -522,5 +522,7 @@ def test_real_classes_of_tiny_imagenet_are_read_and_a_short_one_is_named(tmp_pat
     assert index.class_names[0] == "n01443537 goldfish"
     for number in range(6):
         (index.root / "train" / "n01443537" / "images" / f"n01443537_{number}.JPEG").unlink()
-    with pytest.raises(UserError, match="half extracted: 1 of its 50 classes are short, n01443537 with 4 images"):
+    with pytest.raises(
+        UserError, match="half extracted, with too little of 1 of its 50 classes, n01443537 with 4 images"
+    ):
         index_images(tmp_path)

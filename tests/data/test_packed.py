@@ -161,7 +161,7 @@ def test_an_interrupted_build_goes_on(tree, tmp_path, monkeypatch, num_before):
     assert set(files_in(tmp_path / "packed")) == {"packed.json"} | {
         f"{number:05}.{kind}" for number in range(whole) for kind in ("jpegs", "parquet")
     }
-    with pytest.raises(UserError, match=f"is not complete, {3 - whole} of its 3 shards are not there: pack .* again"):
+    with pytest.raises(UserError, match=f"is not complete, it lacks {3 - whole} of its 3 shards: pack .* again"):
         PackedImages.open(tmp_path / "packed")
 
     done = []
@@ -277,7 +277,7 @@ def test_a_copy_that_is_not_whole_serves_no_others(tree, tmp_path):
     pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
     (tmp_path / "packed" / "00002.parquet").unlink()
 
-    with pytest.raises(UserError, match=r"1 of its 3 shards are not there, .*\(10 images and not 3, .*finish it"):
+    with pytest.raises(UserError, match=r"it lacks 1 of its 3 shards, .*\(10 images and not 3, .*finish it"):
         claim_folder(some_of(tree, [7, 2, 5]), tmp_path / "packed", side=SIDE)
 
 
@@ -320,7 +320,7 @@ def test_bad_files_are_named_and_left_out(tmp_path, lenient, caplog, monkeypatch
     images = PackedImages.open(tmp_path / "packed")
     assert images.labels.tolist() == [0, 4, 5, 7, 8] and len(images.unreadable) == 4
     (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert told.startswith("4 of the 9 image files cannot be read and are left out of")
+    assert told.startswith("4 of the 9 image files cannot be read, left out of")
     assert all(f"{tree.root}/{path}: " in told for path in ("b/1.JPEG", "a/2.JPEG", "b/3.JPEG"))
     assert told.endswith("; and 1 more")
 
@@ -340,7 +340,7 @@ def test_progress_says_how_long_it_takes(tree, tmp_path, monkeypatch, caplog):
 
     lines = [record.getMessage() for record in caplog.records]
     assert lines[4] == "5 of 10 images are packed, 50 %; about 0 s left"
-    assert lines[-1].endswith("3 of 3 shards are there already")
+    assert lines[-1].endswith("there already, 3 of 3 shards")
 
 
 @pytest.mark.parametrize(

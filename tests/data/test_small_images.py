@@ -257,7 +257,7 @@ PIXELS = np.zeros((2, 3072), np.uint8)
         ({b"data": PIXELS[:, 1:], b"labels": [0, 1]}, "does not hold rows of 3 x 32 x 32 bytes"),
         ({b"data": PIXELS.astype(np.float32), b"labels": [0, 1]}, "does not hold rows of 3 x 32 x 32 bytes"),
         ({b"data": [1, 2], b"labels": [0, 1]}, "does not hold rows of 3 x 32 x 32 bytes"),
-        ({b"data": PIXELS, b"labels": [0]}, "hold 2 images and 1 labels"),
+        ({b"data": PIXELS, b"labels": [0]}, "hold 2 images and 1 label"),
         ({b"data": PIXELS, b"labels": [0, 10]}, "has labels 0 to 10, outside 0 to 9"),
         ({b"data": PIXELS, b"labels": [-1, 0]}, "has labels -1 to 0, outside 0 to 9"),
         ({b"data": PIXELS, b"labels": [0, None]}, "does not hold whole numbers as 'labels'"),

@@ -189,7 +189,7 @@ def test_a_stage_trains_and_validates_at_its_size(splits):
 
 
 def test_what_cannot_be_cut_into_batches_is_refused(splits):
-    with pytest.raises(UserError, match="8 GPUs with batches of 8 images need more than the 50 training images"):
+    with pytest.raises(UserError, match="8 GPUs with batches of 8 images would need more than the 50 training images"):
         batches_of(splits, share=Share(0, 8, 8))
     with pytest.raises(UserError, match="batches of 8 images cannot be shared by 3 GPUs evenly"):
         batches_of(splits, share=Share(0, 3, 1))
@@ -228,6 +228,6 @@ def test_how_many_files_may_be_bad_is_of_all_parts_and_not_of_the_one_that_has_t
         file.write_bytes(b"")
     assert num_readable() == 10 - most_bad
     test_files[most_bad].write_bytes(b"")
-    told = f"{most_bad + 1} or more image files cannot be read, where {most_bad} of all 50 may be so: .*max_bad"
+    told = rf"at least {most_bad + 1} image files? cannot be read, where {most_bad} of all 50 may be so: .*max_bad"
     with pytest.raises(UserError, match=told):
         num_readable()

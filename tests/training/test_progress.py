@@ -205,8 +205,8 @@ def test_two_minutes_within_the_first_epoch_tell_the_whole_plan(clock, told):
         clock["wall"] += 10 if number <= 6 else 3.6
     report(epoch(1, 4000.0, num_epochs=3))
 
-    (line,) = (line for line in told.messages if "take about" in line and "At this pace" not in line)
-    assert line.endswith("at the pace of its updates all 3 epochs take about 6.0 h and cost 12.00")
+    (line,) = (line for line in told.messages if "takes about" in line and "At this pace" not in line)
+    assert line.endswith("at the pace of its updates the plan of 3 epochs takes about 6.0 h and costs 12.00")
 
 
 @pytest.mark.parametrize("seconds", [7, 25, 55, 70, 110])
@@ -216,12 +216,12 @@ def test_updates_of_a_cpu_may_be_as_slow_as_they_are(clock, told, seconds):
     advised, forecast = [], []
     for _ in report.watch(range(1, 101)):
         advised += [clock["wall"] - 100] * ("kedro run --env debug" in told.text)
-        forecast += [clock["wall"] - 100] * ("all 40 epochs take about" in told.text)
+        forecast += [clock["wall"] - 100] * ("the plan of 40 epochs takes about" in told.text)
         clock["wall"] += seconds
 
     whole = duration(40 * 100 * seconds)
     assert advised[0] <= 60 + seconds and f"resnet50 will take about {whole};" in told.text
-    assert forecast[0] <= 120 and f"all 40 epochs take about {whole}" in told.text
+    assert forecast[0] <= 120 and f"the plan of 40 epochs takes about {whole}" in told.text
 
 
 def test_an_update_that_takes_longer_than_that_is_told_while_it_goes_on(told, monkeypatch):
@@ -268,8 +268,8 @@ def test_updates_that_only_wait_to_be_done_are_no_pace(clock, told):
     for number in report.watch(range(1, 1001)):
         clock["wall"] += 130 if number == 1 else 0.002 if number < 4 else 1.0
 
-    (line,) = (line for line in told.messages if "take about" in line and "At this pace" not in line)
-    assert line.endswith("take about 2.8 h and cost 10.00") and told.text.count("will take about 2.7 h") == 1
+    (line,) = (line for line in told.messages if "takes about" in line and "At this pace" not in line)
+    assert line.endswith("takes about 2.8 h and costs 10.00") and told.text.count("will take about 2.7 h") == 1
 
 
 def test_the_rest_of_an_epoch_is_validated_once(clock, told):

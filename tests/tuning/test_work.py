@@ -77,7 +77,7 @@ def test_a_study_that_is_done_says_so_and_starts_nobody(make_task, monkeypatch, 
     with caplog.at_level(logging.INFO, "collective_pipeline"):
         run_workers(task, CPU)
 
-    assert "All 4 trainings of the study 'search-mnist' are done already" in caplog.text
+    assert "Nothing is left of the 4 trainings of the study 'search-mnist'" in caplog.text
 
 
 def test_the_best_models_of_a_search_are_told_by_their_files(make_task, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collective_pipeline.config import ImageSpec, Stage, UserError
+from collective_pipeline.config import ImageSpec, Stage, UserError, count_of
 from collective_pipeline.data.augment import (
     NUM_CROP_DRAWS,
     NUM_CUTOUT_DRAWS,
@@ -317,8 +317,8 @@ def check_batches(
     """
     if len(splits.train) < batch_size:
         raise UserError(
-            f"{section}.batch_size={batch_size} is more than the {len(splits.train)} training images{whose}: "
-            "choose a smaller one"
+            f"{section}.batch_size={batch_size} is more than the {count_of(len(splits.train), 'training image')}"
+            f"{whose}: choose a smaller one"
         )
     side = min(splits.image_shape[1:])
     if cutout >= side:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collective_pipeline.config import UserError, list_some
+from collective_pipeline.config import UserError, count_of, list_some
 from collective_pipeline.data.cropping import NUM_BOX_DRAWS, DecodedImages, centre_boxes, random_boxes, resample
 from collective_pipeline.data.jpeg import Problem, decode, decode_on_gpu
 from collective_pipeline.data.packed import FILES_AT_ONCE, EncodedImages, in_chunks
@@ -219,7 +219,7 @@ class Feed:
         self._problems |= new
         if self.num_bad > self.most_bad:
             raise UserError(
-                f"{self.num_bad:,} or more image files cannot be read, where {self.most_bad:,} of all "
+                f"at least {count_of(self.num_bad, 'image file')} cannot be read, where {self.most_bad:,} of all "
                 f"{self.num_files:,} may be so: replace or remove them, or allow more with a larger imagenet.max_bad "
                 f"({list_some(self.bad_files)})"
             )

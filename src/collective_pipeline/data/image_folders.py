@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from collective_pipeline.config import UserError, list_some, suggest
+from collective_pipeline.config import UserError, count_of, list_some, suggest
 from collective_pipeline.data.decoding import list_image_files, read_image
 from collective_pipeline.data.splits import Images
 
@@ -114,7 +114,7 @@ def _read(files: Sequence[Path], shape: tuple[int, int, int], stretch: bool) -> 
 def _tell(folder: Path, problems: dict[int, str], num_files: int) -> None:
     """Warn of a few unusable files, refuse many."""
     told = list_some([problems[row] for row in sorted(problems)])
-    found = f"{len(problems):,} of the {num_files:,} image files in {folder} cannot be used"
+    found = f"{len(problems):,} of the {count_of(num_files, 'image file')} in {folder} cannot be used"
     if len(problems) > MAX_UNUSABLE * num_files:
         raise UserError(f"{found}, more than {100 * MAX_UNUSABLE:g} %: put good ones in their place ({told})")
-    logger.warning("%s and are left out: %s", found, told)
+    logger.warning("%s, left out: %s", found, told)

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from collective_pipeline.config import UserError, list_some
+from collective_pipeline.config import UserError, count_of, list_some
 from collective_pipeline.data.decoding import SUFFIXES
 from collective_pipeline.data.image_labels import Labels, label_flat_files, read_titles
 from collective_pipeline.randomness import make_generator
@@ -193,7 +193,8 @@ def _list_classes(folder: Path) -> _Folder:
     found = _list_folder(folder)
     if len(found.folders) < 2:
         raise UserError(
-            f"{folder} holds {len(found.folders)} class folders: extract the training images there, by class"
+            f"{folder} holds {count_of(len(found.folders), 'class folder')}: extract the training images there, by "
+            "class"
         )
     return found
 
@@ -202,8 +203,8 @@ def _check_known(classes: Sequence[str], titles: Mapping[str, str], folder: Path
     unknown = [name for name in classes if name not in titles]
     if unknown:
         raise UserError(
-            f"{folder} holds {len(unknown):,} folders that LOC_synset_mapping.txt does not know, the first is "
-            f"{unknown[0]}: remove them, or the mapping if they are meant"
+            f"{folder} holds {count_of(len(unknown), 'folder')} that LOC_synset_mapping.txt does not know, the first "
+            f"is {unknown[0]}: remove them, or the mapping if they are meant"
         )
     missing = sorted(titles.keys() - set(classes))
     if missing:
@@ -263,10 +264,10 @@ def _check_whole(listed: Mapping[str, _Folder], folder: Path, *, unequal: bool) 
     least = 1 if unequal else max(1, SHORT * float(np.median(list(counts.values()))))
     short = [name for name, count in counts.items() if count < least]
     if short:
-        told = list_some([f"{name} with {counts[name]:,} images" for name in short], ", ")
+        told = list_some([f"{name} with {count_of(counts[name], 'image')}" for name in short], ", ")
         raise UserError(
-            f"{folder} is half extracted: {len(short):,} of its {len(counts):,} classes are short, {told}: extract "
-            "them again, or remove their folders"
+            f"{folder} is half extracted, with too little of {len(short):,} of its {len(counts):,} classes, {told}: "
+            "extract them again, or remove their folders"
         )
 
 
@@ -306,8 +307,8 @@ def _list_second_by_class(
     unknown = [name for name in classes if name not in labels]
     if unknown:
         raise UserError(
-            f"{around.path} holds {len(unknown):,} classes that train has not, the first is {unknown[0]}: remove "
-            "them, or extract their training images"
+            f"{around.path} holds {count_of(len(unknown), 'class')} that train has not, the first is {unknown[0]}: "
+            "remove them, or extract their training images"
         )
     listed = _list_part(around.path, classes)
     _check_whole(listed, around.path, unequal=True)
@@ -317,7 +318,7 @@ def _list_second_by_class(
     problems = (*loose, *_tell_others(listed.values()))
     lacking = sorted(labels.keys() - set(classes))
     if lacking:
-        problems = (f"{len(lacking):,} classes are missing, the first is {lacking[0]}", *problems)
+        problems = (f"classes that are missing: {len(lacking):,}, {list_some(lacking, ', ')}", *problems)
     return _tabulate(VAL, root, listed, labels), "names of folders", problems
 
 
@@ -328,8 +329,8 @@ def _match(
     foreign = sorted({wnid for wnid in known.of_file.values() if wnid not in labels})
     if foreign:
         raise UserError(
-            f"{known.source} names {len(foreign):,} classes that train has not, the first is {foreign[0]}: extract "
-            "their training images"
+            f"{known.source} names {count_of(len(foreign), 'class')} that train has not, the first is {foreign[0]}: "
+            "extract their training images"
         )
     told = [known.of_file.get(os.path.splitext(name)[0]) for name in names]  # noqa: PTH122
     without = [name for name, wnid in zip(names, told, strict=True) if wnid is None]
@@ -439,8 +440,8 @@ def _take_evenly(index: ImageIndex, part: str, size: int, generator: torch.Gener
         wanted = size // num_classes + (int(str(label)) < size % num_classes)
         if wanted > len(of_class):
             raise UserError(
-                f"subset_size wants {wanted} {part} images of {index.class_names[int(str(label))]}, which has "
-                f"{len(of_class)}: choose a smaller one"
+                f"subset_size wants {count_of(wanted, f'{part} image')} of {index.class_names[int(str(label))]}, "
+                f"which has {len(of_class)}: choose a smaller one"
             )
         chosen = torch.randperm(len(of_class), generator=generator)[:wanted].numpy()
         taken.append(np.sort(of_class[chosen]))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scipy.io import loadmat
 
-from collective_pipeline.config import UserError
+from collective_pipeline.config import UserError, count_of
 
 SOLUTION, ANNOTATIONS, GROUND_TRUTH = "LOC_val_solution.csv", "Annotations", "ILSVRC2012_validation_ground_truth.txt"
 FIRST_NAME = re.compile(rb"<name>\s*([^<\s]+)\s*</name>")
@@ -54,7 +54,7 @@ def label_flat_files(root: Path, folder: Path, names: Sequence[str]) -> Labels:
     running = _tell_running_numbers(root)
     if running is not None:
         raise UserError(f"{running}: {advice}")
-    raise UserError(f"there are no labels for the {len(names):,} files in {folder}: {advice}")
+    raise UserError(f"there are no labels for the {count_of(len(names), 'file')} in {folder}: {advice}")
 
 
 def _beside(root: Path, name: str) -> Iterator[Path]:
@@ -112,7 +112,8 @@ def _from_ground_truth(root: Path, folder: Path, names: Sequence[str]) -> Labels
     _check(file, all(number in wnid_of for number in numbers), "the number of a class of the devkit in every line")
     if len(numbers) != len(names):
         raise UserError(
-            f"{file} has {len(numbers):,} labels for the {len(names):,} files in {folder}, in their order: extract all"
+            f"{file} has {count_of(len(numbers), 'label')} for the {count_of(len(names), 'file')} in {folder}, in "
+            "their order: extract all"
         )
     return Labels(GROUND_TRUTH, {Path(name).stem: wnid_of[n] for name, n in zip(sorted(names), numbers, strict=True)})
 

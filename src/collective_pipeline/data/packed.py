@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from collective_pipeline import files
-from collective_pipeline.config import UserError, list_some
+from collective_pipeline.config import UserError, count_of, list_some
 from collective_pipeline.data.jpeg import MAX_PIXELS, Encoded, Files, Problem, address_of, decode, encode, is_usual
 
 logger = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ class _Header:
     def differences(self, other: "_Header") -> list[str]:
         """What another one has otherwise, in words."""
         told = {
-            "num_images": f"{self.num_images:,} images and not {other.num_images:,}",
+            "num_images": f"{count_of(self.num_images, 'image')} and not {other.num_images:,}",
             "files": "other files",
             "labels": "other labels",
             "sizes": "files of other lengths" if self.files == other.files else "",
@@ -311,8 +311,9 @@ def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 
             left_out = _left_out(folder, there, images)
             if left_out is None:
                 raise UserError(
-                    f"{folder} is packed with {there.num_images:,} images, and not all of these {len(images):,} are "
-                    "among them as they are now: remove it, to pack anew, or pack these with another side"
+                    f"{folder} is packed with {count_of(there.num_images, 'image')}, and not all of these "
+                    f"{len(images):,} are among them as they are now: remove it, to pack anew, or pack these "
+                    "with another side"
                 )
             return Claim(images, folder, there, left_out)
         raise UserError(f"{folder} is packed with {', '.join(differences)}: remove it, to pack anew")
@@ -338,7 +339,9 @@ def pack_images(
     images, folder, header = claim.images, claim.folder, claim.header
     progress = _Progress(len(images), folder, look_around)
     if claim.left_out is not None:
-        logger.info("%s is of %s images, these %s among them", folder, f"{header.num_images:,}", f"{len(images):,}")
+        logger.info(
+            "%s is of %s, these %s among them", folder, count_of(header.num_images, "image"), f"{len(images):,}"
+        )
         progress.skip(len(images), claim.left_out)
         progress.tell_problems()
         return
@@ -349,7 +352,7 @@ def pack_images(
             table = _read_table(folder, header, number)
             progress.skip(len(table), _problems_in(table))
         if there:
-            logger.info("%s: %s of %s shards are there already", folder, f"{len(there):,}", f"{header.num_shards:,}")
+            logger.info("%s: there already, %s of %s", folder, f"{len(there):,}", count_of(header.num_shards, "shard"))
         with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
             for number in sorted(set(range(header.num_shards)).difference(there)):
                 rows = _rows_of(header, number)
@@ -501,9 +504,9 @@ class _Progress:
         """Once all are packed."""
         if self.problems:
             logger.warning(
-                "%s of the %s image files cannot be read and are left out of %s: %s",
+                "%s of the %s cannot be read, left out of %s: %s",
                 f"{len(self.problems):,}",
-                f"{self.num_images:,}",
+                count_of(self.num_images, "image file"),
                 self.folder,
                 list_some(self.problems),
             )
@@ -530,7 +533,7 @@ def _missing_shards(folder: Path, header: _Header) -> list[int]:
 
 def _tell_incomplete(folder: Path, header: _Header) -> str:
     missing = len(_missing_shards(folder, header))
-    return f"{folder} is not complete, {missing:,} of its {header.num_shards:,} shards are not there"
+    return f"{folder} is not complete, it lacks {missing:,} of its {count_of(header.num_shards, 'shard')}"
 
 
 def _left_out(folder: Path, header: _Header, images: FileImages) -> list[str] | None:

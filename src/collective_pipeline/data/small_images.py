@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from collective_pipeline.config import DatasetName, UserError
+from collective_pipeline.config import DatasetName, UserError, count_of
 from collective_pipeline.data.image_folders import read_image_files, read_image_folders
 from collective_pipeline.data.image_index import TRAIN, VAL, ImageIndex, index_images
 from collective_pipeline.data.splits import Images, RawImages
@@ -242,7 +242,8 @@ def _checked(
         raise _unusable(images_path, "holds no images")
     if labels.shape != images.shape[:1]:
         holders = f"{images_path.name} and {labels_path.name}"
-        raise _unusable(labels_path, f"does not fit: {holders} hold {len(images):,} images and {labels.size:,} labels")
+        held = f"{count_of(len(images), 'image')} and {count_of(labels.size, 'label')}"
+        raise _unusable(labels_path, f"does not fit: {holders} hold {held}")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise _unusable(labels_path, f"has labels {labels.min()} to {labels.max()}, outside 0 to {num_classes - 1}")
     return Images(torch.tensor(images), torch.tensor(labels, dtype=torch.int64))

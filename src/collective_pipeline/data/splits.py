@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from collective_pipeline.config import DatasetName, ImageSpec, Stage, UserError
+from collective_pipeline.config import DatasetName, ImageSpec, Stage, UserError, count_of
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def choose_val(labels: Tensor, class_names: Sequence[str], *, fraction: float, s
         if not 0 < val_count < count:
             enough = f" ({math.ceil(100 / count) / 100:g} or more)" if count > 1 and not val_count else ""
             raise UserError(
-                f"class '{class_name}' of {name} has {count} training images, and val_fraction={fraction:g} leaves "
-                f"{val_count} for validation and {count - val_count} for training: "
+                f"class '{class_name}' of {name} has {count_of(count, 'training image')}, and "
+                f"val_fraction={fraction:g} leaves {val_count} for validation and {count - val_count} for training: "
                 f"choose another val_fraction{enough}, or take more images of that class"
             )
     generator = torch.Generator().manual_seed(seed)

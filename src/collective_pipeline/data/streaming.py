@@ -25,6 +25,7 @@ from collective_pipeline.config import (
     Stage,
     TrainingConfig,
     UserError,
+    count_of,
     list_some,
 )
 from collective_pipeline.data.augment import (
@@ -330,8 +331,9 @@ class StreamedBatches:
         self.num_planned = len(self.images) // (self.planned_size * self.share.planned)
         if not self.num_planned:
             raise UserError(
-                f"{self.share.planned} GPUs with batches of {self.planned_size} images need more than the "
-                f"{len(self.images):,} training images: choose a smaller imagenet.training.batch_size"
+                f"{count_of(self.share.planned, 'GPU')} with batches of {self.planned_size} images would need more "
+                f"than the {count_of(len(self.images), 'training image')}: choose a smaller "
+                "imagenet.training.batch_size"
             )
         if self.planned_size % self.share.parts:
             raise UserError(

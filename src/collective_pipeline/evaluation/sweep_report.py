@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from collective_pipeline.config import count_of
 from collective_pipeline.evaluation.comparison import COSTS, MATCHED, OVERALL_COLUMNS, RUN_COLUMNS, SIZE_COLUMNS
 from collective_pipeline.evaluation.gpu import describe_costs, hints
 from collective_pipeline.evaluation.report import (
@@ -130,15 +131,14 @@ def _key_figures(
         for arm in arms.head(1).itertuples():
             note = f"{arm.model_type}, {arm.params:,} parameters"
             figures[f"{name}, test accuracy"] = f"{arm.test_accuracy_mean:.2f} %", note
-    counts = {"size": comparison["target_params"].nunique(), "seed": runs["seed"].nunique()}
-    tested = ", ".join(f"{number} {name}{'s' if number > 1 else ''}" for name, number in counts.items())
-    figures["Trainings tested"] = f"{len(runs):,}", tested
+    num_sizes, num_seeds = comparison["target_params"].nunique(), runs["seed"].nunique()
+    figures["Trainings tested"] = f"{len(runs):,}", f"{count_of(num_sizes, 'size')}, {count_of(num_seeds, 'seed')}"
     if not trials.empty:
         planned = trials["max_epochs"].sum()
         saved = (trials["max_epochs"] - trials["epochs"])[trials["state"] == "pruned"].sum()
         figures["Epochs saved by pruning"] = (
             f"{100 * saved / planned:.0f} %",
-            f"of {planned:,} in {len(trials):,} trials",
+            f"of {planned:,} in {count_of(len(trials), 'trial')}",
         )
     return figures
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from collective_pipeline.config import BASELINES, ComparisonConfig
+from collective_pipeline.config import BASELINES, ComparisonConfig, count_of
 
 
 def answer(comparison: pd.DataFrame, config: ComparisonConfig, *, reference: str = "collective") -> str:
@@ -35,7 +35,7 @@ def answer_worth(comparison: pd.DataFrame, config: ComparisonConfig, *, referenc
     )
     own, num_seeds = arms.loc[[reference]].iloc[0], int(arms.drop(index=failed)["num_seeds"].min())
     told = (
-        f"Of {len(changed)} changes to the {reference} network, {best.name} is worth the most: "
+        f"Of {count_of(len(changed), 'change')} to the {reference} network, {best.name} is worth the most: "
         f"{best['difference_to_reference']:+z.2f} percentage points on {own['test_accuracy_mean']:.2f} % test accuracy "
         f"({interval}). {_sort_out(changed, config, num_seeds)}"
     )
@@ -51,8 +51,8 @@ def _sort_out(changed: pd.DataFrame, config: ComparisonConfig, num_seeds: int) -
     if num_seeds < needed:
         observed = _list({f"seem to {way}": changed.index[which].tolist() for way, which in ways.items()})
         return (
-            f"With {_seeds(num_seeds)} it cannot be told what is more than chance, which takes at least {needed}: "
-            f"{observed}."
+            f"With {count_of(num_seeds, 'seed')} it cannot be told what is more than chance, which takes at least "
+            f"{needed}: {observed}."
         )
     sure = changed["p_value_holm"] <= alpha
     found = _list({way: changed.index[which & sure].tolist() for way, which in ways.items()})
@@ -179,8 +179,8 @@ def _verdict(
     needed = seeds_needed(len(others), alpha)
     if num_seeds < needed:
         return (
-            f"With {_seeds(num_seeds)} it cannot be told whether the {reference} is better than {group}: at least "
-            f"{needed} seeds are needed; what was observed is no verdict yet: {observed}".rstrip()
+            f"With {count_of(num_seeds, 'seed')} it cannot be told whether the {reference} is better than {group}: at "
+            f"least {needed} seeds are needed; what was observed is no verdict yet: {observed}".rstrip()
         )
     sure = others["p_value_holm"] <= alpha
     worse, better = ((sure & (sign * others["difference_to_reference"] > 0)) for sign in (1, -1))
@@ -232,7 +232,9 @@ def _describe(arm: pd.Series, config: ComparisonConfig) -> str:
         how = " with one seed, which gives no interval"
     else:
         low, high = arm["test_accuracy_ci_low"], arm["test_accuracy_ci_high"]
-        how = f", mean of {_seeds(arm['num_seeds'])}, {_percent(config)} interval {low:.2f} to {high:.2f}"
+        how = (
+            f", mean of {count_of(int(arm['num_seeds']), 'seed')}, {_percent(config)} interval {low:.2f} to {high:.2f}"
+        )
     reached = f"{arm['test_accuracy_mean']:.2f} % test accuracy"
     return f"{arm.name} with {arm['params']:,.0f} parameters reaches {reached}{how}"
 
@@ -249,10 +251,6 @@ def _join(names: Sequence[str]) -> str:
 def _param_range(arms: pd.DataFrame) -> str:
     fewest, most = arms["params"].min(), arms["params"].max()
     return f"{most:,} parameters" if fewest == most else f"{fewest:,} to {most:,} parameters"
-
-
-def _seeds(count: float) -> str:
-    return "1 seed" if count == 1 else f"{count:.0f} seeds"
 
 
 def _percent(config: ComparisonConfig) -> str:

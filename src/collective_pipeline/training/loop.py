@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collective_pipeline.config import TrainingConfig, UserError
+from collective_pipeline.config import TrainingConfig, UserError, count_of
 from collective_pipeline.data.batches import Batches, BatchSource, ImageSource, MixedLabels, Normalise
 from collective_pipeline.models.convolution import Conv2d
 from collective_pipeline.models.layers import ChannelNorm
@@ -821,8 +821,8 @@ def evaluate(
         return totals
     if not num_seen:
         raise UserError(
-            f"of {len(images):,} images to evaluate there is none for one of {ranks.number} processes, or none that "
-            "can be read: choose a larger imagenet.val_fraction, or a smaller num_gpus"
+            f"of {count_of(len(images), 'image')} to evaluate there is none for one of {ranks.number} processes, or "
+            "none that can be read: choose a larger imagenet.val_fraction, or a smaller num_gpus"
         )
     seen = ranks.sum({"seen": torch.tensor(float(num_seen), device=device)})["seen"].round()
     return {name: value * (len(images) / seen) for name, value in ranks.sum(totals).items()}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from collective_pipeline.config import ARM_NAME_WIDTH, DEBUG, Arm, Parameters, TrainingConfig
+from collective_pipeline.config import ARM_NAME_WIDTH, DEBUG, Arm, Parameters, TrainingConfig, count_of
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.data.streaming import StreamedSplits
 from collective_pipeline.training.loop import Epoch
@@ -187,11 +187,12 @@ class Progress:
     def _forecast(self, seconds: float) -> None:
         """Tell once what the whole plan takes."""
         self.is_forecast = True
-        plan = f"all {self.num_epochs} epochs" + (f" of {self.num_parts} seeds in turn" if self.num_parts > 1 else "")
+        epochs = count_of(self.num_epochs, "epoch")
+        plan = f"the plan of {epochs}" + (f" with {self.num_parts} seeds in turn" if self.num_parts > 1 else "")
         cost = ""
         if self.price_per_hour is not None:
-            cost = f" and cost {seconds / 3600 * self.price_per_hour:,.2f}"
-        self._log(f"at the pace of its updates {plan} take about {duration(seconds)}{cost}")
+            cost = f" and costs {seconds / 3600 * self.price_per_hour:,.2f}"
+        self._log(f"at the pace of its updates {plan} takes about {duration(seconds)}{cost}")
 
     def _warn_of_update(self, began: tuple[float, float], share: float) -> None:
         """While the first update of an epoch goes on: it takes at least as long as it has taken until now.

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from collective_pipeline.config import TrainingConfig, UserError
+from collective_pipeline.config import TrainingConfig, UserError, count_of
 
 LAYERS_A_PRIORITY = 4
 
@@ -65,4 +65,6 @@ def describe_device(device: torch.device) -> str:
     """The processor's or card's name, for tables and reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} ({device.type}, {torch.get_num_threads()} threads)"
+    return (
+        f"{platform.processor() or platform.machine()} ({device.type}, {count_of(torch.get_num_threads(), 'thread')})"
+    )

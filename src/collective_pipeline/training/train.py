@@ -21,6 +21,7 @@ from collective_pipeline.config import (
     Parameters,
     TrainingConfig,
     UserError,
+    count_of,
     flatten,
 )
 from collective_pipeline.data.batches import Batches, BatchSource, Normalise
@@ -133,7 +134,7 @@ def train_arm(
         groups = groups_that_fit(seeds, need, config, free=free)
     if saved is not None and not saved.facts["place"]["finished"]:
         place = saved.facts["place"]
-        within = f" and {place['update']} updates of the next" if place["update"] else ""
+        within = f" and {count_of(place['update'], 'update')} of the next" if place["update"] else ""
         logger.info("%-*s  goes on after epoch %d/%d%s", ARM_NAME_WIDTH, name, place["epoch"], config.epochs, within)
     training = _ArmTraining(name, arm, splits, config, device, list(callbacks), watch, snapshots, prepare, look, ranks)
     fits = training.run(groups, need, saved)

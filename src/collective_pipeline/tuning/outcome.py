@@ -9,7 +9,7 @@ import optuna
 import pandas as pd
 from optuna.trial import TrialState
 
-from collective_pipeline.config import Arm, Parameters
+from collective_pipeline.config import Arm, Parameters, count_of
 from collective_pipeline.evaluation.gpu import add_costs
 from collective_pipeline.tuning.study import Study, Unit
 from collective_pipeline.tuning.work import list_finals, list_units
@@ -120,7 +120,9 @@ def rank_importance(study: Study, settings: Parameters) -> pd.DataFrame:
         done = [trial for trial in part.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
         if len(done) < TRIALS_FOR_IMPORTANCE or len({trial.values[0] for trial in done}) < 2:
             logger.info(
-                "%s: %d finished trials are too few for the importance of hyperparameters", model_type, len(done)
+                "%s: %s finished, which is too few for the importance of hyperparameters",
+                model_type,
+                count_of(len(done), "trial"),
             )
             continue
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)

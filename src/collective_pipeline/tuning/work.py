@@ -31,6 +31,7 @@ from collective_pipeline.config import (
     Range,
     SweepConfig,
     UserError,
+    count_of,
     flatten,
     with_values,
 )
@@ -198,7 +199,7 @@ def run_workers(task: Task, device: torch.device) -> None:
     study = task.open()
     units = all_units(study, task.settings)
     if len(study.outcomes(units)) == len(units):
-        logger.info("All %d trainings of the study '%s' are done already", len(units), study.name)
+        logger.info("Nothing is left of the %s of the study '%s'", count_of(len(units), "training"), study.name)
         return
     num_workers = task.settings.sweep.workers
     context = multiprocessing.get_context("spawn")  # a fork would share what torch and the locks hold
@@ -463,12 +464,12 @@ class Worker:
         left = elapsed / max(1, done - self.num_done_before) * (len(units) - done)
         what = "pruned at" if outcome.get("state") == TrialState.PRUNED else "done,"
         logger.info(
-            "%s %s %.2f %% validation accuracy; %d of %d units, about %s left",
+            "%s %s %.2f %% validation accuracy; %d of %s, about %s left",
             claim.unit,
             what,
             pruner.best,
             done,
-            len(units),
+            count_of(len(units), "unit"),
             duration(left),
         )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from collective_pipeline.config import Arm, GateConfig, ImageNetConfig, Parameters, UserError
+from collective_pipeline.config import Arm, GateConfig, ImageNetConfig, Parameters, UserError, count_of
 from collective_pipeline.data.image_index import ImageIndex, compare_index, index_images
 from collective_pipeline.data.packed import claim_folder, pack_images
 from collective_pipeline.data.streaming import Share, StreamedBatches, StreamedSplits, list_files, stream_index
@@ -77,9 +77,9 @@ def open_images(settings: Parameters, index: ImageIndex, folder: Path) -> Stream
     splits = stream_index(index, own, split_seed=settings.data.split_seed, packed=packed)
     if len(splits.val) < FEW:
         logger.warning(
-            "Only %d images choose the epoch, %.3g points of accuracy each: a larger imagenet.val_fraction may choose "
+            "The epoch is chosen by only %s, %.3g points of accuracy each: a larger imagenet.val_fraction may choose "
             "better.",
-            len(splits.val),
+            count_of(len(splits.val), "image"),
             100 / len(splits.val),
         )
     return splits

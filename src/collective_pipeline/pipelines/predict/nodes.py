@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from collective_pipeline.config import DATASETS, ArmName, DatasetName, Parameters, UserError
+from collective_pipeline.config import DATASETS, ArmName, DatasetName, Parameters, UserError, count_of
 from collective_pipeline.data.image_files import ADVICE, ImageSource, find_images
 from collective_pipeline.evaluation.predict import BATCH_SIZE, Predictor, choose_seeds, tabulate
 from collective_pipeline.models.checkpoint import Checkpoint, load_checkpoint, read_header
@@ -123,10 +123,10 @@ def predict(images: ImageSource, checkpoint: Checkpoint, settings: Parameters, d
         if now - last_line >= SECONDS_BETWEEN_LINES:
             last_line = now
             left = duration((now - started) / done * (len(images) - done))
-            logger.info("%s of %s images are predicted, %s left", f"{done:,}", f"{len(images):,}", left)
+            logger.info("%s of %s are predicted, %s left", f"{done:,}", count_of(len(images), "image"), left)
         if interrupt.requested():
-            interrupt.stop(f"nothing is written of the {done:,} of {len(images):,} images that were predicted")
-    logger.info("%s images predicted in %s", f"{done:,}", duration(time.perf_counter() - started))
+            interrupt.stop(f"nothing is written of the {done:,} of {count_of(len(images), 'image')} predicted")
+    logger.info("%s predicted in %s", count_of(done, "image"), duration(time.perf_counter() - started))
     table = tabulate(torch.cat(probabilities), checkpoint.images.class_names)
     table.insert(0, images.kind, list(images.names))
     return table
