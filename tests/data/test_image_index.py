@@ -285,10 +285,25 @@ def test_an_empty_folder_for_images_changes_nothing(tmp_path):
 def test_classes_with_far_fewer_images_are_told_and_not_refused(tmp_path):
     """Plain folders may be unequal: a class with a quarter of what most have is not told."""
     write_plain(tmp_path, {"ape": (40, 8), "bee": (1, 8), "cat": (40, 8), "dog": (10, 2), "eel": (41, 1)})
-    told = index_images(tmp_path).describe().set_index("part")["problems"]
+    index = index_images(tmp_path)
 
     few = "classes with fewer than 25 % of the median, {} images, half extracted if that is not meant: 1 of 5, {}"
-    assert told.to_dict() == {TRAIN: few.format(40, "bee with 1"), VAL: few.format(8, "eel with 1")}
+    assert index.problems == {TRAIN: (few.format(40, "bee with 1"),), VAL: (few.format(8, "eel with 1"),)}
+
+
+def test_what_was_found_fits_on_a_console_whatever_is_wrong(tmp_path):
+    """All of it, each problem from a line of its own on; no path is broken."""
+    write_plain(tmp_path, {"ape": (40, 8), "bee": (1, 8), "cat": (40, 8), "dog": (40, 8), "eel": (41, 1)})
+    (tmp_path / "train" / "ape" / f"{'x' * 130}.jpg").touch()
+    (tmp_path / "train" / "cat" / "notes.txt").touch()
+    index = index_images(tmp_path)
+    lines = index.tell().split("\n")
+
+    assert [line for line in lines if len(line) > 120] == [f"  train/ape/{'x' * 130}.jpg"]
+    told = " ".join(line.strip() for line in lines)
+    problems = [f"{part}: {problem}" for part, of_part in index.problems.items() for problem in of_part]
+    assert len(problems) == 4 and all(problem in told for problem in problems)
+    assert sum(line.startswith(("train: ", "val: ")) for line in lines) == 4
 
 
 def test_names_of_classes_come_from_the_mapping(ilsvrc):

@@ -6,6 +6,7 @@ A file is not opened here, so that a tree of 1.3 million is listed in a minute; 
 import hashlib
 import logging
 import os
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ KNOWN_LAYOUTS = (
     "Data/CLS-LOC/train and val as ILSVRC and Kaggle have them, train/<class> and val/<class> (or valid, validation, "
     "test), or Tiny-ImageNet's train/<class>/images and val/val_annotations.txt"
 )
+LINE = 120  # characters, of a console
 MAX_UNLABELLED = 0.01  # of a part's files, and of the labels whose files are not there
 SHORT = 0.5  # of the median: ImageNet's smallest class has 732 images and most have 1,300
 FEW = 0.25  # of the median: plain folders may be unequal, so this is told and not refused
@@ -87,6 +89,17 @@ class ImageIndex:
             }
             for part, rows in ((part, self.rows_of(part)) for part in (TRAIN, VAL))
         )
+
+    def tell(self) -> str:
+        """The same for a console: below the numbers each problem by itself, in lines that no name is broken for."""
+        lines = [self.describe().drop(columns="problems").to_string(index=False)]
+        for part, problems in self.problems.items():
+            for problem in problems or ("no problems",):
+                told = f"{part}: {problem}"
+                lines += textwrap.wrap(
+                    told, LINE, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+                )
+        return "\n".join(lines)
 
 
 def index_images(root: Path, *, subset_size: int | None = None, subset_seed: int = 0) -> ImageIndex:

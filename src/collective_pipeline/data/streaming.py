@@ -278,8 +278,7 @@ def stream_index(
         found={
             "files": f"{index.root} ({index.layout})",
             "labels": "; ".join(f"{part}: {source}" for part, source in index.label_sources.items()),
-            "problems of the tree": "; ".join(problem for of_part in index.problems.values() for problem in of_part)
-            or "none",
+            **{f"problems of {part}": "; ".join(problems) or "none" for part, problems in index.problems.items()},
         },
     )
 

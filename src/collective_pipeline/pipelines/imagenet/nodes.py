@@ -49,9 +49,8 @@ def index_files(settings: Parameters, known: ImageIndex | None) -> tuple[ImageIn
     is_same = known is not None and (known.root, known.subset) == (index.root, index.subset)
     if known is not None and is_same and known.digest != index.digest:
         logger.warning("%s is not as it was when it was last indexed: %s", root, compare_index(known, index))
-    found = index.describe()
-    logger.info("%s\n%s", root, found.to_string(index=False))
-    return index, found
+    logger.info("%s\n%s", root, index.tell())
+    return index, index.describe()
 
 
 def open_images(settings: Parameters, index: ImageIndex, folder: Path) -> StreamedSplits:
