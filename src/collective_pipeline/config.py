@@ -1150,7 +1150,9 @@ class Parameters(Config):
     images: str | None = Field(
         None, min_length=1, description="predict: a folder of images, one image, or an idx file, from where one types"
     )
-    arm: ArmName | None = Field(None, description="predict: a network of any experiment; null: that of model_type")
+    arm: str | None = Field(
+        None, min_length=1, description="predict: a network of any experiment, or its folder; null: that of model_type"
+    )
     checkpoint: str | None = Field(
         None, min_length=1, description="predict: a file; null: the newest of the arm, demo: the best"
     )

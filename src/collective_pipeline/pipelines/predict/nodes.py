@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from collective_pipeline.config import DATASETS, ArmName, DatasetName, Parameters, UserError, count_of
+from collective_pipeline.config import DATASETS, DatasetName, Parameters, UserError, count_of, suggest
 from collective_pipeline.data.image_files import ADVICE, ImageSource, find_images
 from collective_pipeline.evaluation.predict import BATCH_SIZE, Predictor, choose_seeds, tabulate
 from collective_pipeline.models.checkpoint import Checkpoint, load_checkpoint, read_header
@@ -66,8 +66,8 @@ def choose_checkpoint(settings: Parameters, models: Path) -> Checkpoint:
     return checkpoint
 
 
-def _find_arm(arm: ArmName, dataset: DatasetName, models: Path) -> Path:
-    """The newest checkpoint of an arm, whichever experiment trained it, and of `dataset` if there are several."""
+def _find_arm(arm: str, dataset: DatasetName, models: Path) -> Path:
+    """The newest checkpoint of an arm or in a folder of this name, and of `dataset` if there are several."""
     newest, unreadable = _list_newest(models)
     of_arm = {trained: path for (name, trained), path in newest.items() if name == arm}
     if len(of_arm) == 1:
@@ -84,15 +84,14 @@ def _find_arm(arm: ArmName, dataset: DatasetName, models: Path) -> Path:
             f"{arm} was trained for {', '.join(of_arm)} and not for dataset={dataset}: choose with --params "
             f"{', or '.join(ways)}"
         )
-    there = ", ".join(f"{name} for {trained}" for name, trained in sorted(newest)) or "nothing"
+    there = sorted({name for name, _ in newest})
     left_out = f" (left out: {len(unreadable)} that cannot be read, the first: {unreadable[0]})" if unreadable else ""
-    raise UserError(
-        f"there is no trained {arm} in {models}, only {there}{left_out}: name one of these, or train it first"
-    )
+    advice = f"{suggest(arm, there)}, or train it first" if there else ": train it first"
+    raise UserError(f"there is no trained {arm} in {models}{left_out}{advice}")
 
 
 def _list_newest(models: Path) -> tuple[dict[tuple[str, str], Path], list[str]]:
-    """The newest checkpoint of every arm and data set; what is wrong with those that cannot be read."""
+    """The newest checkpoint of every arm or folder and data set; what is wrong with those that cannot be read."""
     newest: dict[tuple[str, str], Path] = {}
     unreadable: list[str] = []
     for path in sorted(models.glob(f"*/{FILE_NAME}/*/{FILE_NAME}"), key=lambda path: path.parent.name):
@@ -101,7 +100,8 @@ def _list_newest(models: Path) -> tuple[dict[tuple[str, str], Path], list[str]]:
         except UserError as error:
             unreadable.append(str(error))
             continue
-        newest[header.arm.model_type, header.dataset] = path
+        for name in (header.arm.model_type, path.parents[2].name):
+            newest[name, header.dataset] = path
     return newest, unreadable
 
 
