@@ -192,6 +192,40 @@ def test_a_name_in_the_wrong_place_is_refused_with_the_right_one(path, meant):
     assert f"did you mean '{meant}'?" in refusal(path, 3)
 
 
+@pytest.mark.parametrize(
+    ("experiment", "given", "meant"),
+    [
+        ("imagenet", "batch_size", "imagenet.training.batch_size"),
+        ("imagenet", "lr", "imagenet.training.learning_rate"),
+        ("imagenet", "model", "imagenet.model"),
+        ("imagenet", "training.lr", "imagenet.training.learning_rate"),
+        ("deepmoe", "epochs", "deepmoe.training.epochs"),
+        ("deepmoe", "epoch", "deepmoe.training.epochs"),
+        ("merged_moe", "epochs", "merged_moe.training.epochs"),
+        ("tiny_imagenet", "image_size", "tiny_imagenet.image_size"),
+        ("phase1", "epochs", "training.epochs"),
+        ("phase1", "merged_moe.epochs", "merged_moe.training.epochs"),
+    ],
+)
+def test_an_unknown_name_is_looked_for_in_the_section_of_what_is_run(experiment, given, meant):
+    """Or in the one that it was given in."""
+    with pytest.raises(UserError, match=rf"did you mean '{meant}'\? all names"):
+        check_parameters(nested(given, 3), experiments=[experiment])
+
+
+@pytest.mark.parametrize("experiment", ["imagenet", "tiny_imagenet"])
+@pytest.mark.parametrize("given", ["epochs", "mixing", "{}.epochs"])
+def test_whoever_changes_a_part_of_a_plan_is_told_at_once_that_it_is_in_a_file(experiment, given):
+    """And in which environments there is one to look at."""
+    with pytest.raises(UserError) as caught:
+        check_parameters(nested(given.format(experiment), 3), experiments=[experiment])
+
+    told = str(caught.value)
+    assert "stages" in told and "--env <name>; conf/debug and conf/imagenet_* have plans" in told
+    for path in (CONF / "debug", *CONF.glob("imagenet_*")):
+        assert "stages" in (path / "parameters.yml").read_text()
+
+
 def test_a_name_like_no_other_is_refused_without_a_guess():
     """There is still a place to look."""
     message = refusal("qqqqqqqq", 3)

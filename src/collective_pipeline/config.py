@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
@@ -105,6 +105,19 @@ def _once_each(values: tuple[Any, ...]) -> tuple[Any, ...]:
         raise ValueError(f"{', '.join(map(str, repeated))} repeated: name each once")
     return values
 
+
+# Plans, and the sums of their stages' epochs.
+PLANNED = (
+    "imagenet.training.stages",
+    "imagenet.training.epochs",
+    "tiny_imagenet.stages",
+    "tiny_imagenet.training.epochs",
+)
+IN_A_FILE = (
+    "in a parameters.yml of an environment (conf/<name>/, --env <name>; conf/debug and conf/imagenet_* have plans), "
+    "since the command line has no lists"
+)
+HOW_TO_PLAN = f"a plan's stages give it, so change them and `epochs`, their sum, {IN_A_FILE}"
 
 NUM_TOLD = 3  # of many names, in a message
 Item = TypeVar("Item")
@@ -591,8 +604,7 @@ class TrainingConfig(Config):
         planned = sum(stage.epochs for stage in self.stages)
         if self.stages and planned != self.epochs:
             raise ValueError(
-                f"stages have {count_of(planned, 'epoch')} together and epochs={self.epochs}: change both, in a "
-                "parameters.yml of an environment (conf/<name>/, --env <name>), since the command line has no lists"
+                f"stages have {count_of(planned, 'epoch')} together and epochs={self.epochs}: change both, {IN_A_FILE}"
             )
         if len({stage.image_size is None for stage in self.stages}) > 1:
             raise ValueError("stages: some have an image_size and others none: give it to all of them, or to none")
@@ -958,7 +970,7 @@ class TinyImagenetConfig(Config):
         if planned != self.training.epochs:
             raise ValueError(
                 f"stages have {count_of(planned, 'epoch')} together and training.epochs={self.training.epochs}: all "
-                "arms are trained equally long, so give the same"
+                f"arms are trained equally long, so change both, {IN_A_FILE}"
             )
         if not all(stage.image_size for stage in self.stages):
             raise ValueError("stages are those of progressive_resizing: give each its image_size")
@@ -1278,8 +1290,12 @@ DEBUG = Parameters(
 )
 
 
-def check_parameters(raw: Mapping[str, Any]) -> Parameters:
+def check_parameters(raw: Mapping[str, Any], *, experiments: Iterable[str] = ()) -> Parameters:
     """The parameters in `raw`, typed.
+
+    Args:
+        raw: As `conf/` and the command line give them.
+        experiments: Those that are run; an unknown name is looked for in their sections first.
 
     Raises:
         UserError: Naming every value that cannot be used, where it stands, and the nearest name for an unknown one.
@@ -1296,7 +1312,7 @@ def check_parameters(raw: Mapping[str, Any]) -> Parameters:
             if problem["type"] != "too_short"
             or sum(place[: len(problem["loc"])] == problem["loc"] for place in places) == 1
         ]
-        raise UserError("; ".join(_sentence(problem) for problem in told)) from None
+        raise UserError("; ".join(_sentence(problem, experiments) for problem in told)) from None
 
 
 def with_values(settings: Parameters, values: Mapping[str, Any]) -> Parameters:
@@ -1317,11 +1333,11 @@ def with_values(settings: Parameters, values: Mapping[str, Any]) -> Parameters:
     return check_parameters(raw)
 
 
-def _sentence(problem: Any) -> str:
+def _sentence(problem: Any, experiments: Iterable[str]) -> str:
     path = ".".join(str(part) for part in problem["loc"] if part not in {"range", "choices"})
     match problem["type"]:
         case "extra_forbidden":
-            return f"unknown parameter '{path}'{_nearest(path)}"
+            return f"unknown parameter '{path}'{_nearest(path, experiments)}"
         case "literal_error":
             told = f"{path}={problem['input']!r} is unknown{suggest(str(problem['input']), _choices(problem))}"
             elsewhere = path == "model_type" and problem["input"] in get_args(ArmName)
@@ -1360,16 +1376,39 @@ def suggest(name: str, known: Sequence[str]) -> str:
     return f"{guess or ':'} choose from {', '.join(known)}"
 
 
-def _nearest(path: str) -> str:
+def _nearest(path: str, experiments: Iterable[str] = ()) -> str:
     known = parameter_names(Parameters)
     parent, _, leaf = path.rpartition(".")
     beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
     anywhere = {name.rpartition(".")[2]: name for name in reversed(known) if not _is_section(name, known)}
-    # What it is called in the originals; what is called so elsewhere; what is spelt alike beside it, or elsewhere.
+    sections = (path.partition(".")[0], *experiments)
+    # What it is called in the originals, or elsewhere; what is spelt alike beside it, or elsewhere.
     guess = ORIGINAL_NAMES.get(leaf) or anywhere.get(leaf)
-    for leaves in (beside, anywhere):
-        guess = guess or leaves.get(next(iter(difflib.get_close_matches(leaf, leaves, n=1)), ""))
-    return (f": did you mean '{guess}'? " if guess else ": ") + "all names stand in conf/base/parameters.yml"
+    own = _own_name(leaf, guess, sections)
+    if own is None and guess is None:
+        guess = _spelt_alike(leaf, beside)
+        if guess is None and (guess := _spelt_alike(leaf, anywhere)) is not None:
+            own = _own_name(guess.rpartition(".")[2], guess, sections)
+    guess = own or guess
+    told = f": did you mean '{guess}'? " if guess else ": "
+    return told + f"{HOW_TO_PLAN}; " * (guess in PLANNED) + "all names stand in conf/base/parameters.yml"
+
+
+def _spelt_alike(leaf: str, name_of: Mapping[str, str]) -> str | None:
+    return next((name_of[found] for found in difflib.get_close_matches(leaf, name_of, n=1)), None)
+
+
+def _own_name(leaf: str, elsewhere: str | None, sections: Iterable[str]) -> str | None:
+    """In the first of the sections with any: the name that it has `elsewhere`, another that ends so, or its plan."""
+    for section in sections:
+        known = [name for name in parameter_names(Parameters) if name.startswith(f"{section}.")]
+        if f"{section}.{elsewhere}" in known:
+            return f"{section}.{elsewhere}"
+        called_so = [name for name in known if name.rpartition(".")[2] == leaf]
+        plans = [name for name in known if name in PLANNED and name.endswith(".stages")]
+        if called_so or (plans and leaf in Stage.model_fields):
+            return [*called_so, *plans][0]
+    return None
 
 
 def hide_password(text: str) -> str:

@@ -62,7 +62,10 @@ class CheckBeforeRun:
     def after_context_created(self, context: KedroContext) -> None:
         """Every parameter is known, of its type and in its range, `--params` included."""
         try:
-            self.settings = check_parameters(context.params)
+            command = click.get_current_context(silent=True)  # the context of Kedro does not know what is run
+            options = {} if command is None else command.params
+            experiments = [*filter(None, [options.get("pipeline")]), *(options.get("pipelines") or ())]
+            self.settings = check_parameters(context.params, experiments=experiments)
             self._check_globals(context)
         except UserError as error:
             raise _for_person(error) from error

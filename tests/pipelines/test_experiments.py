@@ -2,7 +2,7 @@
 
 import pytest
 
-from collective_pipeline.config import DEBUG, Parameters, UserError, parameter_names, with_values
+from collective_pipeline.config import DEBUG, HOW_TO_PLAN, Parameters, UserError, parameter_names, with_values
 from collective_pipeline.pipeline_registry import register_pipelines
 from collective_pipeline.pipelines.experiments import EXPERIMENTS, check_read
 
@@ -37,6 +37,7 @@ def test_every_pipeline_says_what_it_reads_and_every_parameter_is_read():
         ("phase1", "model_type", "it is a parameter of --pipeline single, lr_finder, predict"),
         ("single", "sweep.space.training.batch_size", "it is a parameter of --pipeline sweep"),
         ("tiny_imagenet", "training.mixup_alpha", "use `tiny_imagenet.training.mixup_alpha`"),
+        ("imagenet", "training.epochs", f"use `imagenet.training.epochs`; {HOW_TO_PLAN}"),
         ("tiny_imagenet", "deepmoe.width", "use `tiny_imagenet.width`"),
         ("tiny_imagenet", "tiny_imagenet.training.expert_analysis_interval", "nothing reads it: leave it out"),
     ],

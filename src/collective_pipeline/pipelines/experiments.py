@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from collective_pipeline.config import (
+    HOW_TO_PLAN,
     MODEL_TYPES,
+    PLANNED,
     DatasetName,
     Parameters,
     TrainingConfig,
@@ -180,5 +182,5 @@ def _sentence(name: str, pipelines: list[str]) -> str:
     own = [found for tail in (name, name.partition(".")[2]) for found in known if f".{found}".endswith(f".{tail}")]
     readers = [other for other, experiment in EXPERIMENTS.items() if experiment.is_reader_of(name)]
     elsewhere = f"it is a parameter of --pipeline {', '.join(readers)}" if readers else "nothing reads it: leave it out"
-    advice = f"use `{own[0]}`" if own else elsewhere
+    advice = f"use `{own[0]}`" + f"; {HOW_TO_PLAN}" * (own[0] in PLANNED) if own else elsewhere
     return f"`{name}` is not read by --pipeline {','.join(pipelines)}: {advice}"
