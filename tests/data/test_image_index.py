@@ -384,8 +384,8 @@ def cut_meta(root: Path) -> None:
     [
         (remove_class, "half extracted, with too little of 1 of its 3 classes, n02 with 0 images"),
         (shorten_class, "half extracted, with too little of 1 of its 3 classes, n02 with 1 image:"),
-        (forget_file, r"1 of 6 labels in LOC_val_solution.csv are of files that are not in .*00000003"),
-        (forget_label, r"1 of 6 files in .* have no label in LOC_val_solution.csv, the first is .*00000003"),
+        (forget_file, r"labels in LOC_val_solution.csv of files that are not in .*: 1 of 6, .*00000003"),
+        (forget_label, r"files in .* without a label in LOC_val_solution.csv: 1 of 6, .*00000003"),
         (unknown_class, "LOC_val_solution.csv names 1 class that train has not, the first is n09"),
         (unmapped_class, "1 folder that LOC_synset_mapping.txt does not know, the first is n02"),
         (missing_class, "lacks 1 of the 4 classes of LOC_synset_mapping.txt, the first is n04"),

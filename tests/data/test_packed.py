@@ -196,7 +196,9 @@ def test_two_that_pack_the_same_images_at_once_make_one_copy(tree, tmp_path, cap
         pool.submit(pack_images, claim, look_around=second_waits.set).result()
         first.result()
 
-    assert caplog.text.count("another command packs these images") == 1 and "3 of 3 shards are there" in caplog.text
+    assert (
+        caplog.text.count("another command packs these images") == 1 and "there already, 3 of 3 shards" in caplog.text
+    )
     assert files_in(claim.folder) == files_in(tmp_path / "alone")
 
 

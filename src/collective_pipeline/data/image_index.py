@@ -345,20 +345,21 @@ def _match(
             f"{known.source} names {count_of(len(foreign), 'class')} that train has not, the first is {foreign[0]}: "
             "extract their training images"
         )
-    told = [known.of_file.get(os.path.splitext(name)[0]) for name in names]  # noqa: PTH122
-    without = [name for name, wnid in zip(names, told, strict=True) if wnid is None]
+    wnids = [known.of_file.get(os.path.splitext(name)[0]) for name in names]  # noqa: PTH122
+    without = [name for name, wnid in zip(names, wnids, strict=True) if wnid is None]
     there = {os.path.splitext(name)[0] for name in names}  # noqa: PTH122
     absent = sorted(known.of_file.keys() - there)
     problems = []
     for what, files, total in (
-        (f"files in {folder} have no label in {known.source}", without, len(names)),
-        (f"labels in {known.source} are of files that are not in {folder}", absent, len(known.of_file)),
+        (f"files in {folder} without a label in {known.source}", without, len(names)),
+        (f"labels in {known.source} of files that are not in {folder}", absent, len(known.of_file)),
     ):
+        told = f"{what}: {len(files):,} of {total:,}, {list_some(files, ', ')}"
         if len(files) > MAX_UNLABELLED * total:
-            raise UserError(f"{len(files):,} of {total:,} {what}, the first is {files[0]}: extract both again")
+            raise UserError(f"{told}: extract both again")
         if files:
-            problems.append(f"{len(files):,} {what}, the first is {files[0]}")
-    return [None if wnid is None else labels[wnid] for wnid in told], tuple(problems)
+            problems.append(told)
+    return [None if wnid is None else labels[wnid] for wnid in wnids], tuple(problems)
 
 
 def _tabulate(part: str, root: Path, listed: Mapping[str, _Folder], labels: Mapping[str, int]) -> pd.DataFrame:
