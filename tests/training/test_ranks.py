@@ -6,6 +6,7 @@ A launch starts three interpreters that import torch: ten seconds or more each o
 import contextlib
 import ctypes
 import itertools
+import json
 import math
 import os
 import shutil
@@ -22,6 +23,7 @@ import psutil
 import pytest
 import torch
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from collective_pipeline.config import AugmentationConfig, ImageNetConfig, Parameters, Stage, TrainingConfig, UserError
 from collective_pipeline.data.feeding import Crop
@@ -29,7 +31,7 @@ from collective_pipeline.data.jpeg import encode
 from collective_pipeline.data.packed import FileImages
 from collective_pipeline.data.streaming import Share, StreamedBatches, StreamedImages, StreamedSplits
 from collective_pipeline.pipelines.imagenet.nodes import make_arm
-from collective_pipeline.training import interrupt
+from collective_pipeline.training import interrupt, launcher
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.launch import count_ranks, launch
 from collective_pipeline.training.loop import Fit, evaluate
@@ -133,10 +135,10 @@ class Threads(Ranks):
 
     def meet(self, tensors, barrier, messages) -> None:
         messages[self.rank] = [tensor.clone() for tensor in tensors]
-        barrier.wait(20)
+        barrier.wait(120)
         for tensor, *all_of_it in zip(tensors, *(messages[rank] for rank in range(self.number)), strict=True):
             tensor.copy_(torch.stack(all_of_it).mean(dim=0))
-        barrier.wait(20)
+        barrier.wait(120)
 
 
 class Projection(nn.Module):
@@ -312,6 +314,21 @@ def test_the_traceback_of_a_rank_is_told_and_no_process_is_left(splits, tmp_path
         launch(job, number=2, environment={"PYTHONPATH": os.pathsep.join(sys.path)})
 
     assert ranks() == []
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_ranks_that_fail_in_the_same_second_the_first_is_told(tmp_path, first):
+    """The other one misses it."""
+    failures = {}
+    for rank in (0, 1):
+        about = {"message": f"of {rank}", "extraInfo": {"py_callstack": f"of {rank}", "timestamp": "1000"}}
+        note = tmp_path / f"{rank}.json"
+        note.write_text(json.dumps({"message": about}))
+        os.utime(note, ns=(0, 10**12 + (rank != first)))
+        failures[rank] = ProcessFailure(rank, 7 + rank, 1, str(note))
+
+    told = launcher._describe(ChildFailedError("ranks", failures), tmp_path)
+    assert (told["rank"], told["trace"]) == (first, f"of {first}")
 
 
 def test_ranks_that_are_told_to_stop_save_however_long_their_update_takes(splits, tmp_path):

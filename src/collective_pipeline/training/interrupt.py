@@ -136,8 +136,9 @@ class _Listening:
                 counted = [number for number in numbers if number != signal.SIGHUP]
                 if not counted:
                     continue
-                first_at = first_at or time.perf_counter()
-                if time.perf_counter() - first_at > SECONDS_OF_ONE_STOP and not self.patient:
+                now = time.perf_counter()
+                first_at = first_at or now
+                if now - first_at > SECONDS_OF_ONE_STOP and not self.patient:
                     with contextlib.suppress(OSError):  # of a terminal that is gone
                         name = signal.Signals(counted[0]).name
                         os.write(2, f"{name} again: the run ends at once{self.left}.\n".encode())

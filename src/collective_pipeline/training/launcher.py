@@ -7,6 +7,7 @@ says to the terminal, what the others say into the folder too.
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -69,12 +70,14 @@ def _describe(error: ChildFailedError, logs: Path) -> dict[str, Any]:
     """The rank that failed first, and of what.
 
     The others fail of its absence, perhaps before anybody looked, or are ended by SIGTERM: one that any other signal
-    has ended is first.
+    has ended is first. Of errors the one that was noted first, by the time of its file: the timestamp in it is of whole
+    seconds, and others may fail within the same.
     """
 
-    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, int]:
-        code = item[1].exitcode
-        return code == -signal.SIGTERM, code >= 0, item[1].timestamp
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float]:
+        code, note = item[1].exitcode, Path(item[1].error_file)
+        noted_at = note.stat().st_mtime_ns if note.is_file() else math.inf
+        return code == -signal.SIGTERM, code >= 0, noted_at
 
     rank, failure = min(error.failures.items(), key=order)
     message = failure.message
