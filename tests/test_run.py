@@ -22,6 +22,7 @@ from filelock import FileLock
 from kedro.framework.cli.cli import KedroCLI
 from PIL import Image
 from plotly.offline import get_plotlyjs
+from tests.conftest import wait_until
 from tests.evaluation.test_results import FIELDS
 
 from collective_pipeline.config import MODEL_TYPES, UserError
@@ -743,8 +744,19 @@ def test_one_seed_that_diverges_late_is_reported(tmp_path, new_project, monkeypa
 def test_a_gpu_is_in_tables_report_and_tracking(tmp_path, new_project, driver):
     """A card that works at 40 % and 300 W of 700; MLflow's curves are of all cards, with their temperatures."""
     project = new_project(tmp_path)
+    train_arm = train.train_arm
+
+    def train_until_watched(*arguments, **options):
+        """A thread of MLflow watches, which may not have come to it in the second of this training."""
+        result = train_arm(*arguments, **options)
+        run = mlflow.active_run().info.run_id
+        watched = "system/gpu_1_temperature_celsius"
+        wait_until(lambda: watched in mlflow.MlflowClient().get_run(run).data.metrics)
+        return result
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracking, "SYSTEM_METRICS_SECONDS", 0.1)
+        patch.setattr("collective_pipeline.pipelines.arm.nodes.train_arm", train_until_watched)
         params = as_params(TINY | {"device": "cpu"})
         result = kedro(project, "run", "--env", "debug", "--params", params)
     assert result.exit_code == 0, result.output

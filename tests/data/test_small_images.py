@@ -298,6 +298,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     served = tmp_path / "served"
     served.mkdir()
     monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr("collective_pipeline.data.small_images.TIMEOUT_SECONDS", 120)  # for a busy machine
     http_server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(served)))
     address = f"http://127.0.0.1:{http_server.server_port}/"
     for file, content in zip(IDX_FILES, (idx_images(2), idx_labels(1, 2)) * 2, strict=True):

@@ -267,12 +267,12 @@ def test_a_run_that_is_told_to_stop_ends_the_page(caplog, monkeypatch):
         thread = threading.Thread(target=app.run, args=(served, address))
         thread.start()
         where = f"http://127.0.0.1:{address.getsockname()[1]}/"
-        with urllib.request.urlopen(where, timeout=30) as page:
+        with urllib.request.urlopen(where, timeout=120) as page:
             assert page.status == 200
-        with urllib.request.urlopen(f"{where}answer", data=file_of(IMAGES.images[0, 0]), timeout=30) as answer:
+        with urllib.request.urlopen(f"{where}answer", data=file_of(IMAGES.images[0, 0]), timeout=120) as answer:
             assert len(json.load(answer)["classes"]) == 3
         interrupt.request(interrupt.Interrupted("enough"))
-        thread.join(30)
+        thread.join(120)
 
     assert not thread.is_alive() and f"Open {where} in a browser" in caplog.text
 

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 
 from collective_pipeline.config import check_parameters
 
 PLACES = [Path("/usr/local/bin"), *sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
-SECONDS_TO_START = 60.0
+SECONDS_TO_START = SECONDS_TO_END = 60.0
 
 
 @pytest.fixture(scope="session")
@@ -40,20 +41,26 @@ def postgres(tmp_path_factory) -> Iterator[str]:
     server = subprocess.Popen([str(found / "postgres"), "-D", data, *options], **quiet)
     try:
         deadline = time.monotonic() + SECONDS_TO_START
-        while not _listens(port):
+        address = f"tests@127.0.0.1:{port}/postgres"
+        while not _answers(address):
             if server.poll() is not None or time.monotonic() > deadline:
                 state = "runs" if server.poll() is None else f"ended with code {server.returncode}"
-                pytest.fail(f"PostgreSQL's server {state} and does not listen at port {port}")
+                pytest.fail(f"PostgreSQL's server {state} and does not answer at port {port}")
             time.sleep(0.1)
-        yield f"postgresql://tests@127.0.0.1:{port}/postgres"
+        yield f"postgresql://{address}"
     finally:
         server.send_signal(signal.SIGINT)  # SIGTERM would wait for all that are connected
-        server.wait(20)
+        server.wait(SECONDS_TO_END)
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _answers(address: str) -> bool:
+    """A server listens before it has started, and then refuses whoever connects."""
+    engine = sqlalchemy.create_engine(f"postgresql+psycopg://{address}", poolclass=sqlalchemy.NullPool)
+    try:
+        with engine.connect():
+            return True
+    except sqlalchemy.exc.OperationalError:
+        return False
 
 
 @pytest.fixture(params=["journal", "sqlite", "postgres"])
