@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from tests.conftest import wait_until
 from tests.data.test_jpeg import BAD, GOOD, encoded, smooth_image
 from tests.data.test_packed import make_tree
 from torchvision.transforms.v2 import functional
@@ -31,8 +32,11 @@ def tree(tmp_path_factory):
 def no_thread_stays():
     before = set(threading.enumerate())  # one of an earlier test may still be ending
     yield
-    left = set(threading.enumerate()) - before
-    assert [thread.name for thread in left if thread.name.startswith("feed")] == []
+    assert feeding_threads() <= before
+
+
+def feeding_threads():
+    return {thread for thread in threading.enumerate() if thread.name.startswith("feed")}
 
 
 def feed(source, **options):
@@ -188,22 +192,20 @@ def test_no_more_is_made_than_may_wait(tree):
     assert watched.rows == []
     for num_taken in range(1, 5):
         next(batches)
-        deadline = time.monotonic() + 30
-        while len(watched.rows) < 4 * (num_taken + 2) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda made=num_taken + 2: len(watched.rows) >= 4 * made)
         time.sleep(0.05)
         assert len(watched.rows) == 4 * (num_taken + 2)
     batches.close()
 
 
 def test_closing_early_stops_the_threads(tree):
-    before = set(threading.enumerate())
+    before = feeding_threads()
     batches = feed(tree).batches(order(), None)
     next(batches)
-    assert set(threading.enumerate()) - before
+    assert feeding_threads() - before
     batches.close()
 
-    assert set(threading.enumerate()) <= before
+    assert feeding_threads() <= before
 
 
 def test_what_fails_in_a_thread_reaches_the_consumer_at_its_batch(tree):

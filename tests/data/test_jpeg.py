@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from tests.conftest import wait_until
 
 from collective_pipeline.data import jpeg
 from collective_pipeline.data.jpeg import Files, Problem, decode, decode_on_gpu, encode, is_usual
@@ -168,7 +169,7 @@ def test_threads_decode_side_by_side():
         images = list(pool.map(lambda file: decode([file])[0], files))
 
     assert [image.shape[1] for image in images] == list(range(40, 56))
-    assert set(threading.enumerate()) <= before
+    wait_until(lambda: set(threading.enumerate()) <= before)
 
 
 def test_whole_jpeg_files_alone_go_to_the_gpu():

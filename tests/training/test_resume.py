@@ -483,6 +483,7 @@ with interrupt.listen():
 
 def test_a_signal_is_noticed_while_the_main_thread_waits_for_others(caplog):
     """The kernel may give it to any thread, and what runs in Python's main thread alone would be late."""
+    before = set(threading.enumerate())
     is_noticed = []
     done = threading.Lock()
     done.acquire()
@@ -497,7 +498,7 @@ def test_a_signal_is_noticed_while_the_main_thread_waits_for_others(caplog):
         threading.Thread(target=be_signalled).start()
         done.acquire()
         assert is_noticed == [True]
-        wait_until(lambda: caplog.messages)
+    wait_until(lambda: set(threading.enumerate()) <= before)  # whoever tells it has done so
 
     assert [message.partition(":")[0] for message in caplog.messages] == ["SIGTERM"]  # though two hear it
 
