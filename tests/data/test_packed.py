@@ -336,6 +336,7 @@ def test_too_many_bad_files_are_refused(tmp_path):
 
 def test_progress_says_how_long_it_takes(tree, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(packed, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(packed.time, "perf_counter", lambda: 100.0)
     with caplog.at_level(logging.INFO, "collective_pipeline"):
         pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
         pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))

@@ -138,6 +138,7 @@ def test_long_work_is_read_in_batches_and_told_of(monkeypatch, caplog):
     monkeypatch.setattr(nodes, "Predictor", predictor)
     monkeypatch.setattr(nodes, "BATCH_SIZE", 2)
     monkeypatch.setattr(nodes, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(nodes.time, "perf_counter", lambda: 100.0)
     checkpoint = SimpleNamespace(images=SimpleNamespace(class_names=("a", "b")))
     with caplog.at_level(logging.INFO, "collective_pipeline"):
         table = nodes.predict(ImageSource("file", list("vwxyz"), reader), checkpoint, PHASE1, torch.device("cpu"))

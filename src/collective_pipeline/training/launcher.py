@@ -74,10 +74,10 @@ def _describe(error: ChildFailedError, logs: Path) -> dict[str, Any]:
     seconds, and others may fail within the same.
     """
 
-    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float]:
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float, int]:
         code, note = item[1].exitcode, Path(item[1].error_file)
         noted_at = note.stat().st_mtime_ns if note.is_file() else math.inf
-        return code == -signal.SIGTERM, code >= 0, noted_at
+        return code == -signal.SIGTERM, code >= 0, noted_at, item[1].timestamp
 
     rank, failure = min(error.failures.items(), key=order)
     message = failure.message
