@@ -569,7 +569,7 @@ def test_a_second_command_that_would_train_the_same_arm_is_refused(tmp_path, new
     assert kedro(project, *command).exit_code == 0
     before = {path: path.read_bytes() for path in (project / "data").rglob("*.*") if path.is_file()}
     runs = set(runs_of(project)["run_id"])
-    with FileLock(state.with_name(".last.safetensors.lock"), timeout=60):
+    with FileLock(state.with_name(".last.safetensors.lock"), timeout=0):
         result = kedro(project, *command)
         assert result.exit_code == 1 and "another command trains it now and saves in" in result.output
     assert {path: path.read_bytes() for path in before} == before and set(runs_of(project)["run_id"]) == runs

@@ -42,6 +42,7 @@ from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
 from collective_pipeline.training.launch import is_launched
 from collective_pipeline.training.progress import duration
+from collective_pipeline.training.snapshots import let_go
 from collective_pipeline.training.tracking import (
     end_runs_of_the_dead,
     log_model,
@@ -108,6 +109,16 @@ class CheckBeforeRun:
                 check_writable(folder, needed)
         except UserError as error:
             raise _for_person(error) from error
+
+    @hook_impl(trylast=True)
+    def after_pipeline_run(self) -> None:
+        """Another command may train what this one has trained."""
+        let_go()
+
+    @hook_impl(tryfirst=True)
+    def on_pipeline_error(self) -> None:
+        """Another command may train what this one has trained."""
+        let_go()
 
 
 def _list_states(pipeline: Pipeline) -> set[str]:
@@ -397,7 +408,7 @@ def _find_states(pipeline: Pipeline, catalog: DataCatalog) -> set[tuple[Path, in
     paths = [_filepath(catalog, name) for name in _list_states(pipeline) if name.endswith(".last")]
     places = [Path(path) for path in paths if path is not None]
     # One of several states is a folder, in which a run notes its id before it trains, and may leave a partial file.
-    files = [file for place in places for file in (place, *place.rglob("[!.]*.safetensors")) if file.is_file()]
+    files = [file for place in places for file in (place, *place.glob("[!.]*.safetensors")) if file.is_file()]
     return {(file, file.stat().st_mtime_ns) for file in files}
 
 

@@ -202,6 +202,23 @@ def test_two_that_pack_the_same_images_at_once_make_one_copy(tree, tmp_path, cap
     assert files_in(claim.folder) == files_in(tmp_path / "alone")
 
 
+def test_of_two_that_claim_a_folder_at_once_one_has_it(tree, tmp_path):
+    """The other is refused if it would pack otherwise."""
+    for attempt in range(20):
+        folder, ready = tmp_path / str(attempt), threading.Barrier(3)
+
+        def claim(quality, folder=folder, ready=ready):
+            ready.wait(60)
+            return claim_folder(tree, folder, side=SIDE, quality=quality)
+
+        with ThreadPoolExecutor() as pool:
+            claims = [pool.submit(claim, quality) for quality in (80, 90, 90)]
+        refused = [one.exception() for one in claims if one.exception() is not None]
+        has_it = {one.result().header for one in claims if one.exception() is None}
+        assert len(has_it) == 1 and len(refused) in {1, 2}
+        assert all("is packed with quality=" in str(error) for error in refused)
+
+
 def test_who_waits_for_another_that_packs_may_be_stopped(tree, tmp_path):
     claim = claim_folder(tree, tmp_path / "packed", side=SIDE)
 

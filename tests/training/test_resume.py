@@ -1,5 +1,7 @@
 """An interrupted run that goes on ends as one that nobody interrupted: to the last bit, whatever had a state."""
 
+import errno
+import gc
 import os
 import signal
 import subprocess
@@ -11,14 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from tests.conftest import wait_until
 
 from collective_pipeline.config import Arm, GateConfig, Parameters, ResNetArchitecture, UserError
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.models.image_arms import make_image_arm
+from collective_pipeline.pipelines.arm.nodes import clear
 from collective_pipeline.training import interrupt, snapshots
 from collective_pipeline.training.loop import Fit
-from collective_pipeline.training.snapshots import read_snapshot
+from collective_pipeline.training.snapshots import let_go, read_snapshot
 from collective_pipeline.training.train import _ArmTraining, snapshots_at, train_arm
 
 CPU = torch.device("cpu")
@@ -231,25 +235,79 @@ def test_another_device_is_told_and_goes_on(tmp_path, run, parameters, monkeypat
     assert "is another card now: training goes on, and may differ in its last digits" in caplog.text
 
 
-def test_beginning_anew_sets_aside_what_was_interrupted_and_says_so(tmp_path, arm, splits, run, parameters, caplog):
-    """A later `resume` cannot take the state of an older run for this one's, and still no training is lost."""
-    path, aside = tmp_path / "collective" / "last", tmp_path / "collective" / "last.interrupted"
-    whole = run(tmp_path / "whole" / "last", parameters())
-    with pytest.raises(Crash):
-        run(path, parameters(), updates=12)
-    snapshots_at(path, arm, splits, parameters(resume=True), CPU).clear()
-    assert len(list(path.parent.iterdir())) == 2
-    snapshots_at(path, arm, splits, parameters(), CPU).clear()
+def files_in(folder):
+    return sorted(
+        str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock"
+    )
 
-    assert f"collective: a run that was interrupted after epoch 1 is set aside as {aside}" in caplog.text
-    assert list(path.parent.iterdir()) == [aside]
-    caplog.clear()
-    run(path, parameters(epochs=1))
-    snapshots_at(path, arm, splits, parameters(), CPU).clear()
-    assert not caplog.text and list(path.parent.iterdir()) == [aside]
-    aside.rename(path)
-    resumed = run(path, parameters(resume=True))
-    assert_same(ends(path, *resumed), ends(tmp_path / "whole" / "last", *whole))
+
+def test_beginning_anew_sets_aside_all_of_a_run_that_was_not_finished(tmp_path, arm, splits, run, parameters, caplog):
+    """No later `resume` takes it for its own, no training is lost, nor by a second slip; put back, it goes on."""
+    project = tmp_path / "project"
+    done, part = project / "done" / "last", project / "part" / "last"
+    whole = run(tmp_path / "whole" / "last", parameters())
+    run(done, parameters())
+    with pytest.raises(Crash):
+        run(part, parameters(), updates=12)
+    part.with_suffix(".run").write_text("an id")
+    before = files_in(project)
+
+    def begin(**changes):
+        settings = parameters(**changes)
+        clear([snapshots_at(path, arm, splits, settings, CPU, name=path.parent.name) for path in (done, part)])
+
+    begin(resume=True)
+    assert files_in(project) == before and not caplog.text
+    begin()
+    (first,) = {folder.name for folder in project.glob("*/aside-*")}
+    assert (
+        f"(done done, part in epoch 2): it begins anew, and what was saved is set aside in folders called {first};"
+        in (caplog.text)
+    )
+    assert [name.replace(f"{first}/", "") for name in files_in(project)] == before
+    with pytest.raises(Crash):
+        run(part, parameters(), updates=12)
+    begin()
+    assert len({folder.name for folder in project.glob("*/aside-*")}) == 2
+
+    for folder in project.glob(f"*/{first}"):
+        for file in folder.iterdir():
+            file.replace(folder.parent / file.name)
+    begin(resume=True)
+    assert part.with_suffix(".run").read_text() == "an id"
+    assert_same(ends(part, *run(part, parameters(resume=True))), ends(tmp_path / "whole" / "last", *whole))
+
+
+def test_beginning_anew_removes_what_was_finished(tmp_path, arm, splits, run, parameters, caplog):
+    path = tmp_path / "collective" / "last"
+    run(path, parameters())
+    clear([snapshots_at(path, arm, splits, parameters(), CPU)])
+
+    assert not caplog.text and not files_in(tmp_path)
+
+
+def test_no_other_command_saves_where_one_does_until_it_ends(tmp_path, arm, splits, parameters):
+    """Long after what it trains there is done; a second run of the same process is no other command."""
+    path = tmp_path / "last"
+    for _ in range(2):
+        clear([snapshots_at(path, arm, splits, parameters(), CPU)])
+    gc.collect()
+    other = FileLock(tmp_path / ".last.lock")
+    with pytest.raises(Timeout):
+        other.acquire(timeout=0)
+    let_go()
+    with other.acquire(timeout=0), pytest.raises(UserError, match="collective: another command trains it now"):
+        clear([snapshots_at(path, arm, splits, parameters(), CPU)])
+
+
+def test_a_disk_without_locks_is_told_and_used(tmp_path, arm, splits, parameters, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(FileLock, "_acquire", refuse)
+    clear([snapshots_at(tmp_path / "last", arm, splits, parameters(), CPU)])
+
+    assert ".last.lock cannot be locked" in caplog.text and "let no two commands write there at once" in caplog.text
 
 
 @pytest.mark.parametrize("left", [None, b"half of a state"])

@@ -27,7 +27,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -296,11 +295,8 @@ def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 
         quality=quality,
         images_a_shard=IMAGES_A_SHARD,
     )
-    there = _read_header(folder)
-    if there is None:
-        with files.replacing(folder / HEADER) as partial:
-            partial.write_text(json.dumps(asdict(header), indent=1))
-    elif differences := there.differences(header):
+    there = _read_header(folder) or _write_header(folder, header)
+    if differences := there.differences(header):
         of_images = {name: getattr(there, name) for name in ("num_images", "files", "labels", "sizes")}
         if there.num_images > header.num_images and replace(header, **of_images) == there:
             if _missing_shards(folder, there):
@@ -320,6 +316,16 @@ def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 
     return Claim(images, folder, header)
 
 
+def _write_header(folder: Path, header: _Header) -> _Header:
+    """The header that is there then: of two who claim a folder at once, that of the first."""
+    with _alone_in(folder, lambda: None):
+        there = _read_header(folder)
+        if there is None:
+            with files.replacing(folder / HEADER) as partial:
+                partial.write_text(json.dumps(asdict(header), indent=1))
+    return there or header
+
+
 def pack_images(
     claim: Claim, *, num_threads: int | None = None, look_around: Callable[[], None] = lambda: None
 ) -> None:
@@ -335,6 +341,7 @@ def pack_images(
 
     Raises:
         UserError: If more than `MAX_UNUSABLE` of the files cannot be read, or a table that is there is damaged.
+        Exception: Whatever `look_around` raises.
     """
     images, folder, header = claim.images, claim.folder, claim.header
     progress = _Progress(len(images), folder, look_around)
@@ -368,16 +375,13 @@ def pack_images(
 @contextlib.contextmanager
 def _alone_in(folder: Path, look_around: Callable[[], None]) -> Iterator[None]:
     """Wait until no other process packs there: two would write into the same files."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), thread_local=False)
+    lock = files.lock_of(folder)
     is_told = False
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=SECONDS_BETWEEN_LOOKS)
-        except Timeout:
-            if not is_told:
-                logger.info("%s: another command packs these images; this one waits for it", folder)
-            is_told = True
-            look_around()
+    while not files.try_to_hold(lock, SECONDS_BETWEEN_LOOKS):
+        if not is_told:
+            logger.info("%s: another command packs these images; this one waits for it", folder)
+        is_told = True
+        look_around()
     try:
         yield
     finally:

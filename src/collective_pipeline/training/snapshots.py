@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from collective_pipeline.config import ARM_NAME_WIDTH, UserError
-from collective_pipeline.files import replacing, write_tensors
+from collective_pipeline.files import lock_of, replacing, try_to_hold, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ SECONDS_BETWEEN = 30.0
 
 DIGEST = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24,}\b")  # whose beginning is enough for a person
 DAMAGE = (OSError, SafetensorError, KeyError, TypeError, ValueError)
+
+_held: list[FileLock] = []  # by the command that runs
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,6 @@ class Snapshots:
         self.before = Snapshot({}, {})
         self.last_time = time.perf_counter()
         self.cost = 0.0
-        # One for all of this process, since a notebook's second run is no other command; the last object lets go of it.
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"), thread_local=False, is_singleton=True)
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
@@ -157,43 +157,41 @@ class Snapshots:
                     return
 
     def hold(self) -> None:
-        """Keep other commands from saving here as long as this object lives.
+        """Keep other commands from saving here until `let_go`.
 
         Raises:
             UserError: If another one does.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
+        # A second run of the same process, a notebook's, is no other command.
+        lock = lock_of(self.path, is_singleton=True)
+        if not try_to_hold(lock, 0):
             raise UserError(
                 f"{self.name}: another command trains it now and saves in {self.path.parent}: wait until that ends, or "
                 "stop it"
-            ) from None
+            )
+        _held.append(lock)
 
-    def clear(self) -> None:
+    def find_place(self) -> Mapping[str, Any] | None:
+        """How far the training is that is saved here, or None."""
+        headers = (_read_header(path) for path in (self.path, _previous(self.path)))
+        return next((header["facts"]["place"] for header in headers if header is not None), None)
+
+    def clear(self, aside: str | None = None) -> None:
         """Unless a run goes on from there, remove what is saved, so that no later run takes it for this one's.
 
-        What an interrupted run saved is set aside: to leave out `resume=true` must not cost hours of training.
+        Args:
+            aside: Where to put it instead, a folder beside it.
         """
         if self.resume:
-            if not any(map(_read_header, (self.path, _previous(self.path)))):
+            if self.find_place() is None:
                 self.run_file.unlink(missing_ok=True)  # of a run that left nothing to go on from, whatever it was
             return
-        header = _read_header(self.path)
-        if header is not None and not header["facts"]["place"]["finished"]:
-            aside = self.path.with_name(f"{self.path.name}.interrupted")
-            self.path.replace(aside)
-            logger.warning(
-                "%s: a run that was interrupted after epoch %d is set aside as %s; renamed to %s, its own command goes "
-                "on from it with resume=true.",
-                self.name,
-                header["facts"]["place"]["epoch"],
-                aside,
-                self.path.name,
-            )
         for file in (self.path, _previous(self.path), self.run_file):
-            file.unlink(missing_ok=True)
+            if aside is None:
+                file.unlink(missing_ok=True)
+            elif file.exists():
+                (file.parent / aside).mkdir(exist_ok=True)
+                file.replace(file.parent / aside / file.name)
 
     def load(self) -> Snapshot | None:
         """The last snapshot that is whole, or None if there is none or none is wanted.
@@ -234,8 +232,14 @@ class Snapshots:
             was = DIGEST.sub(r"\1…", was)
             raise UserError(
                 f"resume=true: {path} is of another run: {was}; give the command that was interrupted, or leave "
-                "resume=true out to begin anew, which replaces what was saved"
+                "resume=true out to begin anew"
             )
+
+
+def let_go() -> None:
+    """Whatever is held: other commands may save there."""
+    while _held:
+        _held.pop().release(force=True)
 
 
 def read_snapshot(path: Path) -> Snapshot:

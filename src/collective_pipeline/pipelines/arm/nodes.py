@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from kedro.io.core import generate_timestamp
 from torch import nn
 
-from collective_pipeline.config import Arm, ModelType, Parameters
+from collective_pipeline.config import Arm, ModelType, Parameters, list_some
 from collective_pipeline.data.splits import Splits
 from collective_pipeline.data.streaming import StreamedSplits
 from collective_pipeline.evaluation.cost import measure_executed_macs
@@ -54,18 +55,37 @@ def clear_for_training(
 def clear(snapshots: Sequence[Snapshots], *, apart_from: Collection[str] = ()) -> None:
     """Refuse what is saved if it is of another run, or of one that trains now; only then give it up.
 
-    No training begins before nothing is left that could refuse another.
+    No training begins before nothing is left that could refuse another. What an earlier run saved and did not finish is
+    set aside, since hours of training must not hang on a forgotten `resume=true`.
 
     Args:
         snapshots: Of all trainings of the run.
         apart_from: What each compares itself, once it is known.
+
+    Raises:
+        UserError: If one is of another run, or of one that trains now.
     """
     for saved in snapshots:
         saved.check(apart_from=apart_from)
     for saved in snapshots:
         saved.hold()
+    begun = {saved.name: place for saved in snapshots if (place := saved.find_place()) is not None}
+    is_finished = len(begun) == len(snapshots) and all(place["finished"] for place in begun.values())
+    is_begun_anew = begun and not is_finished and not any(saved.resume for saved in snapshots)
+    aside = f"aside-{generate_timestamp()}" if is_begun_anew else None
     for saved in snapshots:
-        saved.clear()
+        saved.clear(aside)
+    if aside is not None:
+        how_far = [
+            f"{name} {'done' if place['finished'] else 'in epoch {}'.format(place['epoch'] + 1)}"
+            for name, place in begun.items()
+        ]
+        logger.warning(
+            "An earlier run did not finish this training (%s): it begins anew, and what was saved is set aside in "
+            "folders called %s; the README says under Interrupted runs how to go on from them.",
+            list_some(how_far, ", "),
+            aside,
+        )
 
 
 def train(
