@@ -338,7 +338,7 @@ def test_predict_that_is_stopped_writes_nothing(trained, monkeypatch):
     result = predict(trained, images=IMAGES)
 
     assert result.exit_code == 128 + signal.SIGTERM
-    assert "nothing is written of the 100 of 100 images that were predicted" in result.output
+    assert "nothing is written of the 100 of 100 images predicted" in result.output
     assert not (trained / PREDICTIONS).exists() and set(runs_of(trained)["status"]) == {"KILLED"}
 
 
