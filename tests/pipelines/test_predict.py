@@ -82,6 +82,19 @@ def test_the_newest_of_an_arm_is_found_whichever_experiment_trained_it(models, c
     assert arm in (checkpoint.arm.model_type, found.partition("/")[0]) and f"{found}/best.safetensors" in caplog.text
 
 
+def test_a_folder_of_a_network_s_name_does_not_answer_for_it(models, caplog):
+    """Somebody keeps a newer one of another network there, whether that one is trained elsewhere or nowhere."""
+    for name in ("resnet18", "plain"):
+        path = models / name / "best.safetensors" / "2026-01-09" / "best.safetensors"
+        path.parent.mkdir(parents=True)
+        path.write_bytes((models / "deepmoe_gated/best.safetensors/2026-01-03/best.safetensors").read_bytes())
+    settings = PHASE1.model_copy(update={"images": "photos", "arm": "resnet18", "dataset": "cifar100"})
+    with caplog.at_level(logging.INFO, "collective_pipeline"):
+        assert nodes.choose_checkpoint(settings, models).arm.model_type == "resnet18"
+    with pytest.raises(UserError, match=r"no trained plain in .*: choose from deepmoe_dense, deepmoe_gated"):
+        nodes.choose_checkpoint(settings.model_copy(update={"arm": "plain"}), models)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

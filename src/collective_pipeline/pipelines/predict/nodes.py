@@ -3,11 +3,12 @@
 import logging
 import time
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import torch
 
-from collective_pipeline.config import DATASETS, DatasetName, Parameters, UserError, count_of, suggest
+from collective_pipeline.config import DATASETS, ArmName, DatasetName, Parameters, UserError, count_of, suggest
 from collective_pipeline.data.image_files import ADVICE, ImageSource, find_images
 from collective_pipeline.evaluation.predict import BATCH_SIZE, Predictor, choose_seeds, tabulate
 from collective_pipeline.models.checkpoint import Checkpoint, load_checkpoint, read_header
@@ -91,7 +92,10 @@ def _find_arm(arm: str, dataset: DatasetName, models: Path) -> Path:
 
 
 def _list_newest(models: Path) -> tuple[dict[tuple[str, str], Path], list[str]]:
-    """The newest checkpoint of every arm or folder and data set; what is wrong with those that cannot be read."""
+    """The newest checkpoint of every arm or folder and data set; what is wrong with those that cannot be read.
+
+    A folder's name counts where no arm is called so.
+    """
     newest: dict[tuple[str, str], Path] = {}
     unreadable: list[str] = []
     for path in sorted(models.glob(f"*/{FILE_NAME}/*/{FILE_NAME}"), key=lambda path: path.parent.name):
@@ -100,7 +104,9 @@ def _list_newest(models: Path) -> tuple[dict[tuple[str, str], Path], list[str]]:
         except UserError as error:
             unreadable.append(str(error))
             continue
-        for name in (header.arm.model_type, path.parents[2].name):
+        model_type, folder = header.arm.model_type, path.parents[2].name
+        # A folder that a user gave the name of another network does not answer for that one.
+        for name in (model_type,) if folder in get_args(ArmName) else (model_type, folder):
             newest[name, header.dataset] = path
     return newest, unreadable
 
