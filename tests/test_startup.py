@@ -63,6 +63,15 @@ def test_two_params_are_refused():
         startup.check_command.before_command_run(["run", "--params", "seeds=1", "--params", "resume=true"])
 
 
+def test_what_kedro_run_refuses_the_package_as_a_command_refuses_in_the_same_sentence(tmp_path):
+    """Kedro's hook does not hear of it."""
+    command = [sys.executable, "-m", "collective_pipeline", "--pipelines", "phase1,single"]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert told.returncode == 1
+    assert told.stderr.strip() == "Error: phase1 and single cannot run as one: give each a command of its own"
+
+
 @pytest.mark.parametrize(("before", "after"), [(None, "32"), ("4", "4")])
 def test_a_gpu_gives_each_stream_a_queue_of_its_own(before, after):
     """Set before anything uses CUDA, and what the user has set stays."""

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from collective_pipeline.startup import check_environment, quieten, tell_error
+from collective_pipeline.startup import check_command, check_environment, quieten, tell_error
 
 if __name__ == "__main__":
     sys.excepthook = tell_error  # the imports below take seconds
@@ -22,4 +22,5 @@ elif __name__ == "__main__":
     check_environment(sys.argv[1:])
     package_name = Path(__file__).parent.name
     configure_project(package_name)
+    check_command.before_command_run(["run", *sys.argv[1:]])  # a hook of Kedro's own command, which this is not
     find_run_command(package_name)()
