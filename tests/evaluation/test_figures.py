@@ -13,6 +13,7 @@ from collective_pipeline.data.splits import Images
 from collective_pipeline.evaluation.comparison import RUN_COLUMNS, compare_arms, compare_sizes
 from collective_pipeline.evaluation.experts import ExpertAnalysis
 from collective_pipeline.evaluation.figures import (
+    COLORS,
     plot_accuracy,
     plot_accuracy_against_params,
     plot_differences,
@@ -114,6 +115,20 @@ def test_twelve_arms_have_a_colour_each_and_the_lines_of_more_differ():
     many = pd.concat([one.assign(model_type=f"arm {i}") for i in range(20)])
     lines = [trace.line for trace in plot_training_curves(many).data if trace.showlegend]
     assert len({(line.color, line.dash) for line in lines}) == len(lines) == 20
+
+
+def test_the_colours_after_those_of_others_are_seen_on_white_and_on_the_dark_page():
+    """By the contrast of WCAG, which is told of them."""
+
+    def luminance(color):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for color in COLORS[7:]:
+        for page in ("#FFFFFF", "#16181A"):
+            dark, light = sorted((luminance(color), luminance(page)))
+            assert (light + 0.05) / (dark + 0.05) >= 2.5
 
 
 def test_accuracies_are_sorted_and_the_reference_stands_out():

@@ -18,11 +18,12 @@ Columns = tuple[str, str, str]
 ACCURACY: Columns = ("test_accuracy_mean", "test_accuracy_ci_low", "test_accuracy_ci_high")
 DIFFERENCE: Columns = ("difference_to_reference", "difference_ci_low", "difference_ci_high")
 
-# Okabe and Ito's colours, which stay apart for the colour-blind, without the two that vanish on white or on black; then
-# five that are seen on both, and are further from all others, to the colour-blind too, than the nearest two of those.
+# Okabe and Ito's colours without the two that vanish on white or on black, and a grey. Then five with a contrast of
+# 2.5:1 or more to white and to the report's dark page, and 11.6 or more by CIEDE2000 from every other colour, to the
+# normal eye and to one without red or green cones (Machado et al. 2009); two of the first seven are 7.5 apart to these.
 COLORS = (
     "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C8C",
-    "#AA3377", "#9933FF", "#99BB88", "#775500", "#8888FF",
+    "#BB0000", "#5588FF", "#884444", "#227766", "#665577",
 )  # fmt: skip
 DASHES = ("solid", "dash", "dot")  # of lines, which are thin: the next one after so many arms
 ARMS_A_DASH = 8
