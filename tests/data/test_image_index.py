@@ -292,7 +292,7 @@ def test_classes_with_far_fewer_images_are_told_and_not_refused(tmp_path):
 
 
 def test_what_was_found_fits_on_a_console_whatever_is_wrong(tmp_path):
-    """All of it, each problem from a line of its own on; no path is broken."""
+    """All of it, each problem from a line of its own on; no path without spaces is broken."""
     write_plain(tmp_path, {"ape": (40, 8), "bee": (1, 8), "cat": (40, 8), "dog": (40, 8), "eel": (41, 1)})
     (tmp_path / "train" / "ape" / f"{'x' * 130}.jpg").touch()
     (tmp_path / "train" / "cat" / "notes.txt").touch()
@@ -386,8 +386,8 @@ def cut_meta(root: Path) -> None:
         (shorten_class, "half extracted, with too little of 1 of its 3 classes, n02 with 1 image:"),
         (forget_file, r"labels in LOC_val_solution.csv of files that are not in .*: 1 of 6, .*00000003"),
         (forget_label, r"files in .* without a label in LOC_val_solution.csv: 1 of 6, .*00000003"),
-        (unknown_class, "LOC_val_solution.csv names 1 class that train has not, the first is n09"),
-        (unmapped_class, "1 folder that LOC_synset_mapping.txt does not know, the first is n02"),
+        (unknown_class, r"LOC_val_solution.csv names 1 class that train has not \(n09\): extract the training images of"),
+        (unmapped_class, r"1 folder that LOC_synset_mapping.txt does not know \(n02\): remove each that is not meant"),
         (missing_class, "lacks 1 of the 4 classes of LOC_synset_mapping.txt, the first is n04"),
         (no_second_part, "lacks a second part beside train"),
         (garble_solution, r"LOC_val_solution\.csv is no text: put the published file in its place"),

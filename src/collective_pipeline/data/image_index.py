@@ -91,7 +91,7 @@ class ImageIndex:
         )
 
     def tell(self) -> str:
-        """The same for a console: below the numbers each problem by itself, in lines that no name is broken for."""
+        """The same for a console: below the numbers each problem by itself, in lines broken at spaces alone."""
         lines = [self.describe().drop(columns="problems").to_string(index=False)]
         for part, problems in self.problems.items():
             for problem in problems or ("no problems",):
@@ -216,8 +216,8 @@ def _check_known(classes: Sequence[str], titles: Mapping[str, str], folder: Path
     unknown = [name for name in classes if name not in titles]
     if unknown:
         raise UserError(
-            f"{folder} holds {count_of(len(unknown), 'folder')} that LOC_synset_mapping.txt does not know, the first "
-            f"is {unknown[0]}: remove them, or the mapping if they are meant"
+            f"{folder} holds {count_of(len(unknown), 'folder')} that LOC_synset_mapping.txt does not know "
+            f"({list_some(unknown, ', ')}): remove each that is not meant, or else the mapping"
         )
     missing = sorted(titles.keys() - set(classes))
     if missing:
@@ -320,8 +320,8 @@ def _list_second_by_class(
     unknown = [name for name in classes if name not in labels]
     if unknown:
         raise UserError(
-            f"{around.path} holds {count_of(len(unknown), 'class')} that train has not, the first is {unknown[0]}: "
-            "remove them, or extract their training images"
+            f"{around.path} holds {count_of(len(unknown), 'class')} that train has not "
+            f"({list_some(unknown, ', ')}): remove each, or extract its training images"
         )
     listed = _list_part(around.path, classes)
     _check_whole(listed, around.path, unequal=True)
@@ -342,8 +342,8 @@ def _match(
     foreign = sorted({wnid for wnid in known.of_file.values() if wnid not in labels})
     if foreign:
         raise UserError(
-            f"{known.source} names {count_of(len(foreign), 'class')} that train has not, the first is {foreign[0]}: "
-            "extract their training images"
+            f"{known.source} names {count_of(len(foreign), 'class')} that train has not "
+            f"({list_some(foreign, ', ')}): extract the training images of each"
         )
     wnids = [known.of_file.get(os.path.splitext(name)[0]) for name in names]  # noqa: PTH122
     without = [name for name, wnid in zip(names, wnids, strict=True) if wnid is None]
