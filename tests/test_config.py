@@ -1,5 +1,6 @@
 """Every knob has one home; what cannot be used is refused by name, before anything runs."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from collective_pipeline.config import (
     BASELINES,
     DATASETS,
     DEBUG,
+    HOW_TO_PLAN,
     MODEL_TYPES,
+    ORIGINAL_NAMES,
     PHASE1,
+    PLANNED,
     SPACE,
     Arm,
     CollectiveConfig,
@@ -27,6 +31,7 @@ from collective_pipeline.config import (
     parameter_names,
 )
 from collective_pipeline.models.matching import count_collective
+from collective_pipeline.pipelines.experiments import EXPERIMENTS, check_read
 from collective_pipeline.pipelines.imagenet import make_arm
 from collective_pipeline.training.optim import make_schedule
 
@@ -62,6 +67,11 @@ def shipped(env):
         conf_source=str(CONF), base_env="base", default_run_env=env, merge_strategy={"parameters": "soft"}
     )
     return loader["parameters"]
+
+
+def readers(experiment):
+    """What `check_parameters` takes of an experiment that is run."""
+    return {experiment: EXPERIMENTS[experiment].is_reader_of}
 
 
 def refusal(path, value):
@@ -206,12 +216,47 @@ def test_a_name_in_the_wrong_place_is_refused_with_the_right_one(path, meant):
         ("tiny_imagenet", "image_size", "tiny_imagenet.image_size"),
         ("phase1", "epochs", "training.epochs"),
         ("phase1", "merged_moe.epochs", "merged_moe.training.epochs"),
+        ("phase1", "sweep.trails", "sweep.trials"),
+        ("phase1", "num_experts", "collective.n_experts"),
+        ("merged_moe", "n_experts", "merged_moe.n_experts"),
+        ("merged_moe", "num_experts", "merged_moe.n_experts"),
+        ("merged_moe", "sub_models.lr", "merged_moe.sub_models"),
+        ("merged_moe", "merged_moe.sub_models.lr", "merged_moe.sub_models.learning_rate"),
+        ("tiny_imagenet", "mixup_alpha", "tiny_imagenet.mixup_alpha"),
+        ("tiny_imagenet", "cutmix_alpha", "tiny_imagenet.cutmix_alpha"),
+        ("tiny_imagenet", "ema_decay", "tiny_imagenet.ema_decay"),
+        ("tiny_imagenet", "label_smoothing", "tiny_imagenet.label_smoothing"),
+        ("imagenet", "cutout", "imagenet.augmentation.cutout"),
+        ("imagenet", "imagenet.cutout", "imagenet.augmentation.cutout"),
+        ("imagenet", "imagenet.augmentation_strength", "imagenet.augmentation"),
+        ("imagenet", "training.momentu", "imagenet.training.momentum"),
     ],
 )
 def test_an_unknown_name_is_looked_for_in_the_section_of_what_is_run(experiment, given, meant):
     """Or in the one that it was given in."""
     with pytest.raises(UserError, match=rf"did you mean '{meant}'\? all names"):
-        check_parameters(nested(given, 3), experiments=[experiment])
+        check_parameters(nested(given, 3), experiments=readers(experiment))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_what_is_suggested_is_read_by_what_is_run(experiment):
+    """Whatever anything is called anywhere, in the originals or in a plan; with and without the section."""
+    known = parameter_names(Parameters)
+    leaves = {name.rpartition(".")[2] for name in known} | ORIGINAL_NAMES.keys() | Stage.model_fields.keys()
+    for given in sorted({*leaves, *(f"{experiment}.{leaf}" for leaf in leaves if experiment in known)} - {*known}):
+        with pytest.raises(UserError) as caught:
+            check_parameters(nested(given, 3), experiments=readers(experiment))
+        told = str(caught.value)
+        suggested = re.findall(r"did you mean '([^']+)'", told)
+        check_read(suggested, [experiment])
+        assert (HOW_TO_PLAN in told) == (not {*suggested}.isdisjoint(PLANNED))
+
+
+@pytest.mark.parametrize("given", ["imagenet.expert_analysis_interval", "augmentation_strength"])
+def test_for_what_an_experiment_has_no_part_for_nothing_is_suggested(given):
+    """Its training has parameters of this name that it does not read."""
+    with pytest.raises(UserError, match=f"unknown parameter '{given}': all names stand"):
+        check_parameters(nested(given, 1), experiments=readers("imagenet"))
 
 
 def _plans(raw):
@@ -228,7 +273,7 @@ def _plans(raw):
 def test_whoever_changes_a_part_of_a_plan_is_told_at_once_that_it_is_in_a_file(experiment, given):
     """And in which environments there is one to look at."""
     with pytest.raises(UserError) as caught:
-        check_parameters(nested(given.format(experiment), 3), experiments=[experiment])
+        check_parameters(nested(given.format(experiment), 3), experiments=readers(experiment))
 
     told = str(caught.value)
     assert "stages" in told and "--env <name>; conf/debug and conf/imagenet_* have plans" in told

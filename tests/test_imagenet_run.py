@@ -173,7 +173,7 @@ def test_the_report_says_what_an_update_and_its_rate_were(trained):
         ({"imagenet.folder": "nowhere"}, "nowhere is not there: give the folder of the images"),
         ({"imagenet.model": "vgg11"}, "choose from resnet18"),
         ({"imagenet.training.epochs": 3}, "stages have 2 epochs together and epochs=3: change both, in a param"),
-        ({"epochs": 3}, "did you mean 'imagenet.training.epochs'? a plan's stages give it, so change them and"),
+        ({"epochs": 3}, "did you mean 'imagenet.training.epochs'? where there are stages, `epochs` is their sum"),
         ({"imagenet.training.batch_size": 128}, "choose a smaller imagenet.training.batch_size"),
         ({"imagenet.subset_size": 10}, "subset_size leaves 1 of the val images"),
         ({"imagenet.training.cutout": 4}, "use imagenet.augmentation"),

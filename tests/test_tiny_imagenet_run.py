@@ -140,7 +140,7 @@ def test_a_checkpoint_of_it_predicts_images_of_any_size(compared):
     [
         ("tiny_imagenet.training.mixup_alpha=0.2", "the plain network has none: set tiny_imagenet.mixup_alpha"),
         ("tiny_imagenet.training.epochs=3", "stages have 2 epochs together and training.epochs=3"),
-        ("epochs=3", "did you mean 'tiny_imagenet.training.epochs'? a plan's stages give it, so change them and"),
+        ("epochs=3", "did you mean 'tiny_imagenet.training.epochs'? where there are stages, `epochs` is their sum"),
         ("tiny_imagenet.model=vgg11", "tiny_imagenet.model='vgg11' is unknown"),
         ("tiny_imagenet.model=resnet18_moe", "choose from resnet18, resnet34"),
         ("tiny_imagenet.training.stages=3", "tiny_imagenet.training.stages"),

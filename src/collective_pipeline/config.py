@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
@@ -83,6 +84,21 @@ ORIGINAL_NAMES = {
     "val_split": "data.val_fraction",
 }
 
+# Plans, and the sums of their stages' epochs.
+PLANNED = (
+    "imagenet.training.stages",
+    "imagenet.training.epochs",
+    "tiny_imagenet.stages",
+    "tiny_imagenet.training.epochs",
+)
+IN_A_FILE = (
+    "in a parameters.yml of an environment (conf/<name>/, --env <name>; conf/debug and conf/imagenet_* have plans), "
+    "since the command line has no lists"
+)
+HOW_TO_PLAN = f"where there are stages, `epochs` is their sum, and both are changed together, {IN_A_FILE}"
+
+NUM_TOLD = 3  # of many names, in a message
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 # 65,536 features are far beyond any network of this kind: more is a slip of the finger.
@@ -106,21 +122,9 @@ def _once_each(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-# Plans, and the sums of their stages' epochs.
-PLANNED = (
-    "imagenet.training.stages",
-    "imagenet.training.epochs",
-    "tiny_imagenet.stages",
-    "tiny_imagenet.training.epochs",
-)
-IN_A_FILE = (
-    "in a parameters.yml of an environment (conf/<name>/, --env <name>; conf/debug and conf/imagenet_* have plans), "
-    "since the command line has no lists"
-)
-HOW_TO_PLAN = f"a plan's stages give it, so change them and `epochs`, their sum, {IN_A_FILE}"
-
-NUM_TOLD = 3  # of many names, in a message
 Item = TypeVar("Item")
+# Whether a pipeline reads the parameter of this dotted name.
+IsReader = Callable[[str], bool]
 # At least one of each, named once; on the command line one alone, or several in one word with spaces.
 Distinct = Annotated[tuple[Item, ...], Field(min_length=1), BeforeValidator(_as_list), AfterValidator(_once_each)]
 Seeds = Distinct[Annotated[int, Field(ge=0, lt=2**32)]]
@@ -1290,12 +1294,13 @@ DEBUG = Parameters(
 )
 
 
-def check_parameters(raw: Mapping[str, Any], *, experiments: Iterable[str] = ()) -> Parameters:
+def check_parameters(raw: Mapping[str, Any], *, experiments: Mapping[str, IsReader] | None = None) -> Parameters:
     """The parameters in `raw`, typed.
 
     Args:
         raw: As `conf/` and the command line give them.
-        experiments: Those that are run; an unknown name is looked for in their sections first.
+        experiments: By name those that are run; an unknown name is looked for in their sections first, and in what
+            any of them reads. None: in all parameters.
 
     Raises:
         UserError: Naming every value that cannot be used, where it stands, and the nearest name for an unknown one.
@@ -1312,7 +1317,7 @@ def check_parameters(raw: Mapping[str, Any], *, experiments: Iterable[str] = ())
             if problem["type"] != "too_short"
             or sum(place[: len(problem["loc"])] == problem["loc"] for place in places) == 1
         ]
-        raise UserError("; ".join(_sentence(problem, experiments) for problem in told)) from None
+        raise UserError("; ".join(_sentence(problem, experiments or {}) for problem in told)) from None
 
 
 def with_values(settings: Parameters, values: Mapping[str, Any]) -> Parameters:
@@ -1333,7 +1338,7 @@ def with_values(settings: Parameters, values: Mapping[str, Any]) -> Parameters:
     return check_parameters(raw)
 
 
-def _sentence(problem: Any, experiments: Iterable[str]) -> str:
+def _sentence(problem: Any, experiments: Mapping[str, IsReader]) -> str:
     path = ".".join(str(part) for part in problem["loc"] if part not in {"range", "choices"})
     match problem["type"]:
         case "extra_forbidden":
@@ -1376,38 +1381,67 @@ def suggest(name: str, known: Sequence[str]) -> str:
     return f"{guess or ':'} choose from {', '.join(known)}"
 
 
-def _nearest(path: str, experiments: Iterable[str] = ()) -> str:
-    known = parameter_names(Parameters)
+def _nearest(path: str, experiments: Mapping[str, IsReader] = MappingProxyType({})) -> str:
+    known = _known_to(path, experiments)
     parent, _, leaf = path.rpartition(".")
     beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
-    anywhere = {name.rpartition(".")[2]: name for name in reversed(known) if not _is_section(name, known)}
+    anywhere = _first_called(known)
     sections = (path.partition(".")[0], *experiments)
     # What it is called in the originals, or elsewhere; what is spelt alike beside it, or elsewhere.
-    guess = ORIGINAL_NAMES.get(leaf) or anywhere.get(leaf)
-    own = _own_name(leaf, guess, sections)
-    if own is None and guess is None:
-        guess = _spelt_alike(leaf, beside)
-        if guess is None and (guess := _spelt_alike(leaf, anywhere)) is not None:
-            own = _own_name(guess.rpartition(".")[2], guess, sections)
-    guess = own or guess
+    meant = ORIGINAL_NAMES.get(leaf) or _first_called(parameter_names(Parameters)).get(leaf, leaf)
+    guess = _own_name(path, meant, sections, known) or (meant if meant in known else None)
+    guess = guess or anywhere.get(meant.rpartition(".")[2]) or _spelt_alike(leaf, beside)
+    # Who knows how it is called means no other.
+    if guess is None and meant == leaf and (alike := _spelt_alike(leaf, anywhere)) is not None:
+        guess = _own_name(alike, alike, sections, known) or alike
     told = f": did you mean '{guess}'? " if guess else ": "
     return told + f"{HOW_TO_PLAN}; " * (guess in PLANNED) + "all names stand in conf/base/parameters.yml"
+
+
+def _known_to(path: str, experiments: Mapping[str, IsReader]) -> list[str]:
+    """The names that any of the experiments reads; those in the section of `path` if that is of none of them.
+
+    A file may have sections of experiments that are not run.
+    """
+    known = parameter_names(Parameters)
+    section = path.partition(".")[0]
+    inside = [name for name in known if name.startswith(f"{section}.")]
+    read = [name for name in known if any(is_read(name) for is_read in experiments.values())]
+    is_theirs = any(name in read for name in inside) or any(f"{name}.{section}" in read for name in experiments)
+    if not experiments:
+        return known
+    return inside if inside and not is_theirs else read
+
+
+def _first_called(known: Sequence[str]) -> dict[str, str]:
+    """The first of the names with each last part, sections left out."""
+    sections = {name.rpartition(".")[0] for name in known}
+    return {name.rpartition(".")[2]: name for name in reversed(known) if name not in sections}
 
 
 def _spelt_alike(leaf: str, name_of: Mapping[str, str]) -> str | None:
     return next((name_of[found] for found in difflib.get_close_matches(leaf, name_of, n=1)), None)
 
 
-def _own_name(leaf: str, elsewhere: str | None, sections: Iterable[str]) -> str | None:
-    """In the first of the sections with any: the name that it has `elsewhere`, another that ends so, or its plan."""
+def _own_name(path: str, meant: str, sections: Iterable[str], known: Sequence[str]) -> str | None:
+    """What the first of the sections with any such name among the `known` ones calls it, or its plan.
+
+    Args:
+        path: What was given.
+        meant: A name of the same elsewhere.
+        sections: Names of sections, in the order in which they are looked through.
+        known: Names that can be suggested.
+    """
+    parent, _, leaf = path.rpartition(".")
+    renamed = meant.rpartition(".")[2]
     for section in sections:
-        known = [name for name in parameter_names(Parameters) if name.startswith(f"{section}.")]
-        if f"{section}.{elsewhere}" in known:
-            return f"{section}.{elsewhere}"
-        called_so = [name for name in known if name.rpartition(".")[2] == leaf]
-        plans = [name for name in known if name in PLANNED and name.endswith(".stages")]
-        if called_so or (plans and leaf in Stage.model_fields):
-            return [*called_so, *plans][0]
+        own = [name for name in known if name.startswith(f"{section}.")]
+        ways = (f"{section}.{leaf}", f"{parent}.{renamed}", f"{section}.{meant}")
+        called_so = [name for name in own if name.rpartition(".")[2] in {leaf, renamed}]
+        plans = [name for name in own if name in PLANNED and name.endswith(".stages") and leaf in Stage.model_fields]
+        found = [*(name for name in ways if name in own), *called_so, *plans]
+        if found:
+            return found[0]
     return None
 
 

@@ -65,8 +65,9 @@ class CheckBeforeRun:
         try:
             command = click.get_current_context(silent=True)  # the context of Kedro does not know what is run
             options = {} if command is None else command.params
-            experiments = [*filter(None, [options.get("pipeline")]), *(options.get("pipelines") or ())]
-            self.settings = check_parameters(context.params, experiments=experiments)
+            names = {options.get("pipeline"), *(options.get("pipelines") or ())} & EXPERIMENTS.keys()
+            readers = {name: EXPERIMENTS[name].is_reader_of for name in names}
+            self.settings = check_parameters(context.params, experiments=readers)
             self._check_globals(context)
         except UserError as error:
             raise _for_person(error) from error

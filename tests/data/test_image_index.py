@@ -386,7 +386,10 @@ def cut_meta(root: Path) -> None:
         (shorten_class, "half extracted, with too little of 1 of its 3 classes, n02 with 1 image:"),
         (forget_file, r"labels in LOC_val_solution.csv of files that are not in .*: 1 of 6, .*00000003"),
         (forget_label, r"files in .* without a label in LOC_val_solution.csv: 1 of 6, .*00000003"),
-        (unknown_class, r"LOC_val_solution.csv names 1 class that train has not \(n09\): extract the training images of"),
+        (
+            unknown_class,
+            r"LOC_val_solution.csv names 1 class that train has not \(n09\): extract the training images of",
+        ),
         (unmapped_class, r"1 folder that LOC_synset_mapping.txt does not know \(n02\): remove each that is not meant"),
         (missing_class, "lacks 1 of the 4 classes of LOC_synset_mapping.txt, the first is n04"),
         (no_second_part, "lacks a second part beside train"),
