@@ -359,7 +359,7 @@ def test_progress_says_how_long_it_takes(tree, tmp_path, monkeypatch, caplog):
         pack_images(claim_folder(tree, tmp_path / "packed", side=SIDE))
 
     lines = [record.getMessage() for record in caplog.records]
-    assert lines[4] == "5 of 10 images are packed, 50 %; about 0 s left"
+    assert lines[4] == "5 of 10 images packed, 50 %; about 0 s left"
     assert lines[-1].endswith("there already, 3 of 3 shards")
 
 

@@ -489,9 +489,9 @@ class _Progress:
             done = self.num_skipped + self.num_done
             left = (now - self.started) / max(1, self.num_done - 1) * (self.num_images - done)
             logger.info(
-                "%s of %s images are packed, %d %%; about %s left",
+                "%s of %s packed, %d %%; about %s left",
                 f"{done:,}",
-                f"{self.num_images:,}",
+                count_of(self.num_images, "image"),
                 100 * done // self.num_images,
                 f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s",
             )
@@ -500,7 +500,7 @@ class _Progress:
     def _check(self) -> None:
         if len(self.problems) > MAX_UNUSABLE * self.num_images:
             raise UserError(
-                f"more than {100 * MAX_UNUSABLE:g} % of the {self.num_images:,} image files to pack into "
+                f"more than {100 * MAX_UNUSABLE:g} % of the {count_of(self.num_images, 'image file')} to pack into "
                 f"{self.folder} cannot be read: put good ones in their place ({list_some(self.problems)})"
             )
 
