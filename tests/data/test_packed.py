@@ -244,7 +244,7 @@ def test_packing_again_does_nothing(tree, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"side": 48}, "is packed with side=32 and not 48: remove it, to pack anew"),
+        ({"side": 48}, "is packed with side=32 and not 48: remove it, if no command reads it, to pack anew"),
         ({"side": 48, "quality": 50}, "side=32 and not 48, quality=90 and not 50"),
         ({"paths": ["b/1.JPEG", "a/0.JPEG"]}, "with other files:"),
         ({"labels": torch.zeros(10, dtype=torch.int64)}, "with other labels:"),

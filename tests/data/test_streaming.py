@@ -227,7 +227,10 @@ def test_how_many_files_may_be_bad_is_of_all_parts_and_not_of_the_one_that_has_t
     for file in test_files[:most_bad]:
         file.write_bytes(b"")
     assert num_readable() == 10 - most_bad
-    test_files[most_bad].write_bytes(b"")
+    test_files[most_bad].write_bytes(b"no image")
     told = rf"at least {most_bad + 1} image files? cannot be read, where {most_bad} of all 50 may be so: .*max_bad"
     with pytest.raises(UserError, match=told):
         num_readable()
+    test_files[most_bad].write_bytes(b"")  # which is known before anything is trained
+    with pytest.raises(UserError, match=told):
+        stream_index(index_images(tmp_path), config, split_seed=1)

@@ -218,10 +218,10 @@ class Feed:
         new = {row: problem for row, problem in problems.items() if row not in self._problems}
         self._problems |= new
         if self.num_bad > self.most_bad:
+            too_many = tell_too_many(self.bad_files, self.most_bad, self.num_files)
             raise UserError(
-                f"at least {count_of(self.num_bad, 'image file')} cannot be read, where {self.most_bad:,} of all "
-                f"{self.num_files:,} may be so: replace or remove them, or allow more with a larger imagenet.max_bad "
-                f"({list_some(self.bad_files)})"
+                f"{too_many}; with other files training begins anew, with more allowed resume=true goes on where a "
+                "state is saved"
             )
         for told in self._name(new):
             if told not in self.source.unreadable:  # another feed may have met it
@@ -230,6 +230,14 @@ class Feed:
 
     def _name(self, problems: dict[int, Problem]) -> list[str]:
         return [f"{self.source.name(row)}: {problem.reason}" for row, problem in sorted(problems.items())]
+
+
+def tell_too_many(bad_files: Sequence[str], most_bad: int, num_files: int) -> str:
+    """What is wrong where more files cannot be read than may be so of all `num_files`, and what to do."""
+    return (
+        f"at least {count_of(len(bad_files), 'image file')} cannot be read, where {most_bad:,} of all {num_files:,} "
+        f"may be so: replace or remove them, or allow more with a larger imagenet.max_bad ({list_some(bad_files)})"
+    )
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from scipy.io import loadmat
 from collective_pipeline.config import UserError, count_of
 
 SOLUTION, ANNOTATIONS, GROUND_TRUTH = "LOC_val_solution.csv", "Annotations", "ILSVRC2012_validation_ground_truth.txt"
+ANNOTATED = "val_annotations.txt"  # Tiny-ImageNet's
 FIRST_NAME = re.compile(rb"<name>\s*([^<\s]+)\s*</name>")
 THREADS = 16
 
@@ -48,8 +49,8 @@ def label_flat_files(root: Path, folder: Path, names: Sequence[str]) -> Labels:
         if found is not None:
             return found
     advice = (
-        f"put {SOLUTION} beside the tree, the XML files into {ANNOTATIONS}/CLS-LOC/val, {GROUND_TRUTH} with its "
-        "meta.mat there, or the images into a folder for each class"
+        f"put {ANNOTATED} into it, {SOLUTION} beside the tree, the XML files into {ANNOTATIONS}/CLS-LOC/val, "
+        f"{GROUND_TRUTH} with its meta.mat there, or the images into a folder for each class"
     )
     running = _tell_running_numbers(root)
     if running is not None:
@@ -66,7 +67,7 @@ def _beside(root: Path, name: str) -> Iterator[Path]:
 
 def _from_annotated_list(root: Path, folder: Path, names: Sequence[str]) -> Labels | None:
     """Tiny-ImageNet's: file, class and a box, with tabs between."""
-    file = folder / "val_annotations.txt"
+    file = folder / ANNOTATED
     if not file.is_file():
         return None
     rows = [line.split("\t") for line in _read_lines(file)]

@@ -312,7 +312,10 @@ def claim_folder(images: FileImages, folder: Path, *, side: int, quality: int = 
                     "with another side"
                 )
             return Claim(images, folder, there, left_out)
-        raise UserError(f"{folder} is packed with {', '.join(differences)}: remove it, to pack anew")
+        raise UserError(
+            f"{folder} is packed with {', '.join(differences)}: remove it, if no command reads it, to pack anew, or "
+            "pack these with another side"
+        )
     return Claim(images, folder, header)
 
 

@@ -40,7 +40,7 @@ from collective_pipeline.data.augment import (
     shift_scale_rotate,
 )
 from collective_pipeline.data.batches import Labels, MixedLabels, Normalise
-from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Crop, Feed
+from collective_pipeline.data.feeding import NUM_CROP_DRAWS, Crop, Feed, tell_too_many
 from collective_pipeline.data.image_index import ImageIndex
 from collective_pipeline.data.packed import EncodedImages, FileImages, PackedImages
 from collective_pipeline.data.splits import choose_val
@@ -247,6 +247,10 @@ def stream_index(
         config: How they are seen.
         split_seed: Which of the training images are for validation.
         packed: Folders of packed copies of the two parts, or of more images, if those are to be read.
+
+    Raises:
+        UserError: If so many files of a part are empty that reading them would end the run; or as `choose_val` and
+            `PackedImages.open`.
     """
     train, test = (
         files if folder is None else PackedImages.open(folder, files.paths)
@@ -261,6 +265,11 @@ def stream_index(
     most_bad = int(config.max_bad * num_files)
 
     def images(source: EncodedImages, rows: Tensor) -> StreamedImages:
+        if isinstance(source, FileImages):
+            where = rows.numpy()[source.num_bytes[rows.numpy()] == 0]
+            empty = [f"{source.name(row)}: it is empty" for row in where]
+            if len(empty) > most_bad:
+                raise UserError(tell_too_many(empty, most_bad, num_files))
         return StreamedImages(
             source, rows, config.image_size, crop, threads=config.threads, most_bad=most_bad, num_files=num_files
         )
