@@ -12,11 +12,12 @@ if __name__ == "__main__":
 from kedro.framework.cli.utils import find_run_command
 from kedro.framework.project import configure_project
 
-from collective_pipeline.training.launch import is_launched
+from collective_pipeline.training.launch import end, is_launched
 from collective_pipeline.training.rank import follow
 
 if __name__ == "__main__" and is_launched() and os.environ["RANK"] != "0":
     follow()
+    end()
 elif __name__ == "__main__":
     quieten()
     check_environment(sys.argv[1:])

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from collective_pipeline.training.launch import FAILURE, LOG, LOGS, STOP
+from collective_pipeline.training.launch import FAILURE, LOG, LOGS, STOP, end
 
 SECONDS_BETWEEN = 0.5  # of looking at the ranks, and at the process that started this one
 NUM_LINES = 20  # of the last ones that a rank has said
@@ -106,3 +106,4 @@ def _watch(parent: int, stop: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    end()

@@ -27,7 +27,7 @@ from collective_pipeline.models.checkpoint import Checkpoint
 from collective_pipeline.models.layers import normalise_over_ranks
 from collective_pipeline.training import interrupt
 from collective_pipeline.training.interrupt import Interrupted
-from collective_pipeline.training.launch import JOB, RESULT, STOP, STOPPED, check_own_gpus, count_own_cores
+from collective_pipeline.training.launch import JOB, RESULT, STOP, STOPPED, check_own_gpus, count_own_cores, end
 from collective_pipeline.training.loop import Callback, Fit
 from collective_pipeline.training.progress import make_progress
 from collective_pipeline.training.ranks import Ranks
@@ -229,3 +229,4 @@ def _is_one_gone(launcher: int) -> bool:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    end()
