@@ -431,12 +431,14 @@ def test_a_rank_whose_terminal_is_gone_ends_well():
     """Its last lines are lost, which is no failure of the training."""
     script = """
 import logging, os
+from collective_pipeline.training.launch import end
 from collective_pipeline.training.rank import _look_after
 _look_after(os.getppid())
-nobody, end = os.pipe()
-os.dup2(end, 2)
+nobody, output = os.pipe()
+os.dup2(output, 2)
 os.close(nobody)
 logging.info("done")
+end()
 """
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     assert subprocess.run([sys.executable, "-c", script], env=buffered, check=False).returncode == 0

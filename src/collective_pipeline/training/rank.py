@@ -4,7 +4,6 @@
 holds the job.
 """
 
-import atexit
 import contextlib
 import logging
 import math
@@ -179,8 +178,6 @@ def _look_after(parent: int, stop: Path | None = None) -> None:
         stop: The file with which the launcher tells it.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
-    # The command may have gone on without its terminal: this one would have failed for lines that nobody reads.
-    atexit.register(interrupt.leave_terminal)
     threading.Thread(target=_watch, args=(parent, stop), daemon=True).start()
 
 
