@@ -1294,13 +1294,15 @@ DEBUG = Parameters(
 )
 
 
-def check_parameters(raw: Mapping[str, Any], *, experiments: Mapping[str, IsReader] | None = None) -> Parameters:
+def check_parameters(
+    raw: Mapping[str, Any], *, experiments: Mapping[str, IsReader] = MappingProxyType({})
+) -> Parameters:
     """The parameters in `raw`, typed.
 
     Args:
         raw: As `conf/` and the command line give them.
         experiments: By name those that are run; an unknown name is looked for in their sections first, and in what
-            any of them reads. None: in all parameters.
+            any of them reads. Without any: in all parameters.
 
     Raises:
         UserError: Naming every value that cannot be used, where it stands, and the nearest name for an unknown one.
@@ -1317,7 +1319,7 @@ def check_parameters(raw: Mapping[str, Any], *, experiments: Mapping[str, IsRead
             if problem["type"] != "too_short"
             or sum(place[: len(problem["loc"])] == problem["loc"] for place in places) == 1
         ]
-        raise UserError("; ".join(_sentence(problem, experiments or {}) for problem in told)) from None
+        raise UserError("; ".join(_sentence(problem, experiments) for problem in told)) from None
 
 
 def with_values(settings: Parameters, values: Mapping[str, Any]) -> Parameters:

@@ -21,7 +21,7 @@ import torch
 
 from collective_pipeline.config import UserError, count_of, list_some
 from collective_pipeline.data.decoding import SUFFIXES
-from collective_pipeline.data.image_labels import Labels, label_flat_files, read_titles
+from collective_pipeline.data.image_labels import ANNOTATED, Labels, label_flat_files, read_titles
 from collective_pipeline.randomness import make_generator
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ TITLES = {"ILSVRC": "LOC_synset_mapping.txt", "Tiny-ImageNet": "words.txt"}  # o
 SECOND_PARTS = ("val", "valid", "validation", "test")
 KNOWN_LAYOUTS = (
     "Data/CLS-LOC/train and val as ILSVRC and Kaggle have them, train/<class> and val/<class> (or valid, validation, "
-    "test), or Tiny-ImageNet's train/<class>/images and val/val_annotations.txt"
+    f"test), or Tiny-ImageNet's train/<class>/images and val/{ANNOTATED}"
 )
 LINE = 120  # characters, of a console
 MAX_UNLABELLED = 0.01  # of a part's files, and of the labels whose files are not there
@@ -157,7 +157,7 @@ def _find_tree(root: Path) -> tuple[Path, str]:
         if (folder / "Data" / "CLS-LOC" / "train").is_dir():
             return folder, "ILSVRC"
         if (folder / "train").is_dir():
-            is_tiny = (folder / "val" / "val_annotations.txt").exists()
+            is_tiny = (folder / "val" / ANNOTATED).exists()
             return folder, "Tiny-ImageNet" if is_tiny else "folders"
     names = list_some([entry.name for entry in inside], ", ") or "no folder"
     raise UserError(f"{root} is in no known layout, since it holds {names}: the known ones are {KNOWN_LAYOUTS}")

@@ -94,8 +94,8 @@ class Snapshots:
 
     def recall(self, part: str) -> Any:
         """What this part of the identity was when it was saved; None if a run does not go on from anything."""
-        headers = [_read_header(path) for path in (self.path, _previous(self.path))] if self.resume else []
-        return next((header["identity"].get(part) for header in headers if header is not None), None)
+        found = self._find() if self.resume else None
+        return None if found is None else found[1]["identity"].get(part)
 
     def is_due(self) -> bool:
         """Whether so much time has passed that saving now is worth its cost."""
@@ -149,12 +149,9 @@ class Snapshots:
         Raises:
             UserError: Naming what differs.
         """
-        if self.resume:
-            for path in (self.path, _previous(self.path)):
-                header = _read_header(path)
-                if header is not None:
-                    self._compare(path, header, apart_from)
-                    return
+        found = self._find() if self.resume else None
+        if found is not None:
+            self._compare(*found, apart_from)
 
     def hold(self) -> None:
         """Keep other commands from saving here until `let_go`.
@@ -173,8 +170,13 @@ class Snapshots:
 
     def find_place(self) -> Mapping[str, Any] | None:
         """How far the training is that is saved here, or None."""
-        headers = (_read_header(path) for path in (self.path, _previous(self.path)))
-        return next((header["facts"]["place"] for header in headers if header is not None), None)
+        found = self._find()
+        return None if found is None else found[1]["facts"]["place"]
+
+    def _find(self) -> tuple[Path, dict[str, Any]] | None:
+        """The last file whose header can be read, and that; no tensor is read."""
+        headers = ((path, _read_header(path)) for path in (self.path, _previous(self.path)))
+        return next(((path, header) for path, header in headers if header is not None), None)
 
     def clear(self, aside: str | None = None) -> None:
         """Unless a run goes on from there, remove what is saved, so that no later run takes it for this one's.
